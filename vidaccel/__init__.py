@@ -1,0 +1,47 @@
+"""vidaccel makes an existing Diffusers video pipeline faster without training.
+
+>>> import vidaccel
+>>> pipe = vidaccel.accelerate(pipe)
+>>> video = pipe(prompt).frames[0]
+>>> print(vidaccel.report(pipe))
+>>> vidaccel.restore(pipe)
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# In a source checkout, policies/ and assets/ lie beside this package and not inside it as in an
+# installed wheel; there this test is false and nothing happens.
+_parent = Path(__file__).resolve().parent.parent
+if (_parent / "pyproject.toml").is_file() and (_parent / "policies").is_dir():
+    __path__.append(str(_parent))
+
+try:
+    __version__ = version("vidaccel")
+except PackageNotFoundError:  # a bare clone on the import path
+    __version__ = "0+source"
+
+if TYPE_CHECKING:
+    from vidaccel.api import accelerate, report, restore
+    from vidaccel.errors import VidaccelError
+    from vidaccel.plan import Plan
+
+# Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
+# and a mistyped option do not wait for torch.
+_HOME = {
+    "accelerate": "api",
+    "report": "api",
+    "restore": "api",
+    "Plan": "plan",
+    "VidaccelError": "errors",
+}
+
+__all__ = ["Plan", "VidaccelError", "__version__", "accelerate", "report", "restore"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vidaccel' has no attribute {name!r}")
+    return getattr(import_module(f"vidaccel.{_HOME[name]}"), name)

@@ -1,0 +1,27 @@
+"""The errors that vidaccel raises on purpose, each with one message for the user."""
+
+from __future__ import annotations
+
+
+class VidaccelError(Exception):
+    """Base of all: the message says what was wrong and what to do, and the command line exits 2."""
+
+
+class UnsupportedPipelineError(VidaccelError):
+    """The pipeline, its transformer or its setup is one that vidaccel cannot accelerate."""
+
+
+class PlanError(VidaccelError):
+    """A plan or a policy is malformed, or does not fit the generation it is used for."""
+
+
+class ScheduleError(VidaccelError):
+    """The transformer is not driven by the scheduler that the pipeline had when accelerated."""
+
+
+class VideoError(VidaccelError):
+    """A clip has the wrong form, or a video or picture cannot be read or written."""
+
+
+class MetricUnavailable(VidaccelError):
+    """A metric needs a package or weights that are not there."""
