@@ -1,0 +1,95 @@
+"""Plans: what is accepted, what is refused, and which steps they compute."""
+
+import pytest
+
+from vidaccel.errors import PlanError
+from vidaccel.plan import Plan, plan_source
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((), "an empty list"),
+        ((1, 2), "1 first"),
+        ((0, 3, 2), "2 after 3"),
+        ((0, 3, 3), "3 after 3"),
+        ((0, 2.0), "whole numbers"),
+        ((0, True), "whole numbers"),
+        ((0, 4, 10), "computes step 10, but the run has 10 steps"),
+    ],
+)
+def test_malformed_plans_are_refused(steps, message):
+    with pytest.raises(PlanError, match=message):
+        Plan(steps, 10)
+
+
+@pytest.mark.parametrize("total", [0, -1, True, 2.5])
+def test_a_plan_needs_steps(total):
+    with pytest.raises(PlanError, match="num_inference_steps"):
+        Plan((0,), total)
+
+
+def test_what_a_plan_says_of_each_step():
+    plan = Plan([0, 1, 4], 7)
+    assert [plan.computes(s) for s in range(7)] == [True, True, False, False, True, False, False]
+    assert [plan.anchor(s) for s in range(7)] == [0, 1, 1, 1, 4, 4, 4]
+    # Something of a step is kept exactly when the next one is reused; after the last, nothing.
+    assert [plan.reuses_after(s) for s in range(7)] == [False, True, True, False, True, True, False]
+    assert str(plan) == "3 of 7 steps computed"
+    assert plan == Plan((0, 1, 4), 7)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 50, 60])
+def test_every_n(n):
+    plan = Plan.every(n, 50)
+    assert plan.steps == tuple(s for s in range(50) if s % n == 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    [
+        (None, range(10)),
+        ("every 4", (0, 4, 8)),
+        ("every:4", (0, 4, 8)),
+        ([0, 5], (0, 5)),
+        (range(0, 10, 5), (0, 5)),
+        (Plan((0, 9), 10), (0, 9)),
+        ("auto", (0, 3, 6, 9)),
+    ],
+)
+def test_policies(policy, steps):
+    assert plan_source(policy).resolve(10).steps == tuple(steps)
+
+
+def test_presets_order_by_speed():
+    budgets = [
+        len(plan_source("auto", preset).resolve(50).steps)
+        for preset in ("quality", "balanced", "fast")
+    ]
+    assert budgets == [25, 17, 10]
+
+
+def test_auto_computes_every_step_of_a_few_step_model():
+    assert plan_source("auto").resolve(7).steps == tuple(range(7))
+    assert len(plan_source("auto").resolve(8).steps) < 8
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["every 0", "every", "every -3", "sometimes", "", 5, 2.5, {0: 1}, [1, 2], [0, 0], b"0"],
+)
+def test_other_policies_are_refused_at_once(policy):
+    with pytest.raises(PlanError):
+        plan_source(policy)
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(PlanError, match="'quality', 'balanced', 'fast', found 'turbo'"):
+        plan_source("auto", "turbo")
+
+
+def test_a_plan_for_another_number_of_steps_is_refused():
+    with pytest.raises(PlanError, match="made for 10 steps, but this run has 12"):
+        plan_source(Plan((0, 5), 10)).resolve(12)
+    with pytest.raises(PlanError, match="computes step 5, but the run has 4 steps"):
+        plan_source([0, 5]).resolve(4)
