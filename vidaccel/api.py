@@ -1,0 +1,116 @@
+"""The three verbs: accelerate, restore, report."""
+
+from typing import Any, TypeVar
+
+from vidaccel.engine import Engine, engine_of
+from vidaccel.errors import UnsupportedPipelineError, VidaccelError
+from vidaccel.hosts import find_transformers
+from vidaccel.ledger import Report, TransformerReport
+from vidaccel.plan import plan_source
+
+Pipeline = TypeVar("Pipeline")
+
+
+def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced") -> Pipeline:
+    """Make a Diffusers video pipeline skip denoising steps whose result it can reuse.
+
+    On a computed step the transformer runs as always and the residual of its whole block stack is
+    kept; on a reused step only its embedding and its head run, around that residual (step caching
+    as in LeMiCa, NeurIPS 2025, section 3). The pipeline stays what it was: same class, same call,
+    same state dict. The acceleration belongs to the transformer: a pipeline that shares it (for
+    example through `from_pipe`) is accelerated too. Calling it again replaces the first.
+
+    Args:
+        pipe: a Diffusers pipeline whose transformer is in the table of supported ones. With two
+            transformers (Wan 2.2), one plan runs over the steps of both.
+        policy: which steps are computed. "auto": evenly spaced by `preset`, and every step in runs
+            of fewer than 8 steps; None: every step; "every N"; a list of step indices that starts
+            with 0; or a `Plan`. The plan is held against the number of steps at the first call of
+            each generation, before any block runs.
+        preset: "quality", "balanced" or "fast": computes every 2nd, 3rd or 5th step. Used by
+            policy="auto" only.
+
+    Returns:
+        The same `pipe`.
+
+    Raises:
+        UnsupportedPipelineError: no supported transformer; one that is compiled as a whole, has a
+            Diffusers cache enabled or runs in context parallel; a scheduler that calls the model
+            more than once per step. The pipeline is unchanged then.
+        PlanError: `policy` or `preset` is none of the above.
+    """
+    found = find_transformers(pipe)
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        raise UnsupportedPipelineError(f"{type(pipe).__name__} has no scheduler")
+    if getattr(scheduler, "order", 1) != 1:
+        raise UnsupportedPipelineError(
+            f"{type(scheduler).__name__} calls the model {scheduler.order} times per step; use a "
+            "first-order or multistep scheduler, such as UniPCMultistepScheduler"
+        )
+    source = plan_source(policy, preset)
+    engines = [Engine(transformer, host, source) for transformer, host in found.values()]
+    for engine in engines:
+        previous = engine_of(engine.transformer)
+        if previous is not None:
+            previous.detach()
+            for other in previous.pipelines:
+                engine.serve(other)
+        engine.serve(pipe)
+        engine.attach()
+    return pipe
+
+
+def restore(pipe: Pipeline) -> Pipeline:
+    """Undo `accelerate` exactly: the same output bits, attributes, hooks and saved files as before.
+
+    A pipeline that is not accelerated comes back unchanged.
+
+    Raises:
+        UnsupportedPipelineError: `pipe` is not a pipeline that `accelerate` takes.
+    """
+    for transformer, _ in find_transformers(pipe).values():
+        engine = engine_of(transformer)
+        if engine is not None:
+            engine.detach()
+    return pipe
+
+
+def report(pipe: Any) -> Report:
+    """What was computed and reused in `pipe` since it was accelerated.
+
+    Returns:
+        A `Report`: `str()` is a table for people, `.to_dict()` is for programs.
+
+    Raises:
+        VidaccelError: the pipeline is not accelerated.
+    """
+    return Report(
+        type(pipe).__name__,
+        tuple(
+            TransformerReport.of(
+                name,
+                type(engine.transformer).__name__,
+                engine.source.description,
+                engine.ledger,
+                engine.bytes_held,
+            )
+            for name, engine in engines_of(pipe).items()
+        ),
+    )
+
+
+def engines_of(pipe: Any) -> dict[str, Engine]:
+    """The engines at work in `pipe`, by component name.
+
+    Raises:
+        VidaccelError: the pipeline is not accelerated.
+    """
+    engines = {
+        name: engine
+        for name, (transformer, _) in find_transformers(pipe).items()
+        if (engine := engine_of(transformer)) is not None
+    }
+    if not engines:
+        raise VidaccelError("this pipeline is not accelerated: call vidaccel.accelerate(pipe)")
+    return engines

@@ -1,0 +1,224 @@
+"""What was computed, what was reused, and what it saved. No torch, no diffusers."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a transformer.
+
+    Attributes:
+        step, branch: its place in the generation.
+        reused: no block ran.
+        planned: the plan asked for this step to be computed.
+        blocks: blocks that ran.
+        started, ended: seconds on the host's clock, or CUDA events.
+    """
+
+    step: int
+    branch: str
+    reused: bool
+    planned: bool
+    blocks: int
+    started: Any
+    ended: Any
+
+    @property
+    def seconds(self) -> float:
+        """Duration; waits for the device when it was timed there."""
+        if isinstance(self.started, float):
+            return float(self.ended - self.started)
+        self.ended.synchronize()
+        return float(self.started.elapsed_time(self.ended)) / 1000.0
+
+
+@dataclass
+class Totals:
+    """Sums over the calls of one branch."""
+
+    computed: int = 0
+    reused: int = 0
+    unplanned: int = 0
+    blocks_run: int = 0
+    seconds_computed: float = 0.0
+    seconds_reused: float = 0.0
+
+    def add(self, call: Call) -> None:
+        """Count one call in."""
+        self.blocks_run += call.blocks
+        if call.reused:
+            self.reused += 1
+            self.seconds_reused += call.seconds
+        else:
+            self.computed += 1
+            self.unplanned += not call.planned
+            self.seconds_computed += call.seconds
+
+    @property
+    def seconds_saved(self) -> float:
+        """What the reused steps would have taken more, had they been computed; an estimate."""
+        if not self.computed or not self.reused:
+            return 0.0
+        mean = self.seconds_computed / self.computed
+        return max(0.0, self.reused * mean - self.seconds_reused)
+
+
+class Ledger:
+    """Counts the calls of one transformer since it was accelerated.
+
+    Args:
+        blocks: blocks that a call runs without vidaccel.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.generations = 0
+        self.calls: list[Call] = []
+        self._past: dict[str, Totals] = defaultdict(Totals)
+
+    def restart(self) -> None:
+        """Begin a generation. Earlier calls are summed up, so a server does not grow."""
+        for call in self.calls:
+            self._past[call.branch].add(call)
+        self.calls = []
+        self.generations += 1
+
+    def add(self, call: Call) -> None:
+        """Record a call of the running generation."""
+        self.calls.append(call)
+
+    @property
+    def steps_reused(self) -> int:
+        """Steps of the running or last generation in which no branch ran a block."""
+        return self.timeline().count("-")
+
+    def timeline(self) -> str:
+        """The running or last generation, a letter per step: C computed, - reused."""
+        kinds: dict[int, bool] = {}
+        for call in self.calls:
+            kinds[call.step] = kinds.get(call.step, True) and call.reused
+        return "".join("-" if reused else "C" for _, reused in sorted(kinds.items()))
+
+    def totals(self) -> dict[str, Totals]:
+        """Sums by branch over all generations."""
+        sums = {branch: Totals(**vars(totals)) for branch, totals in self._past.items()}
+        for call in self.calls:
+            sums.setdefault(call.branch, Totals()).add(call)
+        return sums
+
+
+@dataclass(frozen=True)
+class BranchReport:
+    """One guidance branch of one transformer; see `Totals` for the sums."""
+
+    branch: str
+    steps_computed: int
+    steps_reused: int
+    steps_computed_unplanned: int
+    blocks_run: int
+    blocks_without_vidaccel: int
+    seconds_computed: float
+    seconds_reused: float
+    seconds_saved: float
+
+
+@dataclass(frozen=True)
+class TransformerReport:
+    """One transformer of a pipeline.
+
+    Attributes:
+        component: its name in the pipeline.
+        transformer: its class.
+        policy: what decides, as resolved by `accelerate`.
+        generations: generations since `accelerate`; a chunked pipeline counts each chunk.
+        timeline: last generation, a letter per step: C computed, - reused.
+        bytes_held: bytes of cached tensors at this moment.
+    """
+
+    component: str
+    transformer: str
+    policy: str
+    generations: int
+    timeline: str
+    bytes_held: int
+    branches: tuple[BranchReport, ...]
+
+    @classmethod
+    def of(
+        cls, component: str, transformer: str, policy: str, ledger: Ledger, bytes_held: int
+    ) -> "TransformerReport":
+        """The report of one ledger."""
+        branches = tuple(
+            BranchReport(
+                branch=branch,
+                steps_computed=sums.computed,
+                steps_reused=sums.reused,
+                steps_computed_unplanned=sums.unplanned,
+                blocks_run=sums.blocks_run,
+                blocks_without_vidaccel=(sums.computed + sums.reused) * ledger.blocks,
+                seconds_computed=sums.seconds_computed,
+                seconds_reused=sums.seconds_reused,
+                seconds_saved=sums.seconds_saved,
+            )
+            for branch, sums in ledger.totals().items()
+        )
+        return cls(
+            component,
+            transformer,
+            policy,
+            ledger.generations,
+            ledger.timeline(),
+            bytes_held,
+            branches,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What vidaccel did in one pipeline since `accelerate`. `str()` gives a table."""
+
+    pipeline: str
+    transformers: tuple[TransformerReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers; the fields of the dataclasses of this module."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = []
+        for part in self.transformers:
+            lines += [
+                f"{self.pipeline}.{part.component} ({part.transformer})  policy: {part.policy}",
+                f"  {part.generations} generations, {part.bytes_held / 2**20:.1f} MiB held, "
+                f"last: {part.timeline or 'nothing has run yet'}",
+            ]
+            lines += [f"  {line}" for line in _table(part.branches)] if part.branches else []
+        return "\n".join(lines)
+
+
+def _table(branches: tuple[BranchReport, ...]) -> list[str]:
+    header = ("branch", "computed", "reused", "blocks run", "of", "computing", "reusing", "saved")
+    rows = [header] + [
+        (
+            row.branch,
+            f"{row.steps_computed}"
+            + (f" ({row.steps_computed_unplanned} unplanned)" * bool(row.steps_computed_unplanned)),
+            str(row.steps_reused),
+            str(row.blocks_run),
+            str(row.blocks_without_vidaccel),
+            f"{row.seconds_computed:.2f} s",
+            f"{row.seconds_reused:.2f} s",
+            f"{row.seconds_saved:.2f} s",
+        )
+        for row in branches
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
