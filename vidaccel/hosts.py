@@ -69,6 +69,9 @@ class HostSpec:
         return known[position] if position < len(known) else f"call {position}"
 
 
+# Blocks of joint attention return both of their streams.
+_JOINT = ("hidden_states", "encoder_hidden_states")
+
 HOSTS = {
     row.transformer: row
     for row in (
@@ -85,6 +88,47 @@ HOSTS = {
                 BlockList("vace_blocks", ("control_hidden_states", "control_hidden_states")),
                 BlockList("blocks"),
             ),
+        ),
+        HostSpec(
+            "SkyReelsV2Transformer3DModel",
+            ("SkyReelsV2Pipeline",),
+            (BlockList("blocks"),),
+        ),
+        HostSpec(
+            "HunyuanVideoTransformer3DModel",
+            ("HunyuanVideoPipeline",),
+            (
+                BlockList("transformer_blocks", _JOINT),
+                BlockList("single_transformer_blocks", _JOINT),
+            ),
+            tokens=("video", "text"),
+        ),
+        HostSpec(
+            "HunyuanVideo15Transformer3DModel",
+            ("HunyuanVideo15Pipeline",),
+            (BlockList("transformer_blocks", _JOINT),),
+            tokens=("video", "text"),
+        ),
+        HostSpec(
+            "CogVideoXTransformer3DModel",
+            ("CogVideoXPipeline",),
+            (BlockList("transformer_blocks", _JOINT),),
+            (Head("norm_final"),),
+            guidance="batched",
+            tokens=("text", "video"),
+        ),
+        HostSpec(
+            "LTXVideoTransformer3DModel",
+            ("LTXPipeline",),
+            (BlockList("transformer_blocks"),),
+            guidance="batched",
+        ),
+        HostSpec(
+            "MochiTransformer3DModel",
+            ("MochiPipeline",),
+            (BlockList("transformer_blocks", _JOINT),),
+            guidance="batched",
+            tokens=("video", "text"),
         ),
     )
 }
