@@ -19,6 +19,10 @@ class ScheduleError(VidaccelError):
     """The transformer is not driven by the scheduler that the pipeline had when accelerated."""
 
 
+class ModelError(VidaccelError):
+    """A model cannot be found or loaded, or does not take what it was asked for."""
+
+
 class VideoError(VidaccelError):
     """A clip has the wrong form, or a video or picture cannot be read or written."""
 
