@@ -16,8 +16,15 @@ def scheduler(table=TABLE, counts=True):
     return SimpleNamespace(timesteps=torch.tensor(table), step_index=None if not counts else 0)
 
 
-def clock_for(*schedulers):
-    return Clock(lambda: schedulers, lambda position: ("cond", "uncond")[position])
+class Driven:
+    """A clock of which the schedulers are fixed."""
+
+    def __init__(self, *schedulers):
+        self.schedulers = schedulers
+        self.clock = Clock(lambda position: ("cond", "uncond")[position])
+
+    def tick(self, *call):
+        return self.clock.tick(self.schedulers, *call)
 
 
 def drive(clock, source, contexts, *, counts=True, table=TABLE, dtype=torch.float32, start=0):
@@ -38,7 +45,7 @@ def drive(clock, source, contexts, *, counts=True, table=TABLE, dtype=torch.floa
 @pytest.mark.parametrize("named", [True, False], ids=["named", "nameless"])
 def test_sequential_guidance(counts, named):
     source = scheduler(counts=counts)
-    clock = clock_for(source)
+    clock = Driven(source)
     contexts = ["cond", "uncond"] if named else [None, None]
     ticks = drive(clock, source, contexts, counts=counts)
     expected = [(s, b, s == 0 and b == "cond") for s in range(5) for b in ("cond", "uncond")]
@@ -47,7 +54,7 @@ def test_sequential_guidance(counts, named):
 
 def test_a_new_table_restarts_even_after_an_interrupt():
     source = scheduler()
-    clock = clock_for(source)
+    clock = Driven(source)
     drive(clock, source, ["cond"], table=TABLE)
     clock.tick(1000.0, "cond", SHAPE)
     source.timesteps = torch.tensor(TABLE)  # what set_timesteps() does
@@ -56,7 +63,7 @@ def test_a_new_table_restarts_even_after_an_interrupt():
 
 def test_a_chunk_that_runs_the_same_table_again_restarts():
     source = scheduler(counts=False)
-    clock = clock_for(source)
+    clock = Driven(source)
     drive(clock, source, ["cond"], counts=False)
     again = drive(clock, source, ["cond"], counts=False)
     assert again[0] == (0, "cond", True)
@@ -65,14 +72,14 @@ def test_a_chunk_that_runs_the_same_table_again_restarts():
 
 def test_start_inside_the_schedule():
     source = scheduler()
-    assert drive(clock_for(source), source, [None], start=2)[0] == (2, "cond", True)
+    assert drive(Driven(source), source, [None], start=2)[0] == (2, "cond", True)
 
 
 @pytest.mark.parametrize(("counts", "context"), [(True, None), (True, "cond"), (False, "cond")])
 def test_neighbours_that_round_to_the_same_bfloat16_stay_apart(counts, context):
     table = [1000.0, 998.9, 997.1, 995.0, 990.0, 500.0]  # bfloat16: 1000, 1000, 996, 996, 992, 500
     source = scheduler(table, counts)
-    clock = clock_for(source)
+    clock = Driven(source)
     ticks = drive(clock, source, [context], counts=counts, table=table, dtype=torch.bfloat16)
     assert [step for step, _, _ in ticks] == list(range(6))
     assert [restarted for _, _, restarted in ticks] == [True] + 5 * [False]
@@ -80,7 +87,7 @@ def test_neighbours_that_round_to_the_same_bfloat16_stay_apart(counts, context):
 
 def test_a_changed_shape_restarts_once_and_keeps_the_step():
     source = scheduler(counts=False)
-    clock = clock_for(source)
+    clock = Driven(source)
     clock.tick(1000.0, "cond", SHAPE)
     clock.tick(1000.0, "uncond", SHAPE)
     other = (1, 16, 1, 8, 8)
@@ -92,15 +99,15 @@ def test_a_changed_shape_restarts_once_and_keeps_the_step():
 
 def test_two_schedulers_of_two_pipelines():
     first, second = scheduler(), scheduler([900.0, 300.0], counts=False)
-    clock = clock_for(first, second)
+    clock = Driven(first, second)
     drive(clock, first, ["cond"])
     other = drive(clock, second, ["cond"], table=[900.0, 300.0], counts=False)
     assert other == [(0, "cond", True), (1, "cond", False)]
 
 
 def test_a_timestep_of_nobody_is_an_error():
-    clock = clock_for(scheduler())
+    clock = Driven(scheduler())
     with pytest.raises(ScheduleError, match="timestep 123, which is not among the 5 timesteps"):
         clock.tick(123.0, "cond", SHAPE)
     with pytest.raises(ScheduleError):
-        clock_for(SimpleNamespace(timesteps=None)).tick(1000.0, "cond", SHAPE)
+        Driven(SimpleNamespace(timesteps=None)).tick(1000.0, "cond", SHAPE)

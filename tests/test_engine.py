@@ -1,6 +1,7 @@
 """The invariants of acceleration, on every supported pipeline family, with random tiny models."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 import vidaccel
 from vidaccel import Plan, accelerate, report, restore
-from vidaccel.errors import PlanError, ScheduleError, UnsupportedPipelineError
+from vidaccel.errors import PlanError, PolicyError, ScheduleError, UnsupportedPipelineError
 
 PLAN = [0, 1, 4]
 
@@ -495,6 +496,63 @@ def test_the_block_lists_still_look_like_the_models_own():
     assert [b.attn1 for b in shadowed.blocks[1:]] == [
         b.attn1 for b in list(shadowed._modules["blocks"])[1:]
     ]
-    copied = copy.deepcopy(shadowed)
-    assert copied.blocks[0].attn1 is copied._modules["blocks"][0].attn1
-    assert copied.blocks[0].attn1 is not shadowed.blocks[0].attn1
+
+
+def test_an_accelerated_transformer_is_not_copied_by_accident():
+    case = wan()
+    accelerate(case.pipe, policy=PLAN)
+    with pytest.raises(UnsupportedPipelineError, match="restore"):
+        copy.deepcopy(case.pipe.transformer)
+    restore(case.pipe)
+    copied = copy.deepcopy(case.pipe.transformer)
+    assert copied.blocks[0] is not case.pipe.transformer.blocks[0]
+
+
+def test_dropping_an_accelerated_pipeline_frees_it_at_once():
+    import gc
+    import weakref
+
+    case = wan()
+    accelerate(case.pipe, policy=[0])
+    case.run()
+    del case.pipe.transformer._diffusers_hook  # a cycle of Diffusers' own
+    transformer = weakref.ref(case.pipe.transformer)
+    gc.disable()
+    try:
+        del case
+        assert transformer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_policy_is_held_against_the_run(tmp_path):
+    from vidaccel.policy import CachePolicy
+
+    def policy(**changes):
+        data = {
+            "schema_version": "1.0",
+            "model": {"transformer": "WanTransformer3DModel"},
+            "num_inference_steps": STEPS,
+            "plans": {"3": {"steps": [0, 2, 4]}},
+            "provenance": "published",
+        }
+        return CachePolicy.from_json(json.dumps(data | changes))
+
+    case = wan()
+    case.pipe.scheduler.set_timesteps(STEPS)
+    sigmas = case.pipe.scheduler.sigmas[:STEPS].tolist()
+    policy(scheduler={"sigmas": sigmas}).save(tmp_path / "policy.json")
+    accelerate(case.pipe, policy=tmp_path / "policy.json")
+    case.run()
+    assert report(case.pipe).transformers[0].timeline == "C-C-C-"
+    assert str(tmp_path) in report(case.pipe).transformers[0].policy
+    for changes, field in (
+        ({"scheduler": {"sigmas": [0.9 * s for s in sigmas]}}, r"scheduler\.sigmas"),
+        ({"scheduler": {"name": "UniPCMultistepScheduler"}}, r"scheduler\.name"),
+        ({"model": {"transformer": "LTXVideoTransformer3DModel"}}, r"model\.transformer"),
+        ({"model": {"transformer": "WanTransformer3DModel", "config_hash": "0" * 64}}, "hash"),
+        ({"num_inference_steps": 7}, "num_inference_steps"),
+    ):
+        accelerate(case.pipe, policy=policy(**changes))
+        with pytest.raises(PolicyError, match=field):
+            case.run()

@@ -3,7 +3,7 @@
 import pytest
 
 from vidaccel.errors import PlanError
-from vidaccel.plan import Plan, plan_source
+from vidaccel.plan import Plan, Setting, plan_source
 
 
 @pytest.mark.parametrize(
@@ -58,20 +58,20 @@ def test_every_n(n):
     ],
 )
 def test_policies(policy, steps):
-    assert plan_source(policy).resolve(10).steps == tuple(steps)
+    assert plan_source(policy).resolve(Setting(10)).steps == tuple(steps)
 
 
 def test_presets_order_by_speed():
     budgets = [
-        len(plan_source("auto", preset).resolve(50).steps)
+        len(plan_source("auto", preset).resolve(Setting(50)).steps)
         for preset in ("quality", "balanced", "fast")
     ]
     assert budgets == [25, 17, 10]
 
 
 def test_auto_computes_every_step_of_a_few_step_model():
-    assert plan_source("auto").resolve(7).steps == tuple(range(7))
-    assert len(plan_source("auto").resolve(8).steps) < 8
+    assert plan_source("auto").resolve(Setting(7)).steps == tuple(range(7))
+    assert len(plan_source("auto").resolve(Setting(8)).steps) < 8
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,6 @@ def test_unknown_preset_is_refused():
 
 def test_a_plan_for_another_number_of_steps_is_refused():
     with pytest.raises(PlanError, match="made for 10 steps, but this run has 12"):
-        plan_source(Plan((0, 5), 10)).resolve(12)
+        plan_source(Plan((0, 5), 10)).resolve(Setting(12))
     with pytest.raises(PlanError, match="computes step 5, but the run has 4 steps"):
-        plan_source([0, 5]).resolve(4)
+        plan_source([0, 5]).resolve(Setting(4))

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from vidaccel.api import accelerate, report, restore
     from vidaccel.errors import VidaccelError
     from vidaccel.plan import Plan
+    from vidaccel.policy import CachePolicy
 
 # Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
 # and a mistyped option do not wait for torch.
 _HOME = {
+    "CachePolicy": "policy",
     "accelerate": "api",
     "report": "api",
     "restore": "api",
@@ -38,7 +40,7 @@ _HOME = {
     "VidaccelError": "errors",
 }
 
-__all__ = ["Plan", "VidaccelError", "__version__", "accelerate", "report", "restore"]
+__all__ = ["CachePolicy", "Plan", "VidaccelError", "__version__", "accelerate", "report", "restore"]
 
 
 def __getattr__(name: str) -> Any:

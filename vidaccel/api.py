@@ -6,7 +6,7 @@ from vidaccel.engine import Engine, engine_of
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts import find_transformers
 from vidaccel.ledger import Report, TransformerReport
-from vidaccel.plan import plan_source
+from vidaccel.policy import policy_source
 
 Pipeline = TypeVar("Pipeline")
 
@@ -25,10 +25,10 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
             transformers (Wan 2.2), one plan runs over the steps of both.
         policy: which steps are computed. "auto": evenly spaced by `preset`, and every step in runs
             of fewer than 8 steps; None: every step; "every N"; a list of step indices that starts
-            with 0; or a `Plan`. The plan is held against the number of steps at the first call of
-            each generation, before any block runs.
-        preset: "quality", "balanced" or "fast": computes every 2nd, 3rd or 5th step. Used by
-            policy="auto" only.
+            with 0; a `Plan`; or a policy, as a `CachePolicy`, a file or a hub id. It is held
+            against the run at the first call of each generation, before any block runs.
+        preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or
+            the plan of a policy that is as fast as that.
 
     Returns:
         The same `pipe`.
@@ -38,6 +38,7 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
             Diffusers cache enabled or runs in context parallel; a scheduler that calls the model
             more than once per step. The pipeline is unchanged then.
         PlanError: `policy` or `preset` is none of the above.
+        PolicyError: the policy file is malformed.
     """
     found = find_transformers(pipe)
     scheduler = getattr(pipe, "scheduler", None)
@@ -48,7 +49,7 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
             f"{type(scheduler).__name__} calls the model {scheduler.order} times per step; use a "
             "first-order or multistep scheduler, such as UniPCMultistepScheduler"
         )
-    source = plan_source(policy, preset)
+    source = policy_source(policy, preset)
     engines = [Engine(transformer, host, source) for transformer, host in found.values()]
     for engine in engines:
         previous = engine_of(engine.transformer)
@@ -69,10 +70,8 @@ def restore(pipe: Pipeline) -> Pipeline:
     Raises:
         UnsupportedPipelineError: `pipe` is not a pipeline that `accelerate` takes.
     """
-    for transformer, _ in find_transformers(pipe).values():
-        engine = engine_of(transformer)
-        if engine is not None:
-            engine.detach()
+    for engine in engines_of(pipe).values():
+        engine.detach()
     return pipe
 
 
@@ -85,6 +84,9 @@ def report(pipe: Any) -> Report:
     Raises:
         VidaccelError: the pipeline is not accelerated.
     """
+    engines = engines_of(pipe)
+    if not engines:
+        raise VidaccelError("this pipeline is not accelerated: call vidaccel.accelerate(pipe)")
     return Report(
         type(pipe).__name__,
         tuple(
@@ -95,22 +97,15 @@ def report(pipe: Any) -> Report:
                 engine.ledger,
                 engine.bytes_held,
             )
-            for name, engine in engines_of(pipe).items()
+            for name, engine in engines.items()
         ),
     )
 
 
 def engines_of(pipe: Any) -> dict[str, Engine]:
-    """The engines at work in `pipe`, by component name.
-
-    Raises:
-        VidaccelError: the pipeline is not accelerated.
-    """
-    engines = {
+    """The engines at work in `pipe`, by component name; empty when it is not accelerated."""
+    return {
         name: engine
         for name, (transformer, _) in find_transformers(pipe).items()
         if (engine := engine_of(transformer)) is not None
     }
-    if not engines:
-        raise VidaccelError("this pipeline is not accelerated: call vidaccel.accelerate(pipe)")
-    return engines

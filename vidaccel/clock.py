@@ -37,28 +37,35 @@ class Clock:
     """Tells the step and branch of each call from its timestep.
 
     Args:
-        schedulers: gives the schedulers whose steps this transformer may be running.
         branch_name: position of a call within its step -> branch, for pipelines that do not name
             their calls.
+
+    Attributes:
+        scheduler: the one that drove the last call.
     """
 
-    def __init__(
-        self, schedulers: Callable[[], Iterable[Any]], branch_name: Callable[[int], str]
-    ) -> None:
-        self._schedulers = schedulers
+    def __init__(self, branch_name: Callable[[int], str]) -> None:
         self._branch_name = branch_name
         self._tables: dict[int, tuple[Any, list[float]]] = {}
         self._timesteps: Any = None
+        self.scheduler: Any = None
         self._step = -1
         self._value = float("nan")
         self._counter: int | None = None
         self._seen: list[str] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def tick(self, timestep: float, context: str | None, shape: tuple[int, ...]) -> Tick:
+    def tick(
+        self,
+        schedulers: Iterable[Any],
+        timestep: float,
+        context: str | None,
+        shape: tuple[int, ...],
+    ) -> Tick:
         """Place one call.
 
         Args:
+            schedulers: those whose steps this transformer may be running.
             timestep: the value that the transformer was given.
             context: the branch as the pipeline names it, or None.
             shape: shape of the latents.
@@ -66,7 +73,7 @@ class Clock:
         Raises:
             ScheduleError: when no scheduler has this timestep in its table.
         """
-        scheduler, table, nearest = self._locate(timestep)
+        scheduler, table, nearest = self._locate(schedulers, timestep)
         # set_timesteps() makes a new table for every generation.
         restarted = scheduler.timesteps is not self._timesteps
         counter = getattr(scheduler, "step_index", None)
@@ -88,14 +95,14 @@ class Clock:
             self._shapes = {}
         self._shapes[branch] = shape
         self._seen.append(branch)
-        self._timesteps, self._step = scheduler.timesteps, step
+        self.scheduler, self._timesteps, self._step = scheduler, scheduler.timesteps, step
         self._value, self._counter = timestep, counter
         return Tick(step, len(table), branch, restarted)
 
-    def _locate(self, timestep: float) -> tuple[Any, list[float], int]:
+    def _locate(self, schedulers: Iterable[Any], timestep: float) -> tuple[Any, list[float], int]:
         """The scheduler that is running, its table on the host, and the nearest entry."""
         tables = []
-        for scheduler in self._schedulers():
+        for scheduler in schedulers:
             if scheduler.timesteps is None:
                 continue
             known = self._tables.get(id(scheduler))
@@ -120,3 +127,12 @@ def _close(table: list[float], index: int, timestep: float) -> bool:
     if not 0 <= index < len(table):
         return False
     return abs(table[index] - timestep) <= max(1e-3, _ROUNDING * abs(timestep))
+
+
+def noise_grid(scheduler: Any, steps: int) -> tuple[float, ...]:
+    """Noise level of each of the `steps` steps: sigmas, or timesteps from 1 to 0 without them."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) >= steps:
+        return tuple(float(sigma) for sigma in sigmas[:steps].tolist())
+    length = float(scheduler.config.num_train_timesteps)
+    return tuple(float(t) / length for t in scheduler.timesteps.tolist())

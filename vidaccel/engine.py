@@ -6,21 +6,25 @@ head gets the new first block input plus that residual. Taking it at the head me
 model adds between its blocks is inside the residual once, and never added again.
 """
 
+import json
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from vidaccel.clock import Clock, Tick
+from vidaccel.clock import Clock, Tick, noise_grid
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
 from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
-from vidaccel.plan import Plan, PlanSource
+from vidaccel.plan import Plan, PlanSource, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 
 _ATTRIBUTE = "_vidaccel_engine"
@@ -46,13 +50,14 @@ class Engine:
 
     def __init__(self, transformer: nn.Module, host: HostSpec, source: PlanSource) -> None:
         _refuse_unsupported(transformer)
-        self.transformer = transformer
+        # Weak: a cycle would keep the weights of a dropped pipeline until the collector finds it.
+        self._transformer = weakref.ref(transformer)
         self.host = host
         self.source = source
         self.plan: Plan | None = None
         self.ledger = Ledger(sum(len(getattr(transformer, b.name)) for b in host.blocks))
         self._pipelines: list[tuple[weakref.ref[Any], Any]] = []
-        self._clock = Clock(lambda: [scheduler for _, scheduler in self._pipelines], host.branch)
+        self._clock = Clock(host.branch)
         self._context: str | None = None
         self._handles: list[Any] = []
         self._residuals: dict[str, Residual] = {}
@@ -66,6 +71,19 @@ class Engine:
         self._fresh: list[torch.Tensor] = []
         self.reusing = False
         self.blocks_run = 0
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise UnsupportedPipelineError(
+            "an accelerated transformer cannot be copied: restore(pipe) first, copy, and "
+            "accelerate both"
+        )
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer that this engine is attached to."""
+        transformer = self._transformer()
+        assert transformer is not None  # it holds the engine
+        return transformer
 
     def attach(self) -> None:
         """Start intercepting. Touches the instance `__dict__` and torch's own hook lists only."""
@@ -81,7 +99,8 @@ class Engine:
             model.register_forward_hook(self._end),
         ]
         for index, (head, module) in enumerate(heads):
-            self._handles.append(module.register_forward_pre_hook(self._at_head(index, head)))
+            hook = partial(self._at_head, index, head)
+            self._handles.append(module.register_forward_pre_hook(hook))
         if hasattr(model, "cache_context"):
             vars(model)["cache_context"] = self._cache_context
         vars(model)[_ATTRIBUTE] = self
@@ -135,11 +154,12 @@ class Engine:
         # Image conditioning gives its clean frames time 0; the step is that of the noisy ones.
         timestep = float(self._timestep.value(args, kwargs).max())
         sample = self._sample.value(args, kwargs)
-        tick = self._clock.tick(timestep, self._context, tuple(sample.shape))
+        schedulers = [scheduler for _, scheduler in self._pipelines]
+        tick = self._clock.tick(schedulers, timestep, self._context, tuple(sample.shape))
         if tick.restarted:
             self._residuals.clear()
             self.ledger.restart()
-            self.plan = self.source.resolve(tick.num_inference_steps)
+            self.plan = self.source.resolve(self._setting(tick))
         assert self.plan is not None
         held = self._residuals.get(tick.branch)
         self.reusing = (
@@ -153,6 +173,22 @@ class Engine:
         self._tick, self._entry, self._fresh, self.blocks_run = tick, None, [], 0
         self._device = sample.device
         self._started = _mark(self._device)
+
+    def _setting(self, tick: Tick) -> Setting:
+        """The running generation, for policies that are made for a certain one."""
+        scheduler = self._clock.scheduler
+        config = {k: v for k, v in self.transformer.config.items() if not k.startswith("_")}
+        text = json.dumps(config, sort_keys=True, default=str)
+        names = {getattr(pipe, "name_or_path", None) for pipe in self.pipelines}
+        model_id = next((name for name in names if name and not Path(name).exists()), None)
+        return Setting(
+            tick.num_inference_steps,
+            transformer=type(self.transformer).__name__,
+            model_id=model_id,
+            config_hash=sha256(text.encode()).hexdigest(),
+            scheduler=type(scheduler).__name__,
+            sigmas=noise_grid(scheduler, tick.num_inference_steps),
+        )
 
     def _run_block(
         self, block: nn.Module, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -170,29 +206,28 @@ class Engine:
         self.blocks_run += 1
         return block(*args, **kwargs)
 
-    def _at_head(self, index: int, head: Head) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if self._entry is None or self._tick is None or self.plan is None:
-                return None
-            keep = self.plan.reuses_after(self._tick.step)
-            if not (self.reusing or keep):
-                return None
-            streams = [self._entry[name] for name in head.streams]
-            start = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
-            given = args[0]
-            if start.shape != given.shape:
-                raise UnsupportedPipelineError(
-                    f"the blocks of {type(self.transformer).__name__} take "
-                    f"{tuple(start.shape)} but its {head.module} gets {tuple(given.shape)}; "
-                    "context parallelism is not supported yet: restore(pipe) before enabling it"
-                )
-            if self.reusing:
-                residual = self._residuals[self._tick.branch].tensors[index]
-                return ((start + residual).to(given.dtype), *args[1:])
-            self._fresh.append((given - start).to(start.dtype))
+    def _at_head(
+        self, index: int, head: Head, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
+        if self._entry is None or self._tick is None or self.plan is None:
             return None
-
-        return hook
+        if not (self.reusing or self.plan.reuses_after(self._tick.step)):
+            return None
+        given = args[0]
+        streams = [self._entry[name].to(given.device) for name in head.streams]
+        start = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
+        if start.shape != given.shape:
+            raise UnsupportedPipelineError(
+                f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
+                f"its {head.module} gets {tuple(given.shape)}; context parallelism is not "
+                "supported yet: restore(pipe) before enabling it"
+            )
+        if self.reusing:
+            residual = self._residuals[self._tick.branch].tensors[index].to(given.device)
+            return ((start + residual).to(given.dtype), *args[1:])
+        self._fresh.append((given - start).to(start.dtype))
+        return None
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tick, plan = self._tick, self.plan

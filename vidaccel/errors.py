@@ -15,6 +15,10 @@ class PlanError(VidaccelError):
     """A plan or a policy is malformed, or does not fit the generation it is used for."""
 
 
+class PolicyError(PlanError):
+    """A policy file is malformed, or is not made for the pipeline and run it is used for."""
+
+
 class ScheduleError(VidaccelError):
     """The transformer is not driven by the scheduler that the pipeline had when accelerated."""
 

@@ -1,5 +1,6 @@
 """Which denoising steps are computed. No torch, no diffusers."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from vidaccel.errors import PlanError
 
 # Below this many steps each one changes the sample so much that reusing any is visible.
 FEW_STEPS = 8
+
+EVERY = re.compile(r"\s*every[ :]?(\d{1,6})\s*")
 
 # Evenly spaced plans for a pipeline that nobody has calibrated: compute every n-th step.
 PRESETS = {"quality": 2, "balanced": 3, "fast": 5}
@@ -22,13 +25,16 @@ class Plan:
     Attributes:
         steps: strictly increasing step indices, the first of them 0.
         num_inference_steps: T, the number of denoising steps the plan is made for.
+        errors: the measured error of each segment, in step order, or empty when none was measured.
+            Every computed step starts a segment, except step T - 1, after which nothing is reused.
 
     Raises:
-        PlanError: when the steps are not such a list.
+        PlanError: when the steps or the errors are not such a list.
     """
 
     steps: tuple[int, ...]
     num_inference_steps: int
+    errors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", _checked(self.steps))
@@ -40,6 +46,15 @@ class Plan:
                 f"the plan computes step {self.steps[-1]}, but the run has {total} steps "
                 f"(0 to {total - 1}): use a plan made for {total} steps"
             )
+        object.__setattr__(self, "errors", tuple(self.errors))
+        segments = len(self.steps) - (self.steps[-1] == total - 1)
+        if self.errors and len(self.errors) != segments:
+            raise PlanError(f"the plan has {segments} segments, found {len(self.errors)} errors")
+        for position, error in enumerate(self.errors):
+            if not isinstance(error, int | float) or not 0 <= error < math.inf:
+                raise PlanError(
+                    f"error {position} is {error!r}; the error of a segment is a finite number >= 0"
+                )
 
     @classmethod
     def every(cls, n: int, num_inference_steps: int) -> "Plan":
@@ -69,16 +84,37 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """The run that a plan is for. What is None is not known.
+
+    Attributes:
+        num_inference_steps: T.
+        transformer: class name.
+        model_id: hub id that the pipeline was loaded from.
+        config_hash: SHA-256 of the transformer's config.
+        scheduler: class name.
+        sigmas: noise level of each step, T of them.
+    """
+
+    num_inference_steps: int
+    transformer: str | None = None
+    model_id: str | None = None
+    config_hash: str | None = None
+    scheduler: str | None = None
+    sigmas: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class PlanSource:
-    """A plan that may wait for the number of steps of the run.
+    """A plan that may wait for the run it is used in.
 
     Attributes:
         description: how a report names it.
-        resolve: number of inference steps -> Plan; raises PlanError when it does not fit.
+        resolve: the run -> its plan; raises PlanError when there is none that fits.
     """
 
     description: str
-    resolve: Callable[[int], Plan]
+    resolve: Callable[[Setting], Plan]
 
 
 def plan_source(policy: Any, preset: str = "balanced") -> PlanSource:
@@ -95,25 +131,29 @@ def plan_source(policy: Any, preset: str = "balanced") -> PlanSource:
     if preset not in PRESETS:
         raise PlanError(f"preset is one of {', '.join(map(repr, PRESETS))}, found {preset!r}")
     if policy is None:
-        return PlanSource("every step", lambda total: Plan.every(1, total))
+        return PlanSource("every step", lambda run: Plan.every(1, run.num_inference_steps))
     if isinstance(policy, Plan):
-        return PlanSource(str(policy), lambda total: _fitting(policy, total))
+        return PlanSource(str(policy), lambda run: _fitting(policy, run.num_inference_steps))
     if policy == "auto":
         n = PRESETS[preset]
         return PlanSource(
             f"auto: every {n} (evenly spaced, not calibrated)",
-            lambda total: Plan.every(1 if total < FEW_STEPS else n, total),
+            lambda run: Plan.every(
+                1 if run.num_inference_steps < FEW_STEPS else n, run.num_inference_steps
+            ),
         )
     if isinstance(policy, str):
-        match = re.fullmatch(r"every[ :]?(\d{1,6})", policy.strip())
+        match = EVERY.fullmatch(policy)
         if match is None:
             raise PlanError(f"policy is 'auto', 'every N' or a list of steps, found {policy!r}")
         n = int(match[1])
         Plan.every(n, 1)
-        return PlanSource(f"every {n}", lambda total: Plan.every(n, total))
+        return PlanSource(f"every {n}", lambda run: Plan.every(n, run.num_inference_steps))
     if isinstance(policy, Sequence):
         steps = _checked(policy)
-        return PlanSource(f"{len(steps)} listed steps", lambda total: Plan(steps, total))
+        return PlanSource(
+            f"{len(steps)} listed steps", lambda run: Plan(steps, run.num_inference_steps)
+        )
     raise PlanError(
         "policy is 'auto', None, 'every N', a list of computed steps or a Plan, "
         f"found {type(policy).__name__}"

@@ -1,0 +1,275 @@
+"""The policy file: round trip, what it refuses, and how it is held against a run."""
+
+import json
+import random
+
+import pytest
+
+from vidaccel.errors import PolicyError
+from vidaccel.plan import Plan, Setting
+from vidaccel.policy import FILE_NAME, MAX_BYTES, CachePolicy, policy_source
+
+SIGMAS = [1.0, 0.9, 0.8, 0.6, 0.4, 0.1]
+
+
+def valid():
+    """A measured policy of 6 steps as the JSON object of its file."""
+    edges = {(0, 2): 0.1, (2, 4): 0.25, (4, 5): 0.0, (0, 3): 0.3, (3, 5): 0.5}
+    return {
+        "schema_version": "1.0",
+        "model": {
+            "transformer": "WanTransformer3DModel",
+            "id": "org/tiny-wan",
+            "config_hash": None,
+        },
+        "num_inference_steps": 6,
+        "scheduler": {
+            "name": "FlowMatchEulerDiscreteScheduler",
+            "shift": 3.0,
+            "sigmas": list(SIGMAS),
+        },
+        "guidance": {"mode": "sequential", "scale": 5.0},
+        "width": 96,
+        "height": 96,
+        "frames": 17,
+        "quantity": "stack_residual",
+        "max_skip": 3,
+        "edges": [
+            {"start": i, "end": j, "mean": mean, "spread": 0.01, "count": 8}
+            for (i, j), mean in edges.items()
+        ],
+        "noise_floor": 0.0,
+        "objective": "leximax",
+        "plans": {
+            "4": {"steps": [0, 2, 4, 5], "errors": [0.1, 0.25, 0.0]},
+            "3": {"steps": [0, 3, 5], "errors": [0.3, 0.5]},
+        },
+        "prompts": ["a red circle"],
+        "prompts_hash": "0" * 64,
+        "seeds": [0],
+        "attention": "dense",
+        "validation": [{"budget": 4, "psnr": 30.5, "speedup": 1.4}],
+        "provenance": "measured",
+        "source": None,
+        "versions": {"torch": "2.10"},
+    }
+
+
+def parse(data):
+    return CachePolicy.from_json(json.dumps(data))
+
+
+def changed(path, value):
+    data = valid()
+    target = data
+    for key in path[:-1]:
+        target = target[key]
+    if value is KeyError:
+        del target[path[-1]]
+    else:
+        target[path[-1]] = value
+    return data
+
+
+def test_a_file_round_trips(tmp_path):
+    policy = parse(valid())
+    file = tmp_path / "deep" / "policy.json"
+    policy.save(file)
+    assert CachePolicy.load(file) == policy
+    assert [p.name for p in file.parent.iterdir()] == ["policy.json"]
+    text = file.read_text()
+    assert "[0, 2, 4, 5]" in text  # a step list on one line
+    keys = list(json.loads(text))
+    assert keys == sorted(keys)
+    policy.save(file)
+    assert file.read_text() == text
+
+
+def test_plans_by_wish():
+    policy = parse(valid())
+    assert policy.budgets() == [3, 4]
+    assert policy.plan(budget=3) == Plan((0, 3, 5), 6)
+    assert policy.plan(speedup=1.5).steps == (0, 2, 4, 5)
+    assert policy.plan(speedup=1.6).steps == (0, 3, 5)
+    assert policy.plan(max_error=0.5).steps == (0, 3, 5)
+    assert policy.plan(max_error=0.3).steps == (0, 2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({}, "takes one of"),
+        ({"budget": 3, "speedup": 2.0}, "takes one of"),
+        ({"budget": 5}, "budget: found 5, .* budgets 3-4 of 6 steps"),
+        ({"speedup": 3.0}, "speedup: found 3.0"),
+        ({"max_error": 0.1}, "max_error: found 0.1"),
+    ],
+)
+def test_impossible_wishes(wish, message):
+    with pytest.raises(PolicyError, match=message):
+        parse(valid()).plan(**wish)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["schema_version"], "2.0", "schema_version: found '2.0', expected '1.x'"),
+        (["schema_version"], 1, "schema_version: found 1"),
+        (["schema_version"], KeyError, "schema_version: found None"),
+        (["plans"], KeyError, "plans: Field required"),
+        (["plans"], {}, "plans: "),
+        (["surprise"], 1, "surprise: found an unknown field"),
+        (["num_inference_steps"], "6", "num_inference_steps: .*found '6'"),
+        (["num_inference_steps"], True, "num_inference_steps: "),
+        (["num_inference_steps"], 10**9, "num_inference_steps: "),
+        (["num_inference_steps"], 5, "scheduler.sigmas: found 6 entries, expected 5"),
+        (["model", "id"], "../../etc/passwd", "model.id: "),
+        (["model", "id"], "/etc/passwd", "model.id: "),
+        (["model", "id"], "org/..", "model.id: "),
+        (["model", "transformer"], "a/b", "model.transformer: "),
+        (["scheduler", "sigmas", 2], -0.5, "scheduler.sigmas.2: "),
+        (["scheduler", "sigmas", 2], "x", "scheduler.sigmas.2: "),
+        (["edges", 0, "mean"], -1.0, "edges.0.mean: "),
+        (["edges", 1], {"start": 0, "end": 2, "mean": 0.1}, "edges: found 0 to 2 twice"),
+        (["edges", 0, "end"], 0, "edges: found 0 to 0"),
+        (["edges", 0, "end"], 9, "edges: found 0 to 9 in 6 steps"),
+        (["plans", "4", "steps"], [0, 2, 4], "plans.4: found 3 steps, expected 4"),
+        (["plans", "4", "steps"], [0, 4, 2, 5], "plans.4: .*strictly increase"),
+        (["plans", "4", "steps"], [1, 2, 4, 5], "plans.4: .*starts at step 0"),
+        (["plans", "4", "steps"], [0, 2, 4, 6], "plans.4: .*computes step 6"),
+        (["plans", "4", "errors"], [0.1, 0.2, 0.0], "found 0.2 from step 2 to 4, expected 0.25"),
+        (["plans", "4", "errors"], [0.1], r"plans.4.errors: found 1, expected 3"),
+        (["plans", "x"], {"steps": [0]}, "plans.x"),
+        (["plans", "3", "steps"], [0, 1, 5], "expected an edge|found 0.3 from step 0 to 1"),
+        (["provenance"], "rumour", "provenance: "),
+        (["validation", 0, "speedup"], 0, "validation.0.speedup: "),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_wrong_fields_are_named(path, value, message):
+    with pytest.raises(PolicyError, match=message):
+        parse(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        json.dumps(valid()).encode()[:-40],
+        json.dumps(valid()).replace("0.25", "NaN").encode(),
+        json.dumps(valid()).replace("0.25", "Infinity").encode(),
+        json.dumps(valid()).replace("0.25", "1e999").encode(),
+        json.dumps(valid()).replace("0.25", "9" * 5000).encode(),
+        json.dumps(valid()).replace('"frames"', '"width"').encode(),
+    ],
+    ids=range(14),
+)
+def test_what_is_no_policy_is_refused(raw, tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_bytes(raw)
+    with pytest.raises(PolicyError) as caught:
+        CachePolicy.load(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_too_large_or_missing(tmp_path):
+    file = tmp_path / "policy.json"
+    with file.open("wb") as stream:
+        stream.truncate(MAX_BYTES + 1)
+    with pytest.raises(PolicyError, match="larger than 32 MiB"):
+        CachePolicy.load(file)
+    with pytest.raises(PolicyError, match="cannot read policy"):
+        CachePolicy.load(tmp_path / "nothing.json")
+
+
+def test_mutations_are_accepted_or_refused_but_never_crash():
+    """Thousands of random edits of a valid file: only PolicyError may come out."""
+    rng = random.Random(0)
+    text = json.dumps(valid())
+    values = [None, True, -1, 0, 1e308, -0.0, "", "..", [], {}, [[]], "x" * 300, 10**30, 0.1]
+    refused = 0
+    for round_ in range(4000):
+        if round_ % 2:
+            data = valid()
+            target, key = data, rng.choice(list(data))
+            while isinstance(target[key], dict | list) and target[key] and rng.random() < 0.7:
+                target = target[key]
+                key = rng.choice(list(target) if isinstance(target, dict) else range(len(target)))
+            target[key] = rng.choice(values)
+            mutated = json.dumps(data)
+        else:
+            i = rng.randrange(len(text))
+            mutated = text[:i] + rng.choice('{}[]",:0-e.N\\ \x00') + text[i + rng.randrange(3) :]
+        try:
+            CachePolicy.from_json(mutated)
+        except PolicyError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 2000
+
+
+def test_a_newer_minor_version_warns_and_drops_what_it_does_not_know():
+    data = valid() | {"schema_version": "1.7", "colour": "blue"}
+    with pytest.warns(UserWarning, match=r"schema 1\.7"):
+        policy = parse(data)
+    assert policy.plans == parse(valid()).plans
+
+
+def setting(**changes):
+    facts = {
+        "transformer": "WanTransformer3DModel",
+        "num_inference_steps": 6,
+        "model_id": "org/tiny-wan",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "sigmas": tuple(SIGMAS),
+    }
+    return Setting(**(facts | changes))
+
+
+def test_a_policy_fits_its_own_setting():
+    parse(valid()).check(setting())
+    parse(valid()).check(setting(sigmas=tuple(s * (1 + 1e-6) for s in SIGMAS)))
+    parse(valid()).check(setting(model_id=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transformer": "CogVideoXTransformer3DModel"}, "model.transformer: .*CogVideoX"),
+        ({"model_id": "org/other"}, "model.id: the policy is for org/tiny-wan"),
+        ({"num_inference_steps": 30}, "num_inference_steps: the policy is for 6, this run has 30"),
+        ({"scheduler": "UniPCMultistepScheduler"}, "scheduler.name: "),
+        ({"sigmas": (1.0, 0.9, 0.7, 0.6, 0.4, 0.1)}, "sigmas: the policy has 0.80000 at step 2"),
+    ],
+)
+def test_a_policy_refuses_another_setting(changes, message):
+    with pytest.raises(PolicyError, match=message):
+        parse(valid()).check(setting(**changes))
+
+
+def test_a_policy_file_as_the_source_of_plans(tmp_path):
+    file = tmp_path / FILE_NAME
+    parse(valid()).save(file)
+    for policy in (file, str(file), tmp_path, parse(valid())):
+        assert policy_source(policy, "quality").resolve(setting()).steps == (0, 3, 5)
+    # The preset asks for three times, the fastest plan gives two.
+    source = policy_source(file)
+    assert source.resolve(setting()).steps == (0, 3, 5)
+    assert source.description == f"policy {file}: 3 of 6 steps computed"
+    with pytest.raises(PolicyError, match="num_inference_steps"):
+        source.resolve(setting(num_inference_steps=7))
+
+
+@pytest.mark.parametrize("policy", ["nowhere.json", "./nowhere", "no-org/no-policy", "a/b/c"])
+def test_a_policy_that_is_not_there(policy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PolicyError, match=r"nowhere|no-policy|a/b/c"):
+        policy_source(policy)

@@ -1,0 +1,428 @@
+"""The policy file: which steps to compute for one model and number of steps, and what that costs.
+
+One JSON file, schema version 1. It is untrusted input: its size is bounded, every value has a
+strict type and range, names cannot be paths, and nothing in it is executed. `policies/README.md`
+explains every field.
+"""
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from vidaccel.errors import PlanError, PolicyError
+from vidaccel.plan import PRESETS, Plan, PlanSource, Setting, plan_source
+
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
+MAX_BYTES = 32 * 2**20
+MAX_STEPS = 1000
+# Noise grids agree when every entry does to this relative difference: float32 rounding, no more.
+GRID_TOLERANCE = 1e-4
+FILE_NAME = "vidaccel_policy.json"
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"
+Name = Annotated[str, StringConstraints(pattern=rf"^{_NAME}$")]
+ModelId = Annotated[
+    str,
+    StringConstraints(pattern=rf"^{_NAME}(/{_NAME})?$"),
+    AfterValidator(lambda text: _no_parent(text)),
+]
+Text = Annotated[str, StringConstraints(max_length=4000)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Step = Annotated[int, Field(ge=0, le=MAX_STEPS)]
+Error = Annotated[float, Field(ge=0.0)]
+Pixels = Annotated[int, Field(ge=1, le=16384)]
+Budget = Annotated[str, StringConstraints(pattern=r"^[1-9]\d{0,3}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Objective = Annotated[str, StringConstraints(pattern=r"^[a-z_]+(\(\d+(\.\d+)?\))?$")]
+
+
+class _Record(BaseModel):
+    # Lax only where JSON is: a list for a tuple, a whole number for a float.
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, strict=True)
+
+
+class ModelInfo(_Record):
+    """The transformer: class, hub id and hash of its config (None: not checked)."""
+
+    transformer: Name
+    id: ModelId | None = None
+    config_hash: Digest | None = None
+
+
+class SchedulerInfo(_Record):
+    """The scheduler: class, shift and noise levels of the steps (None: not checked)."""
+
+    name: Name | None = None
+    shift: Annotated[float, Field(gt=0)] | None = None
+    sigmas: Annotated[tuple[Error, ...], Field(min_length=1, max_length=MAX_STEPS)] | None = None
+
+
+class GuidanceInfo(_Record):
+    """How guidance was done when the errors were measured."""
+
+    mode: Literal["sequential", "batched", "embedded"] | None = None
+    scale: float | None = None
+
+
+class Edge(_Record):
+    """The measured error of computing at `start` and `end` and reusing in between."""
+
+    start: Step
+    end: Step
+    mean: Error
+    spread: Error = 0.0
+    count: Annotated[int, Field(ge=1)] = 1
+
+
+class StoredPlan(_Record):
+    """The computed steps of one budget and the error of each segment between them."""
+
+    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=MAX_STEPS)]
+    errors: Annotated[tuple[Error, ...], Field(max_length=MAX_STEPS)] = ()
+
+
+class Validation(_Record):
+    """What one budget gave end to end, on prompts that were not used for the errors."""
+
+    budget: Steps
+    psnr: float
+    ssim: float | None = None
+    lpips: float | None = None
+    speedup: Annotated[float, Field(gt=0)]
+    psnr_evenly_spaced: float | None = None
+    psnr_fewer_steps: float | None = None
+
+
+class CachePolicy(_Record):
+    """A policy: plans for every budget of one model and number of steps, with their evidence."""
+
+    schema_version: Annotated[str, StringConstraints(pattern=r"^\d{1,4}\.\d{1,4}$")]
+    model: ModelInfo
+    num_inference_steps: Steps
+    scheduler: SchedulerInfo = SchedulerInfo()
+    guidance: GuidanceInfo = GuidanceInfo()
+    width: Pixels | None = None
+    height: Pixels | None = None
+    frames: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    quantity: Literal["stack_residual"] = "stack_residual"
+    max_skip: Steps | None = None
+    edges: Annotated[tuple[Edge, ...], Field(max_length=200_000)] = ()
+    noise_floor: Error | None = None
+    objective: Objective | None = None
+    plans: Annotated[dict[Budget, StoredPlan], Field(min_length=1, max_length=MAX_STEPS)]
+    prompts: Annotated[tuple[Text, ...], Field(max_length=10_000)] = ()
+    prompts_hash: Digest | None = None
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=10_000)] = ()
+    attention: Name | None = None
+    validation: Annotated[tuple[Validation, ...], Field(max_length=10_000)] | None = None
+    provenance: Literal["measured", "published", "transferred"]
+    source: Text | None = None
+    versions: Annotated[dict[Name, Text], Field(max_length=100)] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        total = self.num_inference_steps
+        sigmas = self.scheduler.sigmas
+        if sigmas is not None and len(sigmas) != total:
+            raise ValueError(f"scheduler.sigmas: found {len(sigmas)} entries, expected {total}")
+        edges: dict[tuple[int, int], float] = {}
+        for edge in self.edges:
+            if not edge.start < edge.end <= total:
+                raise ValueError(f"edges: found {edge.start} to {edge.end} in {total} steps")
+            if (edge.start, edge.end) in edges:
+                raise ValueError(f"edges: found {edge.start} to {edge.end} twice, expected once")
+            edges[edge.start, edge.end] = edge.mean
+        for budget, plan in self.plans.items():
+            try:
+                steps = Plan(plan.steps, total).steps
+            except PlanError as error:
+                raise ValueError(f"plans.{budget}: {error}") from error
+            if len(steps) != int(budget):
+                raise ValueError(f"plans.{budget}: found {len(steps)} steps, expected {budget}")
+            self._check_errors(budget, plan, edges)
+        return self
+
+    def _check_errors(
+        self, budget: str, plan: StoredPlan, edges: dict[tuple[int, int], float]
+    ) -> None:
+        """The errors that a plan states must be those of its edges."""
+        segments = list(zip(plan.steps, plan.steps[1:], strict=False))
+        if self.num_inference_steps - 1 > plan.steps[-1]:
+            segments.append((plan.steps[-1], self.num_inference_steps))
+        if plan.errors and len(plan.errors) != len(segments):
+            raise ValueError(
+                f"plans.{budget}.errors: found {len(plan.errors)}, expected {len(segments)}"
+            )
+        if not edges:
+            return
+        for error, (start, end) in zip(plan.errors, segments, strict=True):
+            expected = edges.get((start, end), 0.0 if end == start + 1 else None)
+            if expected is None or not math.isclose(error, expected, rel_tol=1e-6, abs_tol=1e-12):
+                raise ValueError(
+                    f"plans.{budget}.errors: found {error:g} from step {start} to {end}, "
+                    f"expected {'an edge' if expected is None else format(expected, 'g')}"
+                )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "CachePolicy":
+        """Read a policy file.
+
+        Raises:
+            PolicyError: missing, too large, not JSON, or a field that is wrong: the message names
+                the field, what was found and what is expected.
+        """
+        file = Path(path)
+        try:
+            with file.open("rb") as stream:
+                raw = stream.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise PolicyError(f"cannot read policy {file}: {error.strerror}") from error
+        if len(raw) > MAX_BYTES:
+            raise PolicyError(f"policy {file} is larger than {MAX_BYTES // 2**20} MiB")
+        try:
+            return cls.from_json(raw)
+        except PolicyError as error:
+            raise PolicyError(f"policy {file}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> "CachePolicy":
+        """Read a policy from a file, a folder with a `vidaccel_policy.json`, or a hub id.
+
+        Raises:
+            PolicyError: as `load` does, or when the hub has no such repository or file.
+        """
+        path = Path(source)
+        if path.is_dir():
+            path = path / FILE_NAME
+        elif not path.exists() and path.suffix != ".json":
+            path = _from_hub(str(source))
+        return cls.load(path)
+
+    @classmethod
+    def from_json(cls, raw: bytes | str) -> "CachePolicy":
+        """Parse the text of a policy file; raises PolicyError as `load` does."""
+        try:
+            text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+            data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        except (UnicodeDecodeError, RecursionError, ValueError) as error:
+            raise PolicyError(f"not a policy file: {str(error) or type(error).__name__}") from error
+        if not isinstance(data, dict):
+            raise PolicyError(f"not a policy file: found {type(data).__name__}, expected an object")
+        version = _version(data.get("schema_version"))
+        if version > (SCHEMA_MAJOR, SCHEMA_MINOR):
+            warnings.warn(
+                f"policy of schema {version[0]}.{version[1]}: fields newer than "
+                f"{SCHEMA_MAJOR}.{SCHEMA_MINOR} are left out; update vidaccel to use them",
+                stacklevel=3,
+            )
+        elif unknown := sorted(set(data) - set(cls.model_fields)):
+            raise PolicyError(f"{_short(unknown[0])}: found an unknown field")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(_short(str(part)) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            found = "" if not where else f", found {_short(repr(first['input']))}"
+            raise PolicyError(f"{where}: {message}{found}" if where else message) from error
+
+    def to_json(self) -> str:
+        """The text of the file: sorted keys, one line per list of numbers and per edge."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True)
+        # A list or object without another one inside goes on one line.
+        return re.sub(r"[\[{][^\[\]{}\"]*[\]}]|\{[^\[\]{}]*\}", _on_one_line, text) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy file, whole or not at all."""
+        file = Path(path)
+        temporary = file.with_name(f".{file.name}.part")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            os.replace(temporary, file)
+        except OSError as error:
+            raise PolicyError(f"cannot write policy {file}: {error.strerror}") from error
+
+    def budgets(self) -> list[int]:
+        """The numbers of computed steps that have a plan, in order."""
+        return sorted(map(int, self.plans))
+
+    @property
+    def fastest(self) -> float:
+        """The largest speedup of any plan, counting computed steps alone."""
+        return self.num_inference_steps / min(self.budgets())
+
+    def plan(
+        self,
+        *,
+        budget: int | None = None,
+        speedup: float | None = None,
+        max_error: float | None = None,
+    ) -> Plan:
+        """The plan for one wish.
+
+        Args:
+            budget: exactly this many computed steps.
+            speedup: the largest budget that is at least this many times faster, counting computed
+                steps alone.
+            max_error: the smallest budget of which no segment has a larger error.
+
+        Raises:
+            PolicyError: not exactly one wish, or no plan that fulfils it.
+        """
+        wishes = {"budget": budget, "speedup": speedup, "max_error": max_error}
+        given = {name: value for name, value in wishes.items() if value is not None}
+        if len(given) != 1:
+            raise PolicyError(f"plan() takes one of {', '.join(wishes)}, found {len(given)}")
+        total, known = self.num_inference_steps, self.budgets()
+        if budget is not None:
+            fitting = [b for b in known if b == budget]
+        elif speedup is not None:
+            fitting = [b for b in reversed(known) if total / b >= speedup]
+        else:
+            fitting = [b for b in known if self._largest_error(b) <= (max_error or 0.0)]
+        if not fitting:
+            (name, value), *_ = given.items()
+            raise PolicyError(
+                f"{name}: found {value}, expected one that a plan fulfils; this policy has the "
+                f"budgets {_ranges(known)} of {total} steps"
+            )
+        stored = self.plans[str(fitting[0])]
+        return Plan(stored.steps, total)
+
+    def _largest_error(self, budget: int) -> float:
+        return max(self.plans[str(budget)].errors, default=math.inf)
+
+    def check(self, setting: Setting) -> None:
+        """Hold the policy against a run.
+
+        Raises:
+            PolicyError: naming the first field that does not match, what it has and what the run
+                has. Fields that are null are not checked.
+        """
+        for field, mine, theirs in (
+            ("model.transformer", self.model.transformer, setting.transformer),
+            ("model.id", self.model.id, setting.model_id),
+            ("model.config_hash", self.model.config_hash, setting.config_hash),
+            ("num_inference_steps", self.num_inference_steps, setting.num_inference_steps),
+            ("scheduler.name", self.scheduler.name, setting.scheduler),
+        ):
+            if mine is not None and theirs is not None and mine != theirs:
+                raise PolicyError(f"{field}: the policy is for {mine}, this run has {theirs}")
+        grid, other = self.scheduler.sigmas, setting.sigmas
+        if grid is None or other is None:
+            return
+        for step, (a, b) in enumerate(zip(grid, other, strict=True)):
+            if abs(a - b) > GRID_TOLERANCE * max(a, b):
+                raise PolicyError(
+                    f"scheduler.sigmas: the policy has {a:.5f} at step {step}, this run has "
+                    f"{b:.5f}: use the scheduler settings that it was measured with"
+                )
+
+
+def policy_source(policy: Any, preset: str = "balanced") -> PlanSource:
+    """What `accelerate(policy=...)` takes, as a `PlanSource`.
+
+    Args:
+        policy: a `CachePolicy`, a file, a folder or hub id that holds one, or what
+            `vidaccel.plan.plan_source` takes.
+        preset: "quality", "balanced" or "fast"; of a policy, its plan for a speedup of 2, 3 or 5.
+
+    Raises:
+        PlanError, PolicyError: when it is none of these, or cannot be read.
+    """
+    name = "given"
+    if isinstance(policy, os.PathLike) or (
+        isinstance(policy, str) and ("/" in policy or policy.endswith(".json"))
+    ):
+        name = os.fspath(policy)
+        policy = CachePolicy.from_pretrained(policy)
+    if not isinstance(policy, CachePolicy):
+        return plan_source(policy, preset)
+    plan_source("auto", preset)  # refuses an unknown preset
+    plan = policy.plan(speedup=min(PRESETS[preset], policy.fastest))
+    chosen = policy
+
+    def resolve(setting: Setting) -> Plan:
+        chosen.check(setting)
+        return plan
+
+    return PlanSource(f"policy {name}: {plan}", resolve)
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{_short(twice)}: found twice, expected once")
+    return found
+
+
+def _from_hub(repo: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, FILE_NAME))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = _short(str(error).strip().partition("\n")[0])
+        raise PolicyError(
+            f"no policy file or folder {repo}, and not on the hub: {reason}"
+        ) from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"found {name}, expected a finite number")
+
+
+def _version(text: Any) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text) if isinstance(text, str) else None
+    if match is None or int(match[1]) != SCHEMA_MAJOR:
+        raise PolicyError(
+            f"schema_version: found {_short(repr(text))}, expected '{SCHEMA_MAJOR}.x'; "
+            "a newer file needs a newer vidaccel"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _no_parent(text: str) -> str:
+    if ".." in text:
+        raise ValueError("a model id is no path")
+    return text
+
+
+def _short(text: str) -> str:
+    """Text from a file, short and on one line."""
+    text = text.encode("unicode_escape").decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return re.sub(r"\s*\n\s*", " ", match[0]).replace("[ ", "[").replace(" ]", "]")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers as text: 4-9, 12."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
