@@ -1,14 +1,19 @@
 """The policy file: round trip, what it refuses, and how it is held against a run."""
 
+import itertools
 import json
 import random
+from pathlib import Path
 
 import pytest
 
+from vidaccel.environment import shipped_policies
 from vidaccel.errors import PolicyError
+from vidaccel.hosts import HOSTS
 from vidaccel.plan import Plan, Setting
 from vidaccel.policy import FILE_NAME, MAX_BYTES, CachePolicy, policy_source
 
+ROOT = Path(__file__).resolve().parent.parent
 SIGMAS = [1.0, 0.9, 0.8, 0.6, 0.4, 0.1]
 
 
@@ -273,3 +278,23 @@ def test_a_policy_that_is_not_there(policy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PolicyError, match=r"nowhere|no-policy|a/b/c"):
         policy_source(policy)
+
+
+@pytest.mark.parametrize("name", shipped_policies())
+def test_shipped_policies(name):
+    policy = CachePolicy.load(ROOT / "policies" / name)
+    assert policy.model.transformer in HOSTS
+    assert policy.model.id is not None and name.startswith(policy.model.id.replace("/", "--"))
+    assert policy.provenance != "published" or (policy.validation is None and policy.source)
+    for budget in policy.budgets():
+        steps = policy.plan(budget=budget).steps
+        gaps = [b - a for a, b in itertools.pairwise(steps)]
+        assert steps[-1] == policy.num_inference_steps - 1
+        assert max(gaps) <= 8
+    assert (ROOT / "policies" / name).read_text() == policy.to_json()
+
+
+def test_every_field_is_explained():
+    explained = (ROOT / "policies" / "README.md").read_text()
+    for field in CachePolicy.model_fields:
+        assert f"`{field}`" in explained
