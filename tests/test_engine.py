@@ -556,3 +556,34 @@ def test_a_policy_is_held_against_the_run(tmp_path):
         accelerate(case.pipe, policy=policy(**changes))
         with pytest.raises(PolicyError, match=field):
             case.run()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_forecasts_follow_the_noise_level(order):
+    """A residual that is a polynomial of sigma is forecast exactly by the order of its degree."""
+    pipe = wan().pipe
+    model = pipe.transformer
+    pipe.scheduler.set_timesteps(8)
+    sigmas = pipe.scheduler.sigmas.tolist()
+
+    def residual(step):
+        return sum((k + 1.0) * sigmas[step] ** k for k in range(order + 1))
+
+    now = {"residual": 0.0}
+    first, *others = model.blocks
+    first.register_forward_hook(lambda module, args, output: args[0] + now["residual"])
+    for block in others:
+        block.register_forward_hook(lambda module, args, output: args[0])
+    accelerate(pipe, policy=Plan((0, 1, 3), 8, orders=(0, 0, order)))
+    heads = []
+    model.norm_out.register_forward_pre_hook(lambda module, args: heads.append(args[0].clone()))
+    x = torch.randn(1, 16, 3, 4, 4, generator=generator(3))
+    for step in range(8):
+        now["residual"] = residual(step)
+        with torch.no_grad(), model.cache_context("cond"):
+            model(x, pipe.scheduler.timesteps[step : step + 1], embeds(1))
+    assert report(pipe).transformers[0].timeline == "CC-C----"
+    for step in range(4, 8):
+        added = heads[step] - heads[0] + residual(0)
+        expected = torch.full_like(added, residual(step))
+        torch.testing.assert_close(added, expected, rtol=0, atol=1e-4)

@@ -33,10 +33,28 @@ def test_what_a_plan_says_of_each_step():
     plan = Plan([0, 1, 4], 7)
     assert [plan.computes(s) for s in range(7)] == [True, True, False, False, True, False, False]
     assert [plan.anchor(s) for s in range(7)] == [0, 1, 1, 1, 4, 4, 4]
-    # Something of a step is kept exactly when the next one is reused; after the last, nothing.
-    assert [plan.reuses_after(s) for s in range(7)] == [False, True, True, False, True, True, False]
+    # A residual is kept exactly while the next step reuses it.
+    assert [plan.keeps(s) for s in range(7)] == [0, 1, 1, 0, 1, 1, 0]
     assert str(plan) == "3 of 7 steps computed"
     assert plan == Plan((0, 1, 4), 7)
+
+
+def test_a_forecast_keeps_what_its_order_needs():
+    plan = Plan([0, 1, 4, 6], 9, orders=(0, 1, 0, 2))
+    assert [plan.order(s) for s in (2, 3, 5, 7, 8)] == [1, 1, 0, 2, 2]
+    # The parabola from step 6 on needs the residuals of steps 1, 4 and 6.
+    assert [plan.keeps(s) for s in range(9)] == [3, 3, 3, 3, 3, 3, 3, 3, 0]
+    plan = Plan([0, 1, 4, 6], 9, orders=(0, 1, 0, 0))
+    assert [plan.keeps(s) for s in range(9)] == [2, 2, 2, 0, 1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("orders", "message"),
+    [((0,), "3 segments, found 1 orders"), ((0, 3, 0), "order 1 is 3"), ((0, True, 0), "order 1")],
+)
+def test_wrong_orders_are_refused(orders, message):
+    with pytest.raises(PlanError, match=message):
+        Plan([0, 3, 6], 9, orders=orders)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 50, 60])

@@ -2,8 +2,9 @@
 
 On a computed step the blocks run untouched and the engine keeps the residual of the whole stack,
 head input minus first block input, per guidance branch. On a reused step no block runs, and the
-head gets the new first block input plus that residual. Taking it at the head means that whatever a
-model adds between its blocks is inside the residual once, and never added again.
+head gets the new first block input plus that residual, or a forecast of it. Taking it at the head
+means that whatever a model adds between its blocks is inside the residual once, and never added
+again.
 """
 
 import json
@@ -22,6 +23,7 @@ from torch import nn
 
 from vidaccel.clock import Clock, Tick, noise_grid
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
+from vidaccel.forecast import weights
 from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
 from vidaccel.plan import Plan, PlanSource, Setting
@@ -60,7 +62,8 @@ class Engine:
         self._clock = Clock(host.branch)
         self._context: str | None = None
         self._handles: list[Any] = []
-        self._residuals: dict[str, Residual] = {}
+        self._history: dict[str, list[Residual]] = {}  # by branch, oldest first
+        self._sigmas: tuple[float, ...] = ()
         self._sample = Argument.of_forward(type(transformer), host.sample)
         self._timestep = Argument.of_forward(type(transformer), host.timestep)
         # Of the running call:
@@ -111,7 +114,7 @@ class Engine:
             handle.remove()
         for name in (*(spec.name for spec in self.host.blocks), "cache_context", _ATTRIBUTE):
             vars(self.transformer).pop(name, None)
-        self._residuals.clear()
+        self._history.clear()
 
     def serve(self, pipe: Any) -> None:
         """Follow the scheduler of `pipe`, which runs this transformer."""
@@ -126,7 +129,8 @@ class Engine:
     @property
     def bytes_held(self) -> int:
         """Bytes of the residuals that are kept at this moment."""
-        return sum(t.nbytes for held in self._residuals.values() for t in held.tensors)
+        held = [residual for history in self._history.values() for residual in history]
+        return sum(tensor.nbytes for residual in held for tensor in residual.tensors)
 
     @contextmanager
     def _cache_context(self, name: str, **fields: Any) -> Iterator[None]:
@@ -157,19 +161,16 @@ class Engine:
         schedulers = [scheduler for _, scheduler in self._pipelines]
         tick = self._clock.tick(schedulers, timestep, self._context, tuple(sample.shape))
         if tick.restarted:
-            self._residuals.clear()
+            self._history.clear()
             self.ledger.restart()
-            self.plan = self.source.resolve(self._setting(tick))
+            setting = self._setting(tick)
+            self._sigmas = setting.sigmas or ()
+            self.plan = self.source.resolve(setting)
         assert self.plan is not None
-        held = self._residuals.get(tick.branch)
-        self.reusing = (
-            not self.plan.computes(tick.step)
-            and held is not None
-            # A branch that sat out the last computed step has nothing that belongs here.
-            and held.step >= self.plan.anchor(tick.step)
-        )
-        if not self.reusing:
-            self._residuals.pop(tick.branch, None)
+        history = self._history.get(tick.branch)
+        # A branch that sat out the last computed step has nothing that belongs here.
+        fits = bool(history) and history[-1].step >= self.plan.anchor(tick.step)
+        self.reusing = fits and not self.plan.computes(tick.step)
         self._tick, self._entry, self._fresh, self.blocks_run = tick, None, [], 0
         self._device = sample.device
         self._started = _mark(self._device)
@@ -212,7 +213,7 @@ class Engine:
         """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
         if self._entry is None or self._tick is None or self.plan is None:
             return None
-        if not (self.reusing or self.plan.reuses_after(self._tick.step)):
+        if not (self.reusing or self.plan.keeps(self._tick.step)):
             return None
         given = args[0]
         streams = [self._entry[name].to(given.device) for name in head.streams]
@@ -224,19 +225,37 @@ class Engine:
                 "supported yet: restore(pipe) before enabling it"
             )
         if self.reusing:
-            residual = self._residuals[self._tick.branch].tensors[index].to(given.device)
-            return ((start + residual).to(given.dtype), *args[1:])
+            return ((start + self._forecast(index).to(given.device)).to(given.dtype), *args[1:])
         self._fresh.append((given - start).to(start.dtype))
         return None
+
+    def _forecast(self, index: int) -> torch.Tensor:
+        """The residual at head `index` of a reused step, from those of the computed ones."""
+        assert self._tick is not None and self.plan is not None
+        history, step = self._history[self._tick.branch], self._tick.step
+        known = [self._sigmas[residual.step] for residual in history]
+        coefficients = weights(known, self._sigmas[step], self.plan.order(step))
+        *older, last = [
+            (coefficient, residual.tensors[index])
+            for coefficient, residual in zip(coefficients, history, strict=True)
+            if coefficient
+        ]
+        if not older and last[0] == 1.0:
+            return last[1]
+        # Slopes are differences of nearly equal tensors: summed in float32.
+        total = last[1].float() * last[0]
+        for coefficient, tensor in older:
+            total = total.add(tensor.float(), alpha=coefficient)
+        return total
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tick, plan = self._tick, self.plan
         if tick is None or plan is None:
             return
+        history = self._history.setdefault(tick.branch, [])
         if self._fresh:
-            self._residuals[tick.branch] = Residual(tick.step, self._fresh)
-        elif not plan.reuses_after(tick.step):
-            self._residuals.pop(tick.branch, None)
+            history.append(Residual(tick.step, self._fresh))
+        del history[: max(0, len(history) - plan.keeps(tick.step))]
         self.ledger.add(
             Call(
                 step=tick.step,

@@ -2,12 +2,14 @@
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from vidaccel.errors import PlanError
+from vidaccel.forecast import MAX_ORDER
 
 # Below this many steps each one changes the sample so much that reusing any is visible.
 FEW_STEPS = 8
@@ -27,14 +29,17 @@ class Plan:
         num_inference_steps: T, the number of denoising steps the plan is made for.
         errors: the measured error of each segment, in step order, or empty when none was measured.
             Every computed step starts a segment, except step T - 1, after which nothing is reused.
+        orders: the forecast order of each segment (0 hold, 1 line, 2 parabola over sigma), or
+            empty to hold in all of them.
 
     Raises:
-        PlanError: when the steps or the errors are not such a list.
+        PlanError: when the steps, the errors or the orders are not such a list.
     """
 
     steps: tuple[int, ...]
     num_inference_steps: int
     errors: tuple[float, ...] = ()
+    orders: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", _checked(self.steps))
@@ -56,6 +61,13 @@ class Plan:
                     f"error {position} is {error!r}; the error of a segment is a finite number >= 0"
                 )
 
+        object.__setattr__(self, "orders", tuple(self.orders))
+        if self.orders and len(self.orders) != segments:
+            raise PlanError(f"the plan has {segments} segments, found {len(self.orders)} orders")
+        for position, order in enumerate(self.orders):
+            if isinstance(order, bool) or order not in range(MAX_ORDER + 1):
+                raise PlanError(f"order {position} is {order!r}; a forecast has order 0, 1 or 2")
+
     @classmethod
     def every(cls, n: int, num_inference_steps: int) -> "Plan":
         """Compute steps 0, n, 2n, ...: evenly spaced over `num_inference_steps` steps."""
@@ -67,17 +79,36 @@ class Plan:
     def _computed(self) -> frozenset[int]:
         return frozenset(self.steps)
 
+    @cached_property
+    def _segments(self) -> tuple[int, ...]:
+        """For each step, the position in `steps` of the last computed step up to it."""
+        return tuple(bisect_right(self.steps, s) - 1 for s in range(self.num_inference_steps))
+
+    @cached_property
+    def _keeps(self) -> tuple[int, ...]:
+        later = [0] * self.num_inference_steps
+        for s in reversed(range(1, self.num_inference_steps)):
+            wanted = 0 if self.computes(s) else self.order(s) + 1
+            # A held residual is of no use before its own computed step; a slope needs older ones.
+            after = later[s] if later[s] > 1 or not self.computes(s) else 0
+            later[s - 1] = max(wanted, after)
+        return tuple(later)
+
     def computes(self, step: int) -> bool:
         """Whether the plan computes `step`."""
         return step in self._computed
 
     def anchor(self, step: int) -> int:
         """The computed step that `step` reuses, or `step` itself when it is computed."""
-        return max(s for s in self.steps if s <= step)
+        return self.steps[self._segments[step]]
 
-    def reuses_after(self, step: int) -> bool:
-        """Whether the step after `step` is reused, so that something of `step` must be kept."""
-        return step + 1 < self.num_inference_steps and step + 1 not in self._computed
+    def order(self, step: int) -> int:
+        """The forecast order with which the reused `step` is filled in."""
+        return self.orders[self._segments[step]] if self.orders else 0
+
+    def keeps(self, step: int) -> int:
+        """How many of the last residuals, that of `step` included, later steps may ask for."""
+        return self._keeps[step]
 
     def __str__(self) -> str:
         return f"{len(self.steps)} of {self.num_inference_steps} steps computed"

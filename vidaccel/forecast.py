@@ -1,0 +1,42 @@
+"""Residuals of reused steps, forecast from those of the computed steps before. No torch.
+
+Order 0 holds the last residual; order 1 and 2 extend the line or parabola through the last two or
+three over the noise level sigma. Steps are not equidistant in sigma, so a forecast over the step
+index would be wrong on shifted schedules.
+"""
+
+from collections.abc import Sequence
+
+MAX_ORDER = 2
+
+# Two computed steps this close in sigma say nothing about a slope.
+_SMALLEST_GAP = 1e-6
+
+
+def weights(known: Sequence[float], sigma: float, order: int) -> tuple[float, ...]:
+    """Coefficients of the residuals whose weighted sum is the forecast.
+
+    The polynomial of degree `order` through the last points, in Lagrange's form. With fewer known
+    points than the order needs, or two at the same noise level, the degree is what they allow.
+
+    Args:
+        known: noise levels of the computed steps, oldest first; at least one.
+        sigma: noise level of the reused step.
+        order: 0, 1 or 2.
+
+    Returns:
+        One coefficient per entry of `known`; they sum to 1.
+    """
+    points = list(known[-(order + 1) :])
+    while len(points) > 1 and any(
+        abs(a - b) < _SMALLEST_GAP for i, a in enumerate(points) for b in points[:i]
+    ):
+        del points[0]
+    lagrange = []
+    for i, point in enumerate(points):
+        value = 1.0
+        for j, other in enumerate(points):
+            if i != j:
+                value *= (sigma - other) / (point - other)
+        lagrange.append(value)
+    return (*(0.0 for _ in range(len(known) - len(points))), *lagrange)
