@@ -1,0 +1,1 @@
+"""LeMiCa: which denoising steps to compute, decided offline from measured segment errors."""
