@@ -28,6 +28,7 @@ from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
 from vidaccel.plan import Plan, PlanSource, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
+from vidaccel.tape import Tape
 
 _ATTRIBUTE = "_vidaccel_engine"
 
@@ -57,6 +58,7 @@ class Engine:
         self.host = host
         self.source = source
         self.plan: Plan | None = None
+        self.tape: Tape | None = None  # set while a generation is recorded or run again
         self.ledger = Ledger(sum(len(getattr(transformer, b.name)) for b in host.blocks))
         self._pipelines: list[tuple[weakref.ref[Any], Any]] = []
         self._clock = Clock(host.branch)
@@ -73,6 +75,7 @@ class Engine:
         self._entry: dict[str, torch.Tensor] | None = None
         self._fresh: list[torch.Tensor] = []
         self.reusing = False
+        self.playing = False
         self.blocks_run = 0
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -87,6 +90,11 @@ class Engine:
         transformer = self._transformer()
         assert transformer is not None  # it holds the engine
         return transformer
+
+    @property
+    def step(self) -> int | None:
+        """The denoising step of the running call; None between calls."""
+        return None if self._tick is None else self._tick.step
 
     def attach(self) -> None:
         """Start intercepting. Touches the instance `__dict__` and torch's own hook lists only."""
@@ -168,6 +176,7 @@ class Engine:
             self.plan = self.source.resolve(setting)
         assert self.plan is not None
         history = self._history.get(tick.branch)
+        self.playing = self.tape is not None and self.tape.plays(tick.step)
         # A branch that sat out the last computed step has nothing that belongs here.
         fits = bool(history) and history[-1].step >= self.plan.anchor(tick.step)
         self.reusing = fits and not self.plan.computes(tick.step)
@@ -202,7 +211,7 @@ class Engine:
                 for head in self.host.heads
                 for name in head.streams
             }
-        if self.reusing:
+        if self.reusing or self.playing:
             return named.passed_through(args, kwargs)
         self.blocks_run += 1
         return block(*args, **kwargs)
@@ -211,7 +220,7 @@ class Engine:
         self, index: int, head: Head, module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
-        if self._entry is None or self._tick is None or self.plan is None:
+        if self._entry is None or self._tick is None or self.plan is None or self.playing:
             return None
         if not (self.reusing or self.plan.keeps(self._tick.step)):
             return None
@@ -248,10 +257,14 @@ class Engine:
             total = total.add(tensor.float(), alpha=coefficient)
         return total
 
-    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tick, plan = self._tick, self.plan
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        tick, plan, tape = self._tick, self.plan, self.tape
         if tick is None or plan is None:
-            return
+            return None
+        if tape is not None and self.playing:
+            return tape.played(tick.step, tick.branch, self._device)
+        if tape is not None and tape.recording:
+            tape.record(tick.step, tick.branch, output)
         history = self._history.setdefault(tick.branch, [])
         if self._fresh:
             history.append(Residual(tick.step, self._fresh))
@@ -268,6 +281,7 @@ class Engine:
             )
         )
         self._tick, self._entry, self._fresh, self.reusing = None, None, [], False
+        return None
 
 
 @dataclass(frozen=True)
