@@ -26,6 +26,7 @@ except PackageNotFoundError:  # a bare clone on the import path
 if TYPE_CHECKING:
     from vidaccel.api import accelerate, report, restore
     from vidaccel.errors import VidaccelError
+    from vidaccel.lemica.build import build_policy
     from vidaccel.plan import Plan
     from vidaccel.policy import CachePolicy
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # and a mistyped option do not wait for torch.
 _HOME = {
     "CachePolicy": "policy",
+    "build_policy": "lemica.build",
     "accelerate": "api",
     "report": "api",
     "restore": "api",
@@ -40,7 +42,16 @@ _HOME = {
     "VidaccelError": "errors",
 }
 
-__all__ = ["CachePolicy", "Plan", "VidaccelError", "__version__", "accelerate", "report", "restore"]
+__all__ = [
+    "CachePolicy",
+    "Plan",
+    "VidaccelError",
+    "__version__",
+    "accelerate",
+    "build_policy",
+    "report",
+    "restore",
+]
 
 
 def __getattr__(name: str) -> Any:

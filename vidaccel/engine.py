@@ -57,6 +57,7 @@ class Engine:
         self._transformer = weakref.ref(transformer)
         self.host = host
         self.source = source
+        self.setting: Setting | None = None  # of the running or last generation, as is the plan
         self.plan: Plan | None = None
         self.tape: Tape | None = None  # set while a generation is recorded or run again
         self.ledger = Ledger(sum(len(getattr(transformer, b.name)) for b in host.blocks))
@@ -171,9 +172,9 @@ class Engine:
         if tick.restarted:
             self._history.clear()
             self.ledger.restart()
-            setting = self._setting(tick)
-            self._sigmas = setting.sigmas or ()
-            self.plan = self.source.resolve(setting)
+            self.setting = self._setting(tick)
+            self._sigmas = self.setting.sigmas or ()
+            self.plan = self.source.resolve(self.setting)
         assert self.plan is not None
         history = self._history.get(tick.branch)
         self.playing = self.tape is not None and self.tape.plays(tick.step)

@@ -19,6 +19,10 @@ class PolicyError(PlanError):
     """A policy file is malformed, or is not made for the pipeline and run it is used for."""
 
 
+class BuildError(VidaccelError):
+    """A work folder belongs to another build, or cannot be read or written."""
+
+
 class ScheduleError(VidaccelError):
     """The transformer is not driven by the scheduler that the pipeline had when accelerated."""
 

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from vidaccel.errors import PlanError, PolicyError
+from vidaccel.files import write_text
 from vidaccel.plan import PRESETS, Plan, PlanSource, Setting, plan_source
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
@@ -250,11 +251,8 @@ class CachePolicy(_Record):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy file, whole or not at all."""
         file = Path(path)
-        temporary = file.with_name(f".{file.name}.part")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(self.to_json(), encoding="utf-8")
-            os.replace(temporary, file)
+            write_text(file, self.to_json())
         except OSError as error:
             raise PolicyError(f"cannot write policy {file}: {error.strerror}") from error
 

@@ -74,6 +74,11 @@ class Replayer:
         seed: of the noise.
         metric: compares the latents of a run with those of the reference.
 
+    Attributes:
+        reference: the run in which every step is computed.
+        setting: what the runs are like, for a policy.
+        forwards: steps that were computed so far.
+
     Raises:
         PlanError: fewer than 3 steps, or a run that starts inside its schedule.
     """
@@ -83,8 +88,9 @@ class Replayer:
         if self.steps < 3:
             raise PlanError(f"calibration needs 3 steps or more, found {self.steps}")
         self.pipe, self.call, self.seed, self.metric = pipe, call, seed, metric
-        self.forwards = 0  # steps of which the blocks ran, since the start
+        self.forwards = 0
         self.reference = self._record()
+        self.setting = next(iter(engines_of(pipe).values())).setting
 
     def __enter__(self) -> "Replayer":
         return self

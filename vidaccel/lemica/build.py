@@ -1,0 +1,332 @@
+"""From a pipeline and prompts to a policy: measure every segment, search every budget.
+
+The measuring is cut into units, each of which leaves one small shard file in the work folder. A
+build that was killed goes on from the shards that are there; a folder of another build is refused.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean, pstdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from vidaccel.environment import environment
+from vidaccel.errors import BuildError, PlanError
+from vidaccel.files import write_text
+from vidaccel.hosts import find_transformers
+from vidaccel.lemica import search
+from vidaccel.lemica.calibrate import Replayer, exact_errors, gain_errors, segments
+from vidaccel.plan import Setting
+from vidaccel.policy import (
+    CachePolicy,
+    Edge,
+    GuidanceInfo,
+    ModelInfo,
+    SchedulerInfo,
+    StoredPlan,
+)
+
+METHODS = ("exact", "gain")
+
+Errors = dict[tuple[int, int], float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a build measures; equal tasks may share a work folder.
+
+    Attributes:
+        prompts, seeds: every prompt is run with every seed.
+        num_inference_steps: T.
+        max_skip: longest segment.
+        method: "exact" or "gain".
+        call: the other arguments of the pipeline's call.
+        model: what tells this model from others.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    num_inference_steps: int
+    max_skip: int
+    method: str
+    call: dict[str, Any]
+    model: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        steps = self.num_inference_steps
+        if steps < 3:
+            raise PlanError(f"num_inference_steps: found {steps}, calibration needs 3 or more")
+        if not 2 <= self.max_skip < steps:
+            raise PlanError(f"max_skip: found {self.max_skip}, expected 2 to {steps - 1}")
+        if self.method not in METHODS:
+            raise PlanError(f"method: found {self.method!r}, expected one of {', '.join(METHODS)}")
+        for name in ("prompts", "seeds"):
+            if not getattr(self, name):
+                raise PlanError(f"{name}: found none, expected at least one")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise PlanError("prompts: found an empty one")
+
+    def samples(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of each generation that is measured."""
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+    def starts(self) -> list[int | None]:
+        """The units of one sample: the step that its segments start from; None for all at once."""
+        return list(range(self.num_inference_steps - 1)) if self.method == "exact" else [None]
+
+    def cost(self, start: int | None) -> int:
+        """Steps that a unit computes, roughly."""
+        steps = self.num_inference_steps
+        if start is None:
+            return 8 * steps
+        ends = [end for s, end in segments(steps, self.max_skip) if s == start]
+        return sum(steps - end + 1 for end in ends)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The task as JSON keeps it."""
+        return json.loads(json.dumps(vars(self), default=str))
+
+
+class WorkFolder:
+    """The shards of one task.
+
+    Args:
+        path: the folder; made if need be.
+        task: what is measured.
+
+    Raises:
+        BuildError: the folder belongs to another task, or cannot be written.
+    """
+
+    def __init__(self, path: Path, task: Task) -> None:
+        self.path = path
+        manifest = path / "task.json"
+        wanted = task.fingerprint()
+        if manifest.exists():
+            found = _read(manifest)
+            differing = [key for key in wanted if found.get(key) != wanted[key]]
+            if differing:
+                raise BuildError(
+                    f"{path} belongs to another build: its {', '.join(differing)} "
+                    f"{'differs' if len(differing) == 1 else 'differ'}; use another work folder"
+                )
+        else:
+            self._write(manifest, wanted)
+
+    def load(self, sample: int, start: int | None) -> Errors | None:
+        """The errors of a unit, or None when it is still to be measured."""
+        file = self._file(sample, start)
+        if not file.exists():
+            return None
+        return {(int(s), int(e)): float(error) for s, e, error in _read(file)}
+
+    def save(self, sample: int, start: int | None, errors: Errors) -> None:
+        """Keep the errors of a unit."""
+        self._write(self._file(sample, start), [[s, e, error] for (s, e), error in errors.items()])
+
+    def _file(self, sample: int, start: int | None) -> Path:
+        return self.path / f"sample-{sample:04d}-{'all' if start is None else f'{start:04d}'}.json"
+
+    def _write(self, file: Path, data: Any) -> None:
+        try:
+            write_text(file, json.dumps(data, sort_keys=True) + "\n")
+        except OSError as error:
+            raise BuildError(
+                f"cannot write {file}: {error.strerror}; what was measured before is kept, and "
+                "the same command goes on from there"
+            ) from error
+
+
+def build_policy(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int,
+    seeds: Sequence[int] = (0,),
+    max_skip: int = 8,
+    method: str = "exact",
+    objective: str = "leximax",
+    call_kwargs: dict[str, Any] | None = None,
+    workdir: str | Path | None = None,
+    progress: bool = True,
+) -> CachePolicy:
+    """Measure what reusing each segment costs and find the best plan for every budget.
+
+    The method of LeMiCa (arXiv 2511.00090): errors of single segments, averaged over prompts and
+    seeds, and the lexicographically smallest path for each number of computed steps.
+
+    Args:
+        pipe: a pipeline that `accelerate` takes. It is left as it was.
+        prompts: what the clips show; 5 to 20 short, diverse ones are plenty.
+        num_inference_steps: T.
+        seeds: of the noise; every prompt is run with every seed.
+        max_skip: longest segment, in steps.
+        method: "exact" runs every segment, about T * (max_skip - 1) / 2 generations per sample of
+            which a third is computed; "gain" estimates them within about 8 generations.
+        objective: of `lemica.search.solve`.
+        call_kwargs: further arguments of the pipeline's call, such as the size.
+        workdir: folder of the shards, so that a killed build goes on; None for none.
+        progress: a bar in units of generations.
+
+    Returns:
+        The policy, not validated.
+
+    Raises:
+        PlanError: an argument is out of range.
+        BuildError: the work folder belongs to another build or cannot be written.
+        UnsupportedPipelineError: as `accelerate`.
+    """
+    call = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
+    task = Task(
+        tuple(prompts),
+        tuple(seeds),
+        num_inference_steps,
+        max_skip,
+        method,
+        call,
+        _model_identity(pipe),
+    )
+    search.solve(error_matrix((), 3), objective=objective)  # refuses an unknown one now
+    with TemporaryDirectory() as temporary:
+        folder = WorkFolder(Path(temporary if workdir is None else workdir), task)
+        measured, facts = _measure(pipe, task, folder, progress)
+    return _policy(pipe, task, measured, facts, objective)
+
+
+def _measure(
+    pipe: Any, task: Task, folder: WorkFolder, progress: bool
+) -> tuple[dict[tuple[int, int], list[float]], dict[str, Any]]:
+    """The errors of each segment over the samples, and what the first run told of the setting."""
+    measured: dict[tuple[int, int], list[float]] = defaultdict(list)
+    facts: dict[str, Any] = {}
+    steps = task.num_inference_steps
+    total = len(task.samples()) * (steps + sum(map(task.cost, task.starts())))
+    form = "{l_bar}{bar}| {n:.1f}/{total:.0f} generations [{elapsed}<{remaining}]"
+    with tqdm(total=total / steps, bar_format=form, disable=not progress) as bar:
+        for index, (prompt, seed) in enumerate(task.samples()):
+            known = {start: folder.load(index, start) for start in task.starts()}
+            if index == 0 or None in known.values():
+                with Replayer(pipe, {**task.call, "prompt": prompt}, seed) as replayer:
+                    facts = facts or _facts(replayer)
+                    bar.update(1)
+                    for start in (s for s, errors in known.items() if errors is None):
+                        known[start] = _unit(replayer, task, start)
+                        folder.save(index, start, known[start] or {})
+                        bar.update(task.cost(start) / steps)
+            for errors in known.values():
+                for segment, error in (errors or {}).items():
+                    measured[segment].append(error)
+    return measured, facts
+
+
+def _unit(replayer: Replayer, task: Task, start: int | None) -> Errors:
+    if start is None:
+        return gain_errors(replayer, task.max_skip)
+    return exact_errors(replayer, task.max_skip, [start])
+
+
+def _facts(replayer: Replayer) -> dict[str, Any]:
+    return {"setting": replayer.setting, "noise_floor": replayer.noise_floor()}
+
+
+def _policy(
+    pipe: Any,
+    task: Task,
+    measured: dict[tuple[int, int], list[float]],
+    facts: dict[str, Any],
+    objective: str,
+) -> CachePolicy:
+    steps = task.num_inference_steps
+    edges = tuple(
+        Edge(start=s, end=e, mean=fmean(errors), spread=pstdev(errors), count=len(errors))
+        for (s, e), errors in sorted(measured.items())
+    )
+    plans = search.solve(error_matrix(edges, steps), objective=objective)
+    setting: Setting = facts["setting"]
+    versions = environment()["packages"]
+    wanted = {name: task.call.get(name) for name in ("width", "height")}
+    return CachePolicy(
+        schema_version="1.0",
+        model=ModelInfo(
+            transformer=str(setting.transformer),
+            id=setting.model_id,
+            config_hash=setting.config_hash,
+        ),
+        num_inference_steps=steps,
+        scheduler=SchedulerInfo(
+            name=setting.scheduler,
+            shift=getattr(pipe.scheduler.config, "shift", None),
+            sigmas=setting.sigmas,
+        ),
+        guidance=GuidanceInfo(
+            mode=next(host.guidance for _, host in find_transformers(pipe).values()),
+            scale=task.call.get("guidance_scale"),
+        ),
+        **wanted,
+        frames=task.call.get("num_frames"),
+        max_skip=task.max_skip,
+        edges=edges,
+        noise_floor=facts["noise_floor"],
+        objective=objective,
+        plans={
+            str(budget): StoredPlan(steps=plan.steps, errors=plan.errors)
+            for budget, plan in plans.items()
+        },
+        prompts=task.prompts,
+        prompts_hash=sha256("\n".join(task.prompts).encode()).hexdigest(),
+        seeds=task.seeds,
+        attention="dense",
+        provenance="measured",
+        source=f"vidaccel build-policy, {task.method} errors",
+        versions=versions,
+    )
+
+
+def error_matrix(edges: Sequence[Edge], steps: int) -> np.ndarray:
+    """The mean errors as `lemica.search.solve` takes them.
+
+    Returns:
+        [T, T] float64: 0 next to the diagonal, inf where nothing was measured.
+    """
+    matrix = np.full((steps, steps), np.inf)
+    matrix[np.arange(steps - 1), np.arange(1, steps)] = 0.0
+    for edge in edges:
+        if edge.end < steps:
+            matrix[edge.start, edge.end] = edge.mean
+    return matrix
+
+
+def _model_identity(pipe: Any) -> dict[str, Any]:
+    """What tells this pipeline's transformers from others: class, config and some weights."""
+    found = {}
+    for name, (transformer, _) in find_transformers(pipe).items():
+        digest = sha256()
+        for key, parameter in _small_parameters(transformer):
+            digest.update(key.encode())
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        config = {k: str(v) for k, v in transformer.config.items() if not k.startswith("_")}
+        found[name] = {
+            "class": type(transformer).__name__,
+            "config": config,
+            "weights": digest.hexdigest(),
+        }
+    return found
+
+
+def _small_parameters(transformer: Any) -> Iterator[tuple[str, Any]]:
+    # Hashing billions of weights would take as long as a generation; every layer has small ones.
+    return ((k, p) for k, p in transformer.named_parameters() if p.numel() <= 2**16)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BuildError(f"cannot read {file} ({error}); remove it and run again") from error
