@@ -31,6 +31,10 @@ class ModelError(VidaccelError):
     """A model cannot be found or loaded, or does not take what it was asked for."""
 
 
+class OutputError(VidaccelError):
+    """A result cannot be written where it was asked for."""
+
+
 class VideoError(VidaccelError):
     """A clip has the wrong form, or a video or picture cannot be read or written."""
 

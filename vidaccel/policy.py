@@ -14,102 +14,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.files import write_text
 from vidaccel.plan import PRESETS, Plan, PlanSource, Setting, plan_source
+from vidaccel.schema import (
+    MAX_STEPS,
+    Budget,
+    Digest,
+    Edge,
+    Error,
+    GuidanceInfo,
+    ModelInfo,
+    Name,
+    Objective,
+    Pixels,
+    Record,
+    SchedulerInfo,
+    Steps,
+    StoredPlan,
+    Text,
+    Validation,
+)
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
 MAX_BYTES = 32 * 2**20
-MAX_STEPS = 1000
 # Noise grids agree when every entry does to this relative difference: float32 rounding, no more.
 GRID_TOLERANCE = 1e-4
 FILE_NAME = "vidaccel_policy.json"
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"
-Name = Annotated[str, StringConstraints(pattern=rf"^{_NAME}$")]
-ModelId = Annotated[
-    str,
-    StringConstraints(pattern=rf"^{_NAME}(/{_NAME})?$"),
-    AfterValidator(lambda text: _no_parent(text)),
-]
-Text = Annotated[str, StringConstraints(max_length=4000)]
-Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
-Step = Annotated[int, Field(ge=0, le=MAX_STEPS)]
-Error = Annotated[float, Field(ge=0.0)]
-Pixels = Annotated[int, Field(ge=1, le=16384)]
-Budget = Annotated[str, StringConstraints(pattern=r"^[1-9]\d{0,3}$")]
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Objective = Annotated[str, StringConstraints(pattern=r"^[a-z_]+(\(\d+(\.\d+)?\))?$")]
 
-
-class _Record(BaseModel):
-    # Lax only where JSON is: a list for a tuple, a whole number for a float.
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, strict=True)
-
-
-class ModelInfo(_Record):
-    """The transformer: class, hub id and hash of its config (None: not checked)."""
-
-    transformer: Name
-    id: ModelId | None = None
-    config_hash: Digest | None = None
-
-
-class SchedulerInfo(_Record):
-    """The scheduler: class, shift and noise levels of the steps (None: not checked)."""
-
-    name: Name | None = None
-    shift: Annotated[float, Field(gt=0)] | None = None
-    sigmas: Annotated[tuple[Error, ...], Field(min_length=1, max_length=MAX_STEPS)] | None = None
-
-
-class GuidanceInfo(_Record):
-    """How guidance was done when the errors were measured."""
-
-    mode: Literal["sequential", "batched", "embedded"] | None = None
-    scale: float | None = None
-
-
-class Edge(_Record):
-    """The measured error of computing at `start` and `end` and reusing in between."""
-
-    start: Step
-    end: Step
-    mean: Error
-    spread: Error = 0.0
-    count: Annotated[int, Field(ge=1)] = 1
-
-
-class StoredPlan(_Record):
-    """The computed steps of one budget and the error of each segment between them."""
-
-    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=MAX_STEPS)]
-    errors: Annotated[tuple[Error, ...], Field(max_length=MAX_STEPS)] = ()
-
-
-class Validation(_Record):
-    """What one budget gave end to end, on prompts that were not used for the errors."""
-
-    budget: Steps
-    psnr: float
-    ssim: float | None = None
-    lpips: float | None = None
-    speedup: Annotated[float, Field(gt=0)]
-    psnr_evenly_spaced: float | None = None
-    psnr_fewer_steps: float | None = None
-
-
-class CachePolicy(_Record):
+class CachePolicy(Record):
     """A policy: plans for every budget of one model and number of steps, with their evidence."""
 
     schema_version: Annotated[str, StringConstraints(pattern=r"^\d{1,4}\.\d{1,4}$")]
@@ -133,7 +69,7 @@ class CachePolicy(_Record):
     validation: Annotated[tuple[Validation, ...], Field(max_length=10_000)] | None = None
     provenance: Literal["measured", "published", "transferred"]
     source: Text | None = None
-    versions: Annotated[dict[Name, Text], Field(max_length=100)] = {}
+    versions: Annotated[dict[Name, Text], Field(default_factory=dict, max_length=100)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -150,7 +86,7 @@ class CachePolicy(_Record):
             edges[edge.start, edge.end] = edge.mean
         for budget, plan in self.plans.items():
             try:
-                steps = Plan(plan.steps, total).steps
+                steps = Plan(plan.steps, total, plan.errors, plan.orders).steps
             except PlanError as error:
                 raise ValueError(f"plans.{budget}: {error}") from error
             if len(steps) != int(budget):
@@ -165,11 +101,7 @@ class CachePolicy(_Record):
         segments = list(zip(plan.steps, plan.steps[1:], strict=False))
         if self.num_inference_steps - 1 > plan.steps[-1]:
             segments.append((plan.steps[-1], self.num_inference_steps))
-        if plan.errors and len(plan.errors) != len(segments):
-            raise ValueError(
-                f"plans.{budget}.errors: found {len(plan.errors)}, expected {len(segments)}"
-            )
-        if not edges:
+        if not edges or not plan.errors:
             return
         for error, (start, end) in zip(plan.errors, segments, strict=True):
             expected = edges.get((start, end), 0.0 if end == start + 1 else None)
@@ -260,6 +192,27 @@ class CachePolicy(_Record):
         """The numbers of computed steps that have a plan, in order."""
         return sorted(map(int, self.plans))
 
+    def table(self) -> str:
+        """What the policy says, for people: a line per budget, C computed, - reused."""
+        name = self.model.id or self.model.transformer
+        lines = [
+            f"{name}: {self.num_inference_steps} steps, {self.provenance}"
+            + (f", {self.source}" if self.source else ""),
+            "",
+            "budget  speedup  largest error",
+        ]
+        for budget in self.budgets():
+            plan = self.plan(budget=budget)
+            error = self._largest_error(budget)
+            steps = "".join(
+                "C" if plan.computes(s) else "-" for s in range(self.num_inference_steps)
+            )
+            shown = f"{error:.4g}" if math.isfinite(error) else "not known"
+            lines.append(
+                f"{budget:6d}  {self.num_inference_steps / budget:6.2f}x  {shown:>13}  {steps}"
+            )
+        return "\n".join(lines)
+
     @property
     def fastest(self) -> float:
         """The largest speedup of any plan, counting computed steps alone."""
@@ -301,7 +254,7 @@ class CachePolicy(_Record):
                 f"budgets {_ranges(known)} of {total} steps"
             )
         stored = self.plans[str(fitting[0])]
-        return Plan(stored.steps, total)
+        return Plan(stored.steps, total, stored.errors, stored.orders)
 
     def _largest_error(self, budget: int) -> float:
         return max(self.plans[str(budget)].errors, default=math.inf)
@@ -397,12 +350,6 @@ def _version(text: Any) -> tuple[int, int]:
             "a newer file needs a newer vidaccel"
         )
     return int(match[1]), int(match[2])
-
-
-def _no_parent(text: str) -> str:
-    if ".." in text:
-        raise ValueError("a model id is no path")
-    return text
 
 
 def _short(text: str) -> str:

@@ -24,14 +24,8 @@ from vidaccel.hosts import find_transformers
 from vidaccel.lemica import search
 from vidaccel.lemica.calibrate import Replayer, exact_errors, gain_errors, segments
 from vidaccel.plan import Setting
-from vidaccel.policy import (
-    CachePolicy,
-    Edge,
-    GuidanceInfo,
-    ModelInfo,
-    SchedulerInfo,
-    StoredPlan,
-)
+from vidaccel.policy import CachePolicy
+from vidaccel.schema import Edge, GuidanceInfo, ModelInfo, SchedulerInfo, StoredPlan
 
 METHODS = ("exact", "gain")
 

@@ -1,0 +1,147 @@
+"""Benchmarks: baseline and result in one run, medians of interleaved rounds, JSON out."""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from vidaccel.api import accelerate, restore
+from vidaccel.environment import environment
+from vidaccel.generate import steps_of
+from vidaccel.hosts import find_transformers
+from vidaccel.plan import Plan
+
+Interleaved = dict[str, Callable[[], object]]
+
+
+def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool = True) -> Any:
+    """What vidaccel costs when it skips nothing, and how much of the ideal speedup it realises.
+
+    The ideal time of a plan is the plain time less the blocks' share of every reused step, where
+    that share is the time of a plain run less that of a run whose transformer has no blocks: the
+    embedding and the head still run on reused steps.
+
+    Args:
+        pipe: a pipeline that `accelerate` takes; it is left as it was.
+        call: its arguments. Latents are the output, so no decoding is timed.
+        rounds: each round times every variant once, in an order that turns by one.
+
+    Returns:
+        "settings", "seconds" (variant -> all rounds), "median_seconds", "idle_overhead" (fraction
+        of the plain time, the median over rounds of the ratio within a round), "plans" (every N ->
+        computed steps, ideal and realised speedup and their ratio) and "environment".
+    """
+    steps = steps_of(pipe, call)
+    call = {**call, "output_type": "latent"}
+    pipe.set_progress_bar_config(disable=True)
+    plans = {f"every {n}": len(Plan.every(n, steps).steps) for n in (2, 3, 5)}
+
+    def generation() -> None:
+        pipe(generator=torch.Generator("cpu").manual_seed(0), **call)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def accelerated(policy: str | None) -> Callable[[], None]:
+        def run() -> None:
+            accelerate(pipe, policy=policy)
+            generation()
+
+        return run
+
+    def without_blocks() -> None:
+        with _no_blocks(pipe):
+            generation()
+
+    variants: Interleaved = {"plain": generation, "idle": accelerated(None)}
+    variants |= {name: accelerated(name) for name in plans}
+    variants["no blocks"] = without_blocks
+    seconds = interleave(variants, rounds, after=lambda: restore(pipe), progress=progress)
+
+    def paired(value: Callable[[dict[str, float]], float]) -> float:
+        """Median over rounds of a value of one round: drift of the machine cancels within it."""
+        return statistics.median(
+            value(dict(zip(seconds, times, strict=True)))
+            for times in zip(*seconds.values(), strict=True)
+        )
+
+    def ideal(name: str, of: dict[str, float]) -> float:
+        return of["plain"] - (1 - plans[name] / steps) * (of["plain"] - of["no blocks"])
+
+    return {
+        "settings": {
+            **call,
+            "rounds": rounds,
+            "dtype": str(pipe.dtype),
+            "device": str(pipe.device),
+        },
+        "seconds": seconds,
+        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "idle_overhead": paired(lambda of: of["idle"] / of["plain"] - 1),
+        "plans": {
+            name: {
+                "steps_computed": computed,
+                "ideal_speedup": paired(lambda of, n=name: of["plain"] / ideal(n, of)),
+                "speedup": paired(lambda of, n=name: of["plain"] / of[n]),
+                "realised_over_ideal": paired(lambda of, n=name: ideal(n, of) / of[n]),
+            }
+            for name, computed in plans.items()
+        },
+        "environment": environment(),
+    }
+
+
+def overhead_table(result: Any) -> str:
+    """The result of `overhead` for people."""
+    lines = [f"idle overhead {result['idle_overhead']:+.2%} of a run", ""]
+    lines += ["plan     computed  ideal  measured  realised"]
+    lines += [
+        f"{name}  {plan['steps_computed']:8d}  {plan['ideal_speedup']:4.2f}x  "
+        f"{plan['speedup']:7.2f}x  {plan['realised_over_ideal']:8.3f}"
+        for name, plan in result["plans"].items()
+    ]
+    return "\n".join(lines)
+
+
+def interleave(
+    variants: Interleaved, rounds: int, *, after: Callable[[], object], progress: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each variant, once per round, after one round that is not counted.
+
+    Args:
+        variants: name -> what to time.
+        rounds: how often each is timed. The order turns by one from round to round, so that no
+            variant always follows the same other.
+        after: run after each, outside of the timing.
+    """
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with tqdm(total=(rounds + 1) * len(names), unit="run", disable=not progress) as bar:
+        for turn in range(rounds + 1):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                started = time.perf_counter()
+                variants[name]()
+                elapsed = time.perf_counter() - started
+                after()
+                if turn > 0:
+                    seconds[name].append(elapsed)
+                bar.update()
+    return seconds
+
+
+@contextmanager
+def _no_blocks(pipe: Any) -> Any:
+    """The transformers of `pipe` with empty block lists."""
+    found = list(find_transformers(pipe).values())
+    for transformer, host in found:
+        for blocks in host.blocks:
+            vars(transformer)[blocks.name] = torch.nn.ModuleList()
+    try:
+        yield
+    finally:
+        for transformer, host in found:
+            for blocks in host.blocks:
+                del vars(transformer)[blocks.name]

@@ -1,0 +1,305 @@
+"""The command line: vidaccel generate | build-policy | show | bench | env."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vidaccel import __version__
+from vidaccel.console import at_least, check_writable, print_result, read_prompts, size, write_json
+from vidaccel.errors import ModelError, PolicyError, VidaccelError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code is 0, 2 for bad input, or 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="vidaccel", description="Makes Diffusers video pipelines faster without training."
+    )
+    parser.add_argument("--version", action="version", version=f"vidaccel {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_generate_parser, _build_parser, _show_parser, _bench_parser, _env_parser):
+        add(commands)
+    arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = arguments.run
+    try:
+        run(arguments)
+    except VidaccelError as error:
+        print(f"vidaccel: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vidaccel: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _generate_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="turn a prompt into a clip, accelerated, and compare it with the plain one",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("prompt", nargs="?", help="what to show; the embedded model has its own")
+    parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
+    parser.add_argument("--negative-prompt", metavar="TEXT")
+    parser.add_argument("--steps", type=at_least(1), help="denoising steps")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
+    parser.add_argument("--frames", type=at_least(1), help="number of frames")
+    parser.add_argument("--guidance", type=float, help="guidance scale")
+    parser.add_argument(
+        "--plan",
+        default="auto",
+        help='steps to compute: "auto", "all", "every N", a list such as 0,1,5, or a policy file',
+    )
+    parser.add_argument(
+        "--preset",
+        default="balanced",
+        choices=("quality", "balanced", "fast"),
+        help="how many steps auto or a policy file computes",
+    )
+    wish = parser.add_mutually_exclusive_group()
+    wish.add_argument("--budget", type=at_least(1), help="of a policy file: computed steps")
+    wish.add_argument("--speedup", type=float, help="of a policy file: computed steps alone")
+    wish.add_argument("--max-error", type=float, help="of a policy file: of any segment")
+    parser.add_argument("--compare", action="store_true", help="also run without acceleration")
+    parser.add_argument("--fps", type=at_least(1), default=16, help="of the files")
+    parser.add_argument("--out", type=Path, default=Path("out/video.mp4"), help="an .mp4 file")
+    parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    _add_model_options(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cuda, cpu, ...; the GPU if there is one")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU"
+    )
+    parser.add_argument("--offload", action="store_true", help="keep idle parts in host memory")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from vidaccel import video
+    from vidaccel.plan import Setting
+    from vidaccel.policy import policy_source
+
+    # Everything that can be wrong is found before the first second of work.
+    policy = _policy(arguments)
+    source = policy_source(policy, arguments.preset)
+    out: Path = arguments.out
+    video.check_writable(out)
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    if arguments.model is not None and not arguments.prompt:
+        raise ModelError("a prompt is needed: vidaccel generate --model ... PROMPT")
+
+    from vidaccel import generate as g
+    from vidaccel.environment import environment
+
+    pipe = _pipeline(arguments)
+    width, height = arguments.size or (None, None)
+    defaults = {"prompt": g.EMBEDDED_PROMPT, **g.EMBEDDED_CALL} if arguments.model is None else {}
+    wanted = {
+        "prompt": arguments.prompt,
+        "negative_prompt": arguments.negative_prompt,
+        "height": height,
+        "width": width,
+        "num_frames": arguments.frames,
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+    }
+    call = g.call_arguments(
+        pipe, defaults | {name: value for name, value in wanted.items() if value is not None}
+    )
+    source.resolve(Setting(g.steps_of(pipe, call)))
+    settings = {**call, "model": arguments.model or "tiny-wan", "seed": arguments.seed}
+    settings |= {"policy": source.description, "dtype": str(pipe.dtype), "device": str(pipe.device)}
+    print(f"{settings['model']}: {call['prompt']}", file=sys.stderr)
+
+    if arguments.compare:
+        plain, fast, result = g.compare(
+            pipe, call, policy=policy, preset=arguments.preset, seed=arguments.seed
+        )
+        clips = {"plain": plain.frames, f"vidaccel {result['speedup']:.2f}x": fast.frames}
+        written = g.write_comparison(out, clips, arguments.fps)
+        print_result(g.comparison_table(result), arguments.json)
+    else:
+        from vidaccel.api import accelerate, report
+
+        accelerate(pipe, policy=policy, preset=arguments.preset)
+        fast = g.generate(pipe, call, seed=arguments.seed, label="vidaccel")
+        result = {
+            "seconds": fast.seconds,
+            "denoising_seconds": fast.denoising_seconds,
+            "adherence": g.adherence_of(fast.frames, call["prompt"]),
+            "report": fast.report,
+        }
+        video.write_video(out, fast.frames, arguments.fps)
+        written = [out]
+        print_result(f"{report(pipe)}\n{fast.seconds:.1f} s in all", arguments.json)
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+    if arguments.json is not None:
+        write_json({"settings": settings, **result, "environment": environment()}, arguments.json)
+
+
+def _build_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "build-policy",
+        help="measure which steps are worth computing, and write a policy file",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("out", type=Path, help="the policy file, .json")
+    parser.add_argument("--prompts", type=Path, required=True, help="text file, one per line")
+    parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
+    parser.add_argument("--steps", type=at_least(3), default=50, help="denoising steps")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="number of seeds")
+    parser.add_argument("--max-skip", type=at_least(2), default=8, help="longest segment")
+    parser.add_argument("--method", choices=("exact", "gain"), default="exact")
+    parser.add_argument("--objective", default="leximax", help="leximax, sum or power(N)")
+    parser.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
+    parser.add_argument("--frames", type=at_least(1), help="number of frames")
+    parser.add_argument("--guidance", type=float, help="guidance scale")
+    parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
+    _add_model_options(parser)
+    parser.set_defaults(run=_build)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out
+    if out.suffix != ".json":
+        raise PolicyError(f"expected a file name that ends in .json, found {out}")
+    prompts = read_prompts(arguments.prompts)
+    check_writable(out)
+
+    from vidaccel import generate as g
+    from vidaccel.lemica.build import build_policy
+
+    pipe = _pipeline(arguments)
+    pipe.set_progress_bar_config(disable=True)
+    width, height = arguments.size or (None, None)
+    wanted = {"height": height, "width": width, "num_frames": arguments.frames}
+    wanted |= {"guidance_scale": arguments.guidance}
+    defaults = {} if arguments.model is not None else g.EMBEDDED_CALL
+    given = {name: value for name, value in wanted.items() if value is not None}
+    policy = build_policy(
+        pipe,
+        prompts,
+        num_inference_steps=arguments.steps,
+        seeds=range(arguments.seeds),
+        max_skip=arguments.max_skip,
+        method=arguments.method,
+        objective=arguments.objective,
+        call_kwargs=g.call_arguments(pipe, defaults | given),
+        workdir=arguments.workdir,
+    )
+    policy.save(out)
+    print(policy.table())
+    print(f"wrote {out}", file=sys.stderr)
+
+
+def _show_parser(commands: Any) -> None:
+    parser = commands.add_parser("show", help="what a policy file says")
+    parser.add_argument("policy", help="file, folder or hub id")
+    parser.set_defaults(run=_show)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from vidaccel.policy import CachePolicy
+
+    print(CachePolicy.from_pretrained(arguments.policy).table())
+
+
+def _bench_parser(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="measure, and write the numbers as JSON")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    overhead = benches.add_parser(
+        "overhead",
+        help="what vidaccel costs when idle, and realised against ideal speedup",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    overhead.add_argument("--model", help="folder or hub id; the embedded model if left out")
+    overhead.add_argument("--steps", type=at_least(2), default=50)
+    overhead.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
+    overhead.add_argument("--frames", type=at_least(1), help="number of frames")
+    overhead.add_argument("--rounds", type=at_least(1), default=9, help="medians are over these")
+    overhead.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
+    overhead.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    _add_model_options(overhead)
+    overhead.set_defaults(run=_bench_overhead)
+
+
+def _bench_overhead(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    import torch
+
+    from vidaccel import bench
+    from vidaccel import generate as g
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    pipe = _pipeline(arguments)
+    width, height = arguments.size or (None, None)
+    wanted = {"height": height, "width": width, "num_frames": arguments.frames}
+    call = {"prompt": g.EMBEDDED_PROMPT, **(g.EMBEDDED_CALL if arguments.model is None else {})}
+    call |= {name: value for name, value in wanted.items() if value is not None}
+    call["num_inference_steps"] = arguments.steps
+    result = bench.overhead(pipe, g.call_arguments(pipe, call), rounds=arguments.rounds)
+    result["settings"] |= {"model": arguments.model or "tiny-wan"}
+    print_result(bench.overhead_table(result), arguments.json)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
+
+
+def _env_parser(commands: Any) -> None:
+    parser = commands.add_parser("env", help="versions, GPU and what works here, for bug reports")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_env)
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    from vidaccel.environment import capabilities, environment
+
+    found, works = environment(), capabilities()
+    if arguments.json:
+        print(json.dumps({**found, "works": works}, indent=2))
+        return
+    packages = found.pop("packages")
+    found["gpus"] = ", ".join(
+        f"{gpu['name']} ({gpu['memory_gib']} GiB, sm {gpu['compute_capability']})"
+        for gpu in found["gpus"]
+    )
+    for title, part in (("", found), ("packages", packages), ("what works here", works)):
+        if title:
+            print(f"\n{title}")
+        for name, value in part.items():
+            print(f"{name.ljust(15)} {value or '-'}")
+
+
+def _pipeline(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from vidaccel.generate import load_pipeline
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    return load_pipeline(
+        arguments.model, device=arguments.device, dtype=dtype, offload=arguments.offload
+    )
+
+
+def _policy(arguments: argparse.Namespace) -> Any:
+    """What `--plan` and the wish beside it say, as `accelerate(policy=...)` takes it."""
+    text = arguments.plan
+    wish = {name: getattr(arguments, name) for name in ("budget", "speedup", "max_error")}
+    if any(value is not None for value in wish.values()):
+        from vidaccel.policy import CachePolicy
+
+        return CachePolicy.from_pretrained(text).plan(**wish)
+    if text == "all":
+        return None
+    if re.fullmatch(r"\s*-?\d+(\s*,\s*-?\d+)*\s*", text):
+        return [int(step) for step in text.split(",")]
+    return text

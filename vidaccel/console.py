@@ -1,0 +1,85 @@
+"""What the commands share: argument types, checks before any work, and how results come out."""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vidaccel.errors import OutputError, PolicyError
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An argument type: whole numbers from `low` on."""
+
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number of {low} or more: {text!r}")
+        return value
+
+    return whole_number
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argument type: width and height in pixels, as in 832x480."""
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected width x height, such as 832x480: {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one per line; empty lines are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise PolicyError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"{path} is not UTF-8 text: {error.reason}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise PolicyError(f"{path} holds no prompt; write one per line")
+    return prompts
+
+
+def check_writable(path: Path) -> None:
+    """Find out now whether a file can be written later; raises OutputError if not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with path.open("a"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def print_result(text: str, json_path: Path | None) -> None:
+    """Print for people; to stderr when stdout is taken by JSON."""
+    print(text, file=sys.stderr if str(json_path) == "-" else sys.stdout)
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """Write a result, sorted and indented; to stdout for the path "-"."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(name): finite(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        # JSON knows no infinity; the PSNR of equal clips is null.
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    text = json.dumps(finite(result), indent=2, sort_keys=True)
+    if str(path) == "-":
+        print(text)
+    else:
+        path.write_text(text + "\n")
