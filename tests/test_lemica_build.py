@@ -9,7 +9,8 @@ import vidaccel
 from vidaccel import Plan, accelerate, report
 from vidaccel.errors import BuildError, PlanError
 from vidaccel.lemica import build, search
-from vidaccel.lemica.build import build_policy, error_matrix
+from vidaccel.lemica.build import build_policy
+from vidaccel.lemica.graph import aggregate, segment_graph
 
 STEPS = 5
 
@@ -51,7 +52,8 @@ def test_a_built_policy_runs_on_the_pipeline_it_was_built_for(case, method, tmp_
 
 def test_stored_plans_are_those_of_the_stored_errors(case):
     policy = build_for(case)
-    solved = search.solve(error_matrix(policy.edges, STEPS))
+    graph = segment_graph({(e.start, e.end): [e.mean] for e in policy.edges}, STEPS)
+    solved = search.solve(aggregate(graph))
     for budget in policy.budgets():
         plan = solved[budget]
         assert policy.plans[str(budget)].steps == plan.steps

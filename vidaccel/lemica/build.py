@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean, pstdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from vidaccel.environment import environment
@@ -23,6 +21,7 @@ from vidaccel.files import write_text
 from vidaccel.hosts import find_transformers
 from vidaccel.lemica import search
 from vidaccel.lemica.calibrate import Replayer, exact_errors, gain_errors, segments
+from vidaccel.lemica.graph import aggregate, segment_graph
 from vidaccel.plan import Setting
 from vidaccel.policy import CachePolicy
 from vidaccel.schema import Edge, GuidanceInfo, ModelInfo, SchedulerInfo, StoredPlan
@@ -187,7 +186,7 @@ def build_policy(
         call,
         _model_identity(pipe),
     )
-    search.solve(error_matrix((), 3), objective=objective)  # refuses an unknown one now
+    search.solve([[0, 0, 0]] * 3, objective=objective)  # refuses an unknown one before any work
     with TemporaryDirectory() as temporary:
         folder = WorkFolder(Path(temporary if workdir is None else workdir), task)
         measured, facts = _measure(pipe, task, folder, progress)
@@ -238,11 +237,13 @@ def _policy(
     objective: str,
 ) -> CachePolicy:
     steps = task.num_inference_steps
+    graph = segment_graph(measured, steps)
     edges = tuple(
-        Edge(start=s, end=e, mean=fmean(errors), spread=pstdev(errors), count=len(errors))
-        for (s, e), errors in sorted(measured.items())
+        Edge(start=s, end=e, mean=edge["mean"], spread=edge["spread"], count=edge["count"])
+        for s, e, edge in sorted(graph.edges(data=True))
+        if edge["count"]
     )
-    plans = search.solve(error_matrix(edges, steps), objective=objective)
+    plans = search.solve(aggregate(graph), objective=objective)
     setting: Setting = facts["setting"]
     versions = environment()["packages"]
     wanted = {name: task.call.get(name) for name in ("width", "height")}
@@ -281,20 +282,6 @@ def _policy(
         source=f"vidaccel build-policy, {task.method} errors",
         versions=versions,
     )
-
-
-def error_matrix(edges: Sequence[Edge], steps: int) -> np.ndarray:
-    """The mean errors as `lemica.search.solve` takes them.
-
-    Returns:
-        [T, T] float64: 0 next to the diagonal, inf where nothing was measured.
-    """
-    matrix = np.full((steps, steps), np.inf)
-    matrix[np.arange(steps - 1), np.arange(1, steps)] = 0.0
-    for edge in edges:
-        if edge.end < steps:
-            matrix[edge.start, edge.end] = edge.mean
-    return matrix
 
 
 def _model_identity(pipe: Any) -> dict[str, Any]:
