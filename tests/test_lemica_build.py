@@ -34,7 +34,8 @@ def _with_prompts(case):
 
 def build_for(case, **options):
     arguments = {"num_inference_steps": STEPS, "max_skip": 3, "call_kwargs": case.call}
-    return build_policy(case.pipe, ["a", "bb"], progress=False, **(arguments | options))
+    arguments |= {"validate": False, "progress": False}
+    return build_policy(case.pipe, ["a", "bb"], **(arguments | options))
 
 
 @pytest.mark.parametrize("method", ["exact", "gain"])
@@ -153,9 +154,31 @@ def test_wrong_arguments(case, options, message):
 
 
 def test_wrong_prompts(case):
-    for prompts, message in (([], "prompts: found none"), (["a", " "], "found an empty one")):
+    for prompts, message in (
+        (["a"], "validation needs at least 2"),
+        ([" ", "a"], "found an empty one"),
+    ):
         with pytest.raises(PlanError, match=message):
             build_policy(case.pipe, prompts, num_inference_steps=STEPS, max_skip=3)
+    with pytest.raises(PlanError, match="prompts: found none"):
+        build_policy(case.pipe, [], num_inference_steps=STEPS, max_skip=3, validate=False)
+
+
+def test_validation_keeps_the_best_candidate_of_each_budget(case):
+    steps = 8
+    policy = build_for(case, validate=True, num_inference_steps=steps)
+    assert policy.prompts == ("a",)  # the other one is for validation
+    assert policy.validation is not None
+    rows = [row for row in policy.validation if row.budget == 4]
+    names = {row.candidate for row in rows}
+    assert {"evenly spaced", "evenly spaced, line", "fewer sampling steps"} < names
+    (kept,) = (row for row in rows if row.kept)
+    tried = [row for row in rows if row.candidate != "fewer sampling steps"]
+    assert kept.psnr == max(row.psnr for row in tried)
+    assert policy.plans["4"].chosen_as == kept.candidate
+    assert len(policy.plan(budget=4).steps) == 4
+    assert all(row.speedup > 0 and row.worst_psnr <= row.psnr for row in rows)
+    assert vidaccel.CachePolicy.from_json(policy.to_json()) == policy
 
 
 def test_two_experts_share_one_policy():

@@ -1,5 +1,7 @@
 """Plans: what is accepted, what is refused, and which steps they compute."""
 
+import itertools
+
 import pytest
 
 from vidaccel.errors import PlanError
@@ -111,3 +113,20 @@ def test_a_plan_for_another_number_of_steps_is_refused():
         plan_source(Plan((0, 5), 10)).resolve(Setting(12))
     with pytest.raises(PlanError, match="computes step 5, but the run has 4 steps"):
         plan_source([0, 5]).resolve(Setting(4))
+
+
+def test_spread_is_as_even_as_whole_steps_allow():
+    for total in (10, 37, 50):
+        for budget in range(1, total + 1):
+            steps = Plan.spread(budget, total).steps
+            assert len(steps) == budget
+            gaps = [b - a for a, b in itertools.pairwise((*steps, total))]
+            assert max(gaps) - min(gaps) <= 1
+    with pytest.raises(PlanError, match="budget of 11 for 10"):
+        Plan.spread(11, 10)
+
+
+def test_a_forecast_plan_computes_the_same_steps():
+    plan = Plan((0, 3, 9), 10).forecast(1)
+    assert plan.steps == (0, 3, 9) and plan.orders == (1, 1)
+    assert Plan((0, 3), 10).forecast(2).orders == (2, 2)

@@ -53,7 +53,16 @@ def valid():
         "prompts_hash": "0" * 64,
         "seeds": [0],
         "attention": "dense",
-        "validation": [{"budget": 4, "psnr": 30.5, "speedup": 1.4}],
+        "validation": [
+            {
+                "budget": 4,
+                "candidate": "leximax",
+                "kept": True,
+                "psnr": 30.5,
+                "worst_psnr": 28.0,
+                "speedup": 1.4,
+            }
+        ],
         "provenance": "measured",
         "source": None,
         "versions": {"torch": "2.10"},

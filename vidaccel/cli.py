@@ -162,6 +162,7 @@ def _build_parser(commands: Any) -> None:
     parser.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
     parser.add_argument("--frames", type=at_least(1), help="number of frames")
     parser.add_argument("--guidance", type=float, help="guidance scale")
+    parser.add_argument("--no-validate", action="store_true", help="skip the end-to-end check")
     parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
     _add_model_options(parser)
     parser.set_defaults(run=_build)
@@ -194,6 +195,7 @@ def _build(arguments: argparse.Namespace) -> None:
         objective=arguments.objective,
         call_kwargs=g.call_arguments(pipe, defaults | given),
         workdir=arguments.workdir,
+        validate=not arguments.no_validate,
     )
     policy.save(out)
     print(policy.table())

@@ -73,9 +73,12 @@ def load_pipeline(
 
     # Diffusers renamed the argument in 0.42 and took **kwargs before and after.
     dtype_argument = "dtype" if Version(__version__) >= Version("0.42") else "torch_dtype"
-    device = device or default_device()
+    try:
+        target = torch.device(device or default_device())
+    except RuntimeError as error:
+        raise ModelError(f"no device is called {device!r}; try cpu or cuda") from error
     if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     source = str(embedded_model()) if model is None else model
     folder = Path(source).expanduser()
     if folder.exists():
@@ -87,14 +90,14 @@ def load_pipeline(
     try:
         pipe = DiffusionPipeline.from_pretrained(source, **{dtype_argument: dtype})
         if offload:
-            pipe.enable_model_cpu_offload(device=device)
+            pipe.enable_model_cpu_offload(device=target)
         else:
-            pipe.to(device)
+            pipe.to(target)
     # Every library below has exceptions of its own for a damaged file, an unknown id, no network
     # or no such device; none of them is about vidaccel, and the first line says which it is.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"cannot load {source} on {device}: {reason or repr(error)}") from error
+        raise ModelError(f"cannot load {source} on {target}: {reason or repr(error)}") from error
     return pipe
 
 

@@ -75,6 +75,19 @@ class Plan:
             raise PlanError(f"'every N' needs a whole number N >= 1, found {n!r}")
         return cls(tuple(range(0, num_inference_steps, n)), num_inference_steps)
 
+    @classmethod
+    def spread(cls, budget: int, num_inference_steps: int) -> "Plan":
+        """Compute `budget` steps as evenly spaced as whole steps allow."""
+        if not 1 <= budget <= num_inference_steps:
+            raise PlanError(f"found a budget of {budget} for {num_inference_steps} steps")
+        steps = tuple(i * num_inference_steps // budget for i in range(budget))
+        return cls(steps, num_inference_steps)
+
+    def forecast(self, order: int) -> "Plan":
+        """The same steps with every segment forecast at `order`; its errors are not known."""
+        segments = len(self.steps) - (self.steps[-1] == self.num_inference_steps - 1)
+        return Plan(self.steps, self.num_inference_steps, orders=(order,) * segments)
+
     @cached_property
     def _computed(self) -> frozenset[int]:
         return frozenset(self.steps)

@@ -195,11 +195,12 @@ class CachePolicy(Record):
     def table(self) -> str:
         """What the policy says, for people: a line per budget, C computed, - reused."""
         name = self.model.id or self.model.transformer
+        kept = {row.budget: row for row in self.validation or () if row.kept}
         lines = [
             f"{name}: {self.num_inference_steps} steps, {self.provenance}"
             + (f", {self.source}" if self.source else ""),
             "",
-            "budget  speedup  largest error",
+            "budget  speedup  largest error       PSNR",
         ]
         for budget in self.budgets():
             plan = self.plan(budget=budget)
@@ -208,9 +209,9 @@ class CachePolicy(Record):
                 "C" if plan.computes(s) else "-" for s in range(self.num_inference_steps)
             )
             shown = f"{error:.4g}" if math.isfinite(error) else "not known"
-            lines.append(
-                f"{budget:6d}  {self.num_inference_steps / budget:6.2f}x  {shown:>13}  {steps}"
-            )
+            psnr = f"{kept[budget].psnr:6.1f} dB" if budget in kept else f"{'-':>9}"
+            speedup = self.num_inference_steps / budget
+            lines.append(f"{budget:6d}  {speedup:6.2f}x  {shown:>13}  {psnr}  {steps}")
         return "\n".join(lines)
 
     @property

@@ -75,20 +75,25 @@ class Edge(Record):
 
 
 class StoredPlan(Record):
-    """The computed steps of one budget, and the error and forecast order of each segment."""
+    """The computed steps of one budget, and of each segment the error and forecast order.
+
+    `chosen_as` names the candidate that it was; None: the path of the policy's objective.
+    """
 
     steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=MAX_STEPS)]
     errors: Annotated[tuple[Error, ...], Field(max_length=MAX_STEPS)] = ()
     orders: Annotated[tuple[Order, ...], Field(max_length=MAX_STEPS)] = ()
+    chosen_as: Text | None = None
 
 
 class Validation(Record):
-    """What one budget gave end to end, on prompts that were not used for the errors."""
+    """What one candidate gave end to end, on prompts that were not used for the errors."""
 
     budget: Steps
+    candidate: Text
+    kept: bool
     psnr: float
+    worst_psnr: float
     ssim: float | None = None
     lpips: float | None = None
     speedup: Annotated[float, Field(gt=0)]
-    psnr_evenly_spaced: float | None = None
-    psnr_fewer_steps: float | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from networkx import DiGraph
 from tqdm.auto import tqdm
 
 from vidaccel.environment import environment
@@ -20,11 +21,12 @@ from vidaccel.errors import BuildError, PlanError
 from vidaccel.files import write_text
 from vidaccel.hosts import find_transformers
 from vidaccel.lemica import search
+from vidaccel.lemica import validate as validation
 from vidaccel.lemica.calibrate import Replayer, exact_errors, gain_errors, segments
 from vidaccel.lemica.graph import aggregate, segment_graph
 from vidaccel.plan import Setting
 from vidaccel.policy import CachePolicy
-from vidaccel.schema import Edge, GuidanceInfo, ModelInfo, SchedulerInfo, StoredPlan
+from vidaccel.schema import Edge, GuidanceInfo, ModelInfo, SchedulerInfo, StoredPlan, Validation
 
 METHODS = ("exact", "gain")
 
@@ -148,6 +150,7 @@ def build_policy(
     objective: str = "leximax",
     call_kwargs: dict[str, Any] | None = None,
     workdir: str | Path | None = None,
+    validate: bool = True,
     progress: bool = True,
 ) -> CachePolicy:
     """Measure what reusing each segment costs and find the best plan for every budget.
@@ -157,7 +160,8 @@ def build_policy(
 
     Args:
         pipe: a pipeline that `accelerate` takes. It is left as it was.
-        prompts: what the clips show; 5 to 20 short, diverse ones are plenty.
+        prompts: what the clips show; 5 to 20 short, diverse ones are plenty. With `validate`, the
+            last fifth, at least one, is kept for that.
         num_inference_steps: T.
         seeds: of the noise; every prompt is run with every seed.
         max_skip: longest segment, in steps.
@@ -166,10 +170,12 @@ def build_policy(
         objective: of `lemica.search.solve`.
         call_kwargs: further arguments of the pipeline's call, such as the size.
         workdir: folder of the shards, so that a killed build goes on; None for none.
+        validate: run the plans of a half, third, quarter and fifth of the steps end to end, beside
+            other candidates and plain runs with as many sampling steps; keep the best of each.
         progress: a bar in units of generations.
 
     Returns:
-        The policy, not validated.
+        The policy.
 
     Raises:
         PlanError: an argument is out of range.
@@ -177,8 +183,14 @@ def build_policy(
         UnsupportedPipelineError: as `accelerate`.
     """
     call = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
+    held_out = max(1, len(prompts) // 5) if validate else 0
+    if validate and len(prompts) < 2:
+        raise PlanError(
+            "prompts: validation needs at least 2, of which one is kept for it; pass more, or "
+            "validate=False"
+        )
     task = Task(
-        tuple(prompts),
+        tuple(prompts[: len(prompts) - held_out]),
         tuple(seeds),
         num_inference_steps,
         max_skip,
@@ -190,7 +202,12 @@ def build_policy(
     with TemporaryDirectory() as temporary:
         folder = WorkFolder(Path(temporary if workdir is None else workdir), task)
         measured, facts = _measure(pipe, task, folder, progress)
-    return _policy(pipe, task, measured, facts, objective)
+    graph = segment_graph(measured, num_inference_steps)
+    policy = _policy(pipe, task, graph, facts, objective)
+    if not validate:
+        return policy
+    samples = [(prompt, seeds[0]) for prompt in prompts[len(prompts) - held_out :]]
+    return _validated(pipe, policy, aggregate(graph), call, samples, progress)
 
 
 def _measure(
@@ -232,12 +249,11 @@ def _facts(replayer: Replayer) -> dict[str, Any]:
 def _policy(
     pipe: Any,
     task: Task,
-    measured: dict[tuple[int, int], list[float]],
+    graph: DiGraph,
     facts: dict[str, Any],
     objective: str,
 ) -> CachePolicy:
     steps = task.num_inference_steps
-    graph = segment_graph(measured, steps)
     edges = tuple(
         Edge(start=s, end=e, mean=edge["mean"], spread=edge["spread"], count=edge["count"])
         for s, e, edge in sorted(graph.edges(data=True))
@@ -282,6 +298,45 @@ def _policy(
         source=f"vidaccel build-policy, {task.method} errors",
         versions=versions,
     )
+
+
+def _validated(
+    pipe: Any,
+    policy: CachePolicy,
+    errors: Any,
+    call: dict[str, Any],
+    samples: list[tuple[str, int]],
+    progress: bool,
+) -> CachePolicy:
+    """The policy with the best candidate of each validated budget, and what all of them gave."""
+    steps = policy.num_inference_steps
+    budgets = sorted({steps // n for n in (2, 3, 4, 5)} & set(policy.budgets()), reverse=True)
+    tried = {budget: validation.candidates(errors, budget, steps) for budget in budgets}
+    plans = {f"{b}: {name}": plan for b in budgets for name, plan in tried[b].items()}
+    found, plain_seconds = validation.scores(
+        pipe, call, samples, plans, fewer_steps=budgets, progress=progress
+    )
+    rows, kept = [], dict(policy.plans)
+    for budget in budgets:
+        scored = {name: found[f"{budget}: {name}"] for name in tried[budget]}
+        best = max(scored, key=lambda name: scored[name].psnr)
+        plan = tried[budget][best]
+        kept[str(budget)] = StoredPlan(
+            steps=plan.steps, errors=plan.errors, orders=plan.orders, chosen_as=best
+        )
+        for name, score in {**scored, "fewer sampling steps": found[f"{budget} steps"]}.items():
+            row = Validation(
+                budget=budget,
+                candidate=name,
+                kept=name == best,
+                psnr=score.psnr,
+                worst_psnr=score.worst_psnr,
+                ssim=score.ssim,
+                lpips=score.lpips,
+                speedup=plain_seconds / score.seconds,
+            )
+            rows.append(row)
+    return policy.model_copy(update={"plans": kept, "validation": tuple(rows)})
 
 
 def _model_identity(pipe: Any) -> dict[str, Any]:

@@ -1,0 +1,207 @@
+"""The command line, end to end on the embedded model, and what it says to bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vidaccel import cli, video
+from vidaccel.environment import embedded_model
+
+TORCH = torch.__version__.partition("+")[0]
+SMALL = ["--size", "64x64", "--frames", "9", "--steps", "8", "--device", "cpu"]
+
+
+def run(*arguments, capsys):
+    code = cli.main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_generate_compares_and_writes_everything(tmp_path, capsys):
+    out, numbers = tmp_path / "new" / "clip.mp4", tmp_path / "numbers.json"
+    code, stdout, stderr = run(
+        "generate", *SMALL, "--plan", "0,1,4", "--compare", "--out", out, "--json", numbers,
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, stderr
+    result = json.loads(numbers.read_text())
+    assert result["steps_computed"] == [8, 3]
+    blocks = result["report"]["transformers"][0]["branches"]
+    assert result["blocks_run"] == [
+        sum(b["blocks_without_vidaccel"] for b in blocks),
+        sum(b["blocks_run"] for b in blocks),
+    ]
+    assert result["blocks_run"][1] * 8 == result["blocks_run"][0] * 3
+    assert result["speedup"] > 0
+    assert result["metrics"]["psnr"] > 10
+    assert set(result["adherence"][0]) == {"color", "background", "motion"}
+    assert result["settings"]["num_inference_steps"] == 8
+    assert result["environment"]["packages"]["torch"]
+    for row in ("steps computed", "8 of 8", "3 of 8", "PSNR", "SSIM", "LPIPS", "shows the motion"):
+        assert row in stdout
+    assert "plain" in stderr and "reused=5" in stderr
+    plain, fps = video.read_video(tmp_path / "new" / "clip-plain.mp4")
+    fast, _ = video.read_video(out)
+    assert plain.shape == fast.shape == (9, 64, 64, 3) and fps == 16
+    assert not np.array_equal(plain, fast)
+    beside, _ = video.read_video(tmp_path / "new" / "clip-side-by-side.mp4")
+    assert beside.shape[1] > 256 and beside.shape[2] > 512
+    assert (tmp_path / "new" / "clip-contact-sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_alone_prints_json_to_the_screen(tmp_path, capsys):
+    out = tmp_path / "clip.mp4"
+    code, stdout, stderr = run(
+        "generate", "A RED striped circle moving right on a navy dotted background",
+        *SMALL, "--seed", 3, "--plan", "every 4", "--out", out, "--json", "-", capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, stderr
+    result = json.loads(stdout)
+    assert result["report"]["transformers"][0]["timeline"] == "C---C---"
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_the_command_line_gives_what_the_python_api_gives(tmp_path, capsys):
+    import vidaccel
+    from vidaccel.generate import EMBEDDED_PROMPT, generate, load_pipeline
+
+    out = tmp_path / "clip.mp4"
+    assert run("generate", *SMALL, "--plan", "every 3", "--out", out, capsys=capsys)[0] == 0
+    pipe = vidaccel.accelerate(load_pipeline(device="cpu"), policy="every 3")
+    call = {"prompt": EMBEDDED_PROMPT, "height": 64, "width": 64, "num_frames": 9}
+    call |= {"num_inference_steps": 8, "guidance_scale": 5.0}
+    expected = generate(pipe, call, progress=False).frames
+    other = tmp_path / "expected.mp4"
+    video.write_video(other, expected, 16)
+    assert np.array_equal(video.read_video(out)[0], video.read_video(other)[0])
+
+
+@pytest.fixture
+def model_copy(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(embedded_model(), folder)
+    return folder
+
+
+def corrupt(folder):
+    file = next((folder / "transformer").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[: 2**14])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "expected a whole number of 1 or more: '0'"),
+        (["--steps", "many"], "whole number"),
+        (["--size", "64"], "width x height"),
+        (["--plan", "0,9"], "computes step 9, but the run has 8 steps"),
+        (["--plan", "1,2"], "starts at step 0"),
+        (["--plan", "0,5,3"], "strictly increase"),
+        (["--plan", "0,-5"], "strictly increase"),
+        (["--plan", "every 0"], "N >= 1"),
+        (["--plan", "often"], "found 'often'"),
+        (["--preset", "turbo"], "invalid choice"),
+        (["--out", "clip.avi"], "ends in .mp4"),
+        (["--out", "/proc/nowhere/clip.mp4"], "cannot write"),
+        (["--json", "/proc/nowhere/numbers.json"], "cannot write"),
+        (["--model", "./nowhere", "a prompt"], "no model folder at nowhere"),
+        (["--model", "."], "a prompt is needed"),
+        (["--device", "warp"], "no device is called 'warp'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = SMALL if "--device" not in arguments else SMALL[:-2]
+    try:
+        code = cli.main(["generate", *small, *arguments])
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    stderr = capsys.readouterr().err
+    assert code == 2
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert "step/s" not in stderr  # nothing was generated
+
+
+def test_a_folder_that_is_no_model(tmp_path, capsys):
+    code, _, stderr = run("generate", "x", "--model", tmp_path, *SMALL, capsys=capsys)
+    assert code == 2 and "no model_index.json" in stderr
+
+
+def test_a_damaged_model_file(model_copy, tmp_path, capsys):
+    corrupt(model_copy)
+    out = tmp_path / "clip.mp4"
+    code, _, stderr = run(
+        "generate", "x", "--model", model_copy, *SMALL, "--out", out, capsys=capsys
+    )
+    assert code == 2 and f"cannot load {model_copy}" in stderr
+    assert "Traceback" not in stderr and not out.exists()
+
+
+def test_no_ffmpeg(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nothing"))
+    code, _, stderr = run("generate", *SMALL, "--out", tmp_path / "clip.mp4", capsys=capsys)
+    assert code == 2 and "pip install imageio-ffmpeg" in stderr
+
+
+def test_an_option_that_the_pipeline_does_not_have(model_copy, capsys, tmp_path):
+    from vidaccel.errors import ModelError
+    from vidaccel.generate import call_arguments, load_pipeline
+
+    pipe = load_pipeline(str(model_copy), device="cpu")
+    assert call_arguments(pipe, {"height": 64, "width": None}) == {"height": 64}
+    with pytest.raises(ModelError, match="WanPipeline takes no strength"):
+        call_arguments(pipe, {"strength": 0.5})
+
+
+def test_ctrl_c_is_quiet(tmp_path, capsys, monkeypatch):
+    from vidaccel import generate
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "generate", interrupt)
+    code, _, stderr = run("generate", *SMALL, "--out", tmp_path / "clip.mp4", capsys=capsys)
+    assert code == 130 and "stopped" in stderr
+
+
+def test_env_for_people_and_programs(capsys):
+    code, stdout, _ = run("env", capsys=capsys)
+    assert code == 0
+    assert TORCH in stdout and "WanTransformer3DModel" in stdout
+    code, stdout, _ = run("env", "--json", capsys=capsys)
+    found = json.loads(stdout)
+    assert found["packages"]["torch"] == TORCH
+    assert found["works"]["video files"].startswith("yes")
+    assert found["works"]["embedded model"].startswith("yes")
+
+
+def test_bench_overhead_measures_every_variant(capsys, tmp_path):
+    numbers = tmp_path / "overhead.json"
+    code, stdout, stderr = run(
+        "bench", "overhead", "--steps", 4, "--size", "64x64", "--frames", 9, "--rounds", 2,
+        "--device", "cpu", "--json", numbers, capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, stderr
+    result = json.loads(numbers.read_text())
+    assert {name: len(times) for name, times in result["seconds"].items()} == dict.fromkeys(
+        ("plain", "idle", "every 2", "every 3", "every 5", "no blocks"), 2
+    )
+    assert [plan["steps_computed"] for plan in result["plans"].values()] == [2, 2, 1]
+    for plan in result["plans"].values():
+        assert plan["realised_over_ideal"] == pytest.approx(
+            plan["speedup"] / plan["ideal_speedup"], rel=0.3
+        )
+    assert "idle overhead" in stdout
+
+
+def test_python_dash_m():
+    shown = subprocess.run(
+        [sys.executable, "-m", "vidaccel", "--version"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0 and shown.stdout.startswith("vidaccel ")

@@ -1,0 +1,130 @@
+"""Plans checked end to end: the errors of single segments say little about several of them at once.
+
+Every candidate runs on prompts that were not used for the errors and is compared with the plain
+run of the same prompt and noise; for each budget the best one is kept. Evenly spaced plans are
+among the candidates, so what is kept is never worse than they are on these prompts.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from vidaccel.api import accelerate, restore
+from vidaccel.errors import MetricUnavailable
+from vidaccel.generate import generate
+from vidaccel.lemica import search
+from vidaccel.metrics import load_lpips, summary
+from vidaccel.plan import Plan
+
+OBJECTIVES = ("leximax", "sum", "power(2)", "power(4)")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over the prompts, against the plain run.
+
+    Attributes:
+        psnr: dB.
+        worst_psnr: of the worst prompt, dB.
+        ssim, lpips: None where they are not available.
+        seconds: of one generation.
+    """
+
+    psnr: float
+    worst_psnr: float
+    ssim: float | None
+    lpips: float | None
+    seconds: float
+
+
+def candidates(errors: Any, budget: int, steps: int) -> dict[str, Plan]:
+    """The plans of one budget that are worth a run, by a name that says what they are.
+
+    Args:
+        errors: as `lemica.search.solve` takes them.
+        budget: number of computed steps.
+        steps: T.
+
+    Returns:
+        The best path of each objective and the evenly spaced plan, each with held and with
+        linearly forecast residuals. Equal plans appear once.
+    """
+    plans = {"evenly spaced": Plan.spread(budget, steps)}
+    for objective in OBJECTIVES:
+        solved = search.solve(errors, [budget], objective=objective)
+        if budget in solved:
+            plans[objective] = solved[budget]
+    different: dict[tuple[tuple[int, ...], int], tuple[str, Plan]] = {}
+    for name, plan in plans.items():
+        different.setdefault((plan.steps, 0), (name, plan))
+        different.setdefault((plan.steps, 1), (f"{name}, line", plan.forecast(1)))
+    return dict(different.values())
+
+
+def scores(
+    pipe: Any,
+    call: dict[str, Any],
+    samples: Sequence[tuple[str, int]],
+    plans: Mapping[str, Plan],
+    fewer_steps: Iterable[int] = (),
+    *,
+    progress: bool = True,
+) -> tuple[dict[str, Score], float]:
+    """Run every plan on every sample.
+
+    Args:
+        pipe: the pipeline; it is left as it was.
+        call: arguments of its call but the prompt.
+        samples: (prompt, seed) of each generation.
+        plans: name -> plan.
+        fewer_steps: plain runs with so many sampling steps are scored as "B steps".
+        progress: show a bar.
+
+    Returns:
+        Name -> score, and the seconds of a plain run.
+    """
+    try:
+        model = load_lpips()
+    except MetricUnavailable:
+        model = None
+    found: dict[str, list[tuple[dict[str, Any], float]]] = {}
+    plain_seconds = []
+    variants: dict[str, tuple[Plan | None, int]] = {
+        name: (plan, int(call["num_inference_steps"])) for name, plan in plans.items()
+    }
+    variants |= {f"{steps} steps": (None, steps) for steps in fewer_steps}
+    with tqdm(total=len(samples) * (1 + len(variants)), unit="run", disable=not progress) as bar:
+        for prompt, seed in samples:
+            call = {**call, "prompt": prompt}
+            plain = generate(restore(pipe), call, seed=seed, progress=False)
+            plain_seconds.append(plain.seconds)
+            bar.update()
+            for name, (plan, steps) in variants.items():
+                if plan is not None:
+                    accelerate(pipe, policy=plan)
+                asked = {**call, "num_inference_steps": steps}
+                run = generate(pipe, asked, seed=seed, progress=False)
+                restore(pipe)
+                measured = summary(plain.frames, run.frames, model=model)
+                found.setdefault(name, []).append((measured, run.seconds))
+                bar.update()
+    return {name: _mean(rows) for name, rows in found.items()}, fmean(plain_seconds)
+
+
+def _mean(rows: Sequence[tuple[dict[str, Any], float]]) -> Score:
+    def over(metric: str) -> float | None:
+        values = [measured[metric] for measured, _ in rows]
+        return None if None in values else fmean(values)
+
+    # Equal clips have an infinite PSNR; 99 dB is as good and has a mean.
+    decibels = [min(measured["psnr"], 99.0) for measured, _ in rows]
+    return Score(
+        psnr=fmean(decibels),
+        worst_psnr=min(decibels),
+        ssim=over("ssim"),
+        lpips=over("lpips"),
+        seconds=fmean(seconds for _, seconds in rows),
+    )
