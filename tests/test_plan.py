@@ -74,24 +74,10 @@ def test_every_n(n):
         ([0, 5], (0, 5)),
         (range(0, 10, 5), (0, 5)),
         (Plan((0, 9), 10), (0, 9)),
-        ("auto", (0, 3, 6, 9)),
     ],
 )
 def test_policies(policy, steps):
     assert plan_source(policy).resolve(Setting(10)).steps == tuple(steps)
-
-
-def test_presets_order_by_speed():
-    budgets = [
-        len(plan_source("auto", preset).resolve(Setting(50)).steps)
-        for preset in ("quality", "balanced", "fast")
-    ]
-    assert budgets == [25, 17, 10]
-
-
-def test_auto_computes_every_step_of_a_few_step_model():
-    assert plan_source("auto").resolve(Setting(7)).steps == tuple(range(7))
-    assert len(plan_source("auto").resolve(Setting(8)).steps) < 8
 
 
 @pytest.mark.parametrize(
@@ -101,11 +87,6 @@ def test_auto_computes_every_step_of_a_few_step_model():
 def test_other_policies_are_refused_at_once(policy):
     with pytest.raises(PlanError):
         plan_source(policy)
-
-
-def test_unknown_preset_is_refused():
-    with pytest.raises(PlanError, match="'quality', 'balanced', 'fast', found 'turbo'"):
-        plan_source("auto", "turbo")
 
 
 def test_a_plan_for_another_number_of_steps_is_refused():

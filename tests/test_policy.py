@@ -3,12 +3,13 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vidaccel.environment import shipped_policies
-from vidaccel.errors import PolicyError
+from vidaccel.errors import PlanError, PolicyError
 from vidaccel.hosts import HOSTS
 from vidaccel.plan import Plan, Setting
 from vidaccel.policy import FILE_NAME, MAX_BYTES, CachePolicy, policy_source
@@ -293,13 +294,17 @@ def test_a_policy_that_is_not_there(policy, tmp_path, monkeypatch):
 def test_shipped_policies(name):
     policy = CachePolicy.load(ROOT / "policies" / name)
     assert policy.model.transformer in HOSTS
-    assert policy.model.id is not None and name.startswith(policy.model.id.replace("/", "--"))
+    if policy.model.id is not None:
+        assert name.startswith(policy.model.id.replace("/", "--"))
+    else:
+        assert policy.model.config_hash
     assert policy.provenance != "published" or (policy.validation is None and policy.source)
     for budget in policy.budgets():
         steps = policy.plan(budget=budget).steps
         gaps = [b - a for a, b in itertools.pairwise(steps)]
-        assert steps[-1] == policy.num_inference_steps - 1
-        assert max(gaps) <= 8
+        if policy.provenance == "published":
+            assert steps[-1] == policy.num_inference_steps - 1
+            assert max(gaps) <= 8
     assert (ROOT / "policies" / name).read_text() == policy.to_json()
 
 
@@ -307,3 +312,32 @@ def test_every_field_is_explained():
     explained = (ROOT / "policies" / "README.md").read_text()
     for field in CachePolicy.model_fields:
         assert f"`{field}`" in explained
+
+
+def test_auto_is_evenly_spaced_without_a_policy_for_the_model():
+    budgets = [
+        len(policy_source("auto", preset).resolve(setting(num_inference_steps=50)).steps)
+        for preset in ("quality", "balanced", "fast")
+    ]
+    assert budgets == [25, 17, 10]
+    plan = policy_source("auto").resolve(setting(num_inference_steps=50))
+    assert plan.steps == tuple(range(0, 50, 3)) and "evenly spaced" in plan.origin
+
+
+def test_auto_computes_every_step_of_a_few_step_model():
+    assert policy_source("auto").resolve(setting()).steps == tuple(range(6))
+    assert len(policy_source("auto").resolve(setting(num_inference_steps=8)).steps) < 8
+
+
+def test_auto_takes_a_shipped_policy_that_fits():
+    wan = Setting(50, "WanTransformer3DModel", "Wan-AI/Wan2.1-T2V-14B-Diffusers", "0" * 64)
+    plan = policy_source("auto").resolve(wan)
+    assert plan.steps[:9] == (0, 1, 2, 3, 4, 5, 7, 10, 17)
+    assert "published, not validated here" in plan.origin
+    other = policy_source("auto").resolve(replace(wan, num_inference_steps=40))
+    assert "evenly spaced" in other.origin
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(PlanError, match="'quality', 'balanced', 'fast', found 'turbo'"):
+        policy_source("auto", "turbo")

@@ -23,9 +23,10 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
     Args:
         pipe: a Diffusers pipeline whose transformer is in the table of supported ones. With two
             transformers (Wan 2.2), one plan runs over the steps of both.
-        policy: which steps are computed. "auto": evenly spaced by `preset`, and every step in runs
-            of fewer than 8 steps; None: every step; "every N"; a list of step indices that starts
-            with 0; a `Plan`; or a policy, as a `CachePolicy`, a file or a hub id. It is held
+        policy: which steps are computed. "auto": a policy that comes with vidaccel and is made for
+            this model, scheduler and number of steps, otherwise evenly spaced steps, and every
+            step in runs of fewer than 8; None: every step; "every N"; a list of step indices that
+            starts with 0; a `Plan`; or a policy, as a `CachePolicy`, a file or a hub id. It is held
             against the run at the first call of each generation, before any block runs.
         preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or
             the plan of a policy that is as fast as that.
@@ -93,7 +94,7 @@ def report(pipe: Any) -> Report:
             TransformerReport.of(
                 name,
                 type(engine.transformer).__name__,
-                engine.source.description,
+                engine.description,
                 engine.ledger,
                 engine.bytes_held,
             )

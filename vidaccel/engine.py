@@ -93,6 +93,12 @@ class Engine:
         return transformer
 
     @property
+    def description(self) -> str:
+        """What decides, and where the plan of the last generation came from."""
+        origin = self.plan.origin if self.plan is not None else ""
+        return f"{self.source.description}: {origin}" if origin else self.source.description
+
+    @property
     def step(self) -> int | None:
         """The denoising step of the running call; None between calls."""
         return None if self._tick is None else self._tick.step

@@ -29,16 +29,15 @@ def embedded_model() -> Path:
     return Path(str(files("vidaccel.assets").joinpath("tiny-wan")))
 
 
-def shipped_policies() -> list[str]:
-    """The policy files that come with vidaccel, as <org>--<model>/<name>.json, sorted."""
-    root = files("vidaccel.policies")
-    return sorted(
-        f"{folder.name}/{file.name}"
-        for folder in root.iterdir()
+def shipped_policies() -> dict[str, Path]:
+    """The policy files that come with vidaccel: <org>--<model>/<name>.json -> path, sorted."""
+    return {
+        f"{folder.name}/{file.name}": Path(str(file))
+        for folder in sorted(files("vidaccel.policies").iterdir(), key=lambda entry: entry.name)
         if folder.is_dir()
-        for file in folder.iterdir()
+        for file in sorted(folder.iterdir(), key=lambda entry: entry.name)
         if file.name.endswith(".json")
-    )
+    }
 
 
 def environment() -> dict[str, Any]:

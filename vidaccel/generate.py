@@ -282,5 +282,6 @@ def comparison_table(result: dict[str, Any]) -> str:
         for name, a, b in rows
     ]
     lines[1:1] = ["-" * len(lines[0])]
+    lines += [f"policy  {result['report']['transformers'][0]['policy']}"]
     lines += [f"{name}: {why}" for name, why in measured["unavailable"].items()]
     return "\n".join(lines)

@@ -4,7 +4,7 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ class Plan:
             Every computed step starts a segment, except step T - 1, after which nothing is reused.
         orders: the forecast order of each segment (0 hold, 1 line, 2 parabola over sigma), or
             empty to hold in all of them.
+        origin: where the plan comes from, for reports.
 
     Raises:
         PlanError: when the steps, the errors or the orders are not such a list.
@@ -40,6 +41,7 @@ class Plan:
     num_inference_steps: int
     errors: tuple[float, ...] = ()
     orders: tuple[int, ...] = ()
+    origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", _checked(self.steps))
@@ -161,31 +163,19 @@ class PlanSource:
     resolve: Callable[[Setting], Plan]
 
 
-def plan_source(policy: Any, preset: str = "balanced") -> PlanSource:
-    """What `accelerate(policy=...)` takes, as a `PlanSource`.
+def plan_source(policy: Any) -> PlanSource:
+    """A policy that needs no file, as a `PlanSource`.
 
     Args:
-        policy: "auto", None (compute every step), "every N", a sequence of computed steps, or a
-            `Plan`.
-        preset: "quality", "balanced" or "fast"; used by "auto".
+        policy: None (compute every step), "every N", a sequence of computed steps, or a `Plan`.
 
     Raises:
         PlanError: when it is none of these.
     """
-    if preset not in PRESETS:
-        raise PlanError(f"preset is one of {', '.join(map(repr, PRESETS))}, found {preset!r}")
     if policy is None:
         return PlanSource("every step", lambda run: Plan.every(1, run.num_inference_steps))
     if isinstance(policy, Plan):
         return PlanSource(str(policy), lambda run: _fitting(policy, run.num_inference_steps))
-    if policy == "auto":
-        n = PRESETS[preset]
-        return PlanSource(
-            f"auto: every {n} (evenly spaced, not calibrated)",
-            lambda run: Plan.every(
-                1 if run.num_inference_steps < FEW_STEPS else n, run.num_inference_steps
-            ),
-        )
     if isinstance(policy, str):
         match = EVERY.fullmatch(policy)
         if match is None:

@@ -11,14 +11,17 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from vidaccel.environment import shipped_policies
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.files import write_text
-from vidaccel.plan import PRESETS, Plan, PlanSource, Setting, plan_source
+from vidaccel.plan import FEW_STEPS, PRESETS, Plan, PlanSource, Setting, plan_source
 from vidaccel.schema import (
     MAX_STEPS,
     Budget,
@@ -260,6 +263,22 @@ class CachePolicy(Record):
     def _largest_error(self, budget: int) -> float:
         return max(self.plans[str(budget)].errors, default=math.inf)
 
+    def preset(self, name: str) -> Plan:
+        """The plan for "quality", "balanced" or "fast", or the fastest there is."""
+        return self.plan(speedup=min(PRESETS[name], self.fastest))
+
+    def fits(self, setting: Setting) -> bool:
+        """Whether the policy is made for this run: known to be of its model, and passes `check`."""
+        by_id = self.model.id is not None and self.model.id == setting.model_id
+        hash_ = self.model.config_hash
+        if not (by_id or (hash_ is not None and hash_ == setting.config_hash)):
+            return False
+        try:
+            self.check(setting)
+        except PolicyError:
+            return False
+        return True
+
     def check(self, setting: Setting) -> None:
         """Hold the policy against a run.
 
@@ -291,13 +310,18 @@ def policy_source(policy: Any, preset: str = "balanced") -> PlanSource:
     """What `accelerate(policy=...)` takes, as a `PlanSource`.
 
     Args:
-        policy: a `CachePolicy`, a file, a folder or hub id that holds one, or what
+        policy: "auto" (a policy that comes with vidaccel and fits the run, otherwise evenly spaced
+            steps), a `CachePolicy`, a file, a folder or hub id that holds one, or what
             `vidaccel.plan.plan_source` takes.
-        preset: "quality", "balanced" or "fast"; of a policy, its plan for a speedup of 2, 3 or 5.
+        preset: "quality", "balanced" or "fast": a speedup of 2, 3 or 5, as far as a policy goes.
 
     Raises:
         PlanError, PolicyError: when it is none of these, or cannot be read.
     """
+    if preset not in PRESETS:
+        raise PlanError(f"preset is one of {', '.join(map(repr, PRESETS))}, found {preset!r}")
+    if policy == "auto":
+        return PlanSource("auto", lambda setting: _automatic(setting, preset))
     name = "given"
     if isinstance(policy, os.PathLike) or (
         isinstance(policy, str) and ("/" in policy or policy.endswith(".json"))
@@ -305,16 +329,34 @@ def policy_source(policy: Any, preset: str = "balanced") -> PlanSource:
         name = os.fspath(policy)
         policy = CachePolicy.from_pretrained(policy)
     if not isinstance(policy, CachePolicy):
-        return plan_source(policy, preset)
-    plan_source("auto", preset)  # refuses an unknown preset
-    plan = policy.plan(speedup=min(PRESETS[preset], policy.fastest))
-    chosen = policy
+        return plan_source(policy)
+    plan, chosen = policy.preset(preset), policy
 
     def resolve(setting: Setting) -> Plan:
         chosen.check(setting)
         return plan
 
     return PlanSource(f"policy {name}: {plan}", resolve)
+
+
+def _automatic(setting: Setting, preset: str) -> Plan:
+    """A policy that comes with vidaccel and is made for this run, or evenly spaced steps."""
+    steps = setting.num_inference_steps
+    if steps < FEW_STEPS:
+        return replace(Plan.every(1, steps), origin="every step, since the run has few")
+    for name, policy in _shipped():
+        if policy.fits(setting):
+            note = "" if policy.validation else ", not validated here"
+            return replace(policy.preset(preset), origin=f"{name} ({policy.provenance}{note})")
+    n = PRESETS[preset]
+    return replace(Plan.every(n, steps), origin=f"every {n}, evenly spaced, not calibrated")
+
+
+@cache
+def _shipped() -> list[tuple[str, CachePolicy]]:
+    """The policies that come with vidaccel, measured ones first."""
+    found = [(name, CachePolicy.load(path)) for name, path in shipped_policies().items()]
+    return sorted(found, key=lambda entry: (entry[1].provenance != "measured", entry[0]))
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
