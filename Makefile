@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-b
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed-demo
-	$(BIN)/vidaccel generate --compare --out out
+	$(BIN)/vidaccel generate --compare --out out/demo.mp4
 
 test: lint
 	$(BIN)/python -m pytest

@@ -205,3 +205,41 @@ def test_python_dash_m():
         [sys.executable, "-m", "vidaccel", "--version"], capture_output=True, text=True
     )
     assert shown.returncode == 0 and shown.stdout.startswith("vidaccel ")
+
+
+def test_a_policy_from_the_command_line_to_a_clip(tmp_path, capsys):
+    prompts, policy, out = tmp_path / "prompts.txt", tmp_path / "policy.json", tmp_path / "clip.mp4"
+    prompts.write_text(
+        "a green dotted square moving left on a maroon striped background\n\n"
+        "a cyan striped circle moving up on a charcoal dotted background\n"
+    )
+    size = ["--size", "64x64", "--frames", 9, "--steps", 6, "--device", "cpu"]
+    build = ["build-policy", policy, "--prompts", prompts, *size, "--max-skip", 3]
+    code, stdout, stderr = run(*build, "--method", "gain", capsys=capsys)
+    assert code == 0, stderr
+    assert "generations" in stderr
+    code, shown, _ = run("show", policy, capsys=capsys)
+    assert code == 0 and shown == stdout
+    assert "CCCCCC" in shown and "dB" in shown
+    generate = ["generate", *size, "--plan", policy, "--out", out]
+    for wish in (["--budget", 3], ["--speedup", 2], ["--preset", "fast"]):
+        code, stdout, stderr = run(*generate, *wish, "--json", "-", capsys=capsys)
+        assert code == 0, stderr
+        timeline = json.loads(stdout)["report"]["transformers"][0]["timeline"]
+        assert len(timeline) == 6 and timeline.count("C") == 3
+    code, _, stderr = run(*generate, "--budget", 2, capsys=capsys)
+    assert code == 2 and "budget: found 2" in stderr
+    code, _, stderr = run(*generate, "--steps", 7, "--budget", 3, capsys=capsys)
+    assert code == 2 and "made for 6 steps, but this run has 7" in stderr
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [(b"", "holds no prompt"), (b" \n\n", "holds no prompt"), (b"\xff\xfe", "not UTF-8")],
+)
+def test_prompt_files_that_are_none(prompts, message, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(prompts)
+    code, _, stderr = run("build-policy", tmp_path / "p.json", "--prompts", file, capsys=capsys)
+    assert code == 2 and message in stderr
+    assert not (tmp_path / "p.json").exists()
