@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from vidaccel import accelerate, report
 from vidaccel.environment import shipped_policies
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.hosts import HOSTS
+from vidaccel.lemica import search
+from vidaccel.lemica.graph import aggregate, segment_graph
 from vidaccel.plan import Plan, Setting
 from vidaccel.policy import FILE_NAME, MAX_BYTES, CachePolicy, policy_source
 
@@ -341,3 +344,32 @@ def test_auto_takes_a_shipped_policy_that_fits():
 def test_unknown_preset_is_refused():
     with pytest.raises(PlanError, match="'quality', 'balanced', 'fast', found 'turbo'"):
         policy_source("auto", "turbo")
+
+
+def test_the_errors_of_a_measured_policy_give_its_plans():
+    name = "vidaccel--tiny-wan/50-steps.json"
+    policy = CachePolicy.load(shipped_policies()[name])
+    steps = policy.num_inference_steps
+    graph = segment_graph({(e.start, e.end): [e.mean] for e in policy.edges}, steps)
+    solved = search.solve(aggregate(graph), objective=str(policy.objective))
+    assert policy.budgets() == sorted(solved)
+    for budget, plan in solved.items():
+        stored = policy.plans[str(budget)]
+        if stored.chosen_as is None:
+            assert (stored.steps, stored.errors) == (plan.steps, plan.errors)
+    assert policy.validation is not None
+    kept = {row.budget: row.psnr for row in policy.validation if row.kept}
+    for row in policy.validation:
+        assert kept[row.budget] >= row.psnr
+
+
+def test_the_embedded_model_is_the_one_its_policy_was_measured_on():
+    from vidaccel.generate import load_pipeline
+
+    pipe = accelerate(load_pipeline(device="cpu"))
+    pipe.set_progress_bar_config(disable=True)
+    caption = "a red dotted circle moving up on a teal striped background"
+    pipe(caption, height=48, width=48, num_frames=5, num_inference_steps=50, output_type="latent")
+    shown = report(pipe).transformers[0]
+    assert shown.policy == "auto: vidaccel--tiny-wan/50-steps.json (measured)"
+    assert shown.timeline.count("C") == 16

@@ -18,7 +18,7 @@ from vidaccel.errors import ModelError
 from vidaccel.video import Clip, as_uint8
 
 # What the embedded model is run with when nothing else is asked for.
-EMBEDDED_PROMPT = "a red striped circle moving right on a navy dotted background"
+EMBEDDED_PROMPT = "a magenta striped square moving down on a charcoal checkered background"
 EMBEDDED_CALL = {
     "height": 96,
     "width": 96,
