@@ -8,7 +8,7 @@ from conftest import wan, wan22
 import vidaccel
 from vidaccel import Plan, accelerate, report
 from vidaccel.errors import BuildError, PlanError
-from vidaccel.lemica import build, search
+from vidaccel.lemica import build, search, work
 from vidaccel.lemica.build import build_policy
 from vidaccel.lemica.graph import aggregate, segment_graph
 
@@ -113,7 +113,7 @@ def test_a_folder_of_another_model_is_refused(case, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_measured(case, tmp_path, monkeypatch):
-    write = build.write_text
+    write = work.write_text
     written = []
 
     def full(path, text):
@@ -122,7 +122,7 @@ def test_a_full_disk_keeps_what_was_measured(case, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         write(path, text)
 
-    monkeypatch.setattr(build, "write_text", full)
+    monkeypatch.setattr(work, "write_text", full)
     with pytest.raises(BuildError, match=r"No space left on device; .* goes on from there"):
         build_for(case, workdir=tmp_path)
     monkeypatch.undo()

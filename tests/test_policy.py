@@ -15,7 +15,8 @@ from vidaccel.hosts import HOSTS
 from vidaccel.lemica import search
 from vidaccel.lemica.graph import aggregate, segment_graph
 from vidaccel.plan import Plan, Setting
-from vidaccel.policy import FILE_NAME, MAX_BYTES, CachePolicy, policy_source
+from vidaccel.policy import FILE_NAME, MAX_BYTES, CachePolicy
+from vidaccel.sources import policy_source
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGMAS = [1.0, 0.9, 0.8, 0.6, 0.4, 0.1]

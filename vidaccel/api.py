@@ -6,7 +6,7 @@ from vidaccel.engine import Engine, engine_of
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts import find_transformers
 from vidaccel.ledger import Report, TransformerReport
-from vidaccel.policy import policy_source
+from vidaccel.sources import policy_source
 
 Pipeline = TypeVar("Pipeline")
 

@@ -1,5 +1,6 @@
 """Benchmarks: baseline and result in one run, medians of interleaved rounds, JSON out."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
     Args:
         pipe: a pipeline that `accelerate` takes; it is left as it was.
         call: its arguments. Latents are the output, so no decoding is timed.
-        rounds: each round times every variant once, in an order that turns by one.
+        rounds: each round times every variant once, in shuffled order.
 
     Returns:
         "settings", "seconds" (variant -> all rounds), "median_seconds", "idle_overhead" (fraction
@@ -113,15 +114,16 @@ def interleave(
 
     Args:
         variants: name -> what to time.
-        rounds: how often each is timed. The order turns by one from round to round, so that no
-            variant always follows the same other.
+        rounds: how often each is timed. The order is shuffled in each round (with a fixed seed),
+            since what ran before can leave caches and the allocator in another state.
         after: run after each, outside of the timing.
     """
     names = list(variants)
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with tqdm(total=(rounds + 1) * len(names), unit="run", disable=not progress) as bar:
         for turn in range(rounds + 1):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            for name in order.sample(names, len(names)):
                 started = time.perf_counter()
                 variants[name]()
                 elapsed = time.perf_counter() - started

@@ -83,7 +83,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from vidaccel import video
     from vidaccel.plan import Setting
-    from vidaccel.policy import policy_source
+    from vidaccel.sources import policy_source
 
     # Everything that can be wrong is found before the first second of work.
     policy = _policy(arguments)
