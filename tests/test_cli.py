@@ -184,19 +184,18 @@ def test_env_for_people_and_programs(capsys):
 def test_bench_overhead_measures_every_variant(capsys, tmp_path):
     numbers = tmp_path / "overhead.json"
     code, stdout, stderr = run(
-        "bench", "overhead", "--steps", 4, "--size", "64x64", "--frames", 9, "--rounds", 2,
+        "bench", "overhead", "--steps", 4, "--size", "64x64", "--frames", 9, "--rounds", 1,
         "--device", "cpu", "--json", numbers, capsys=capsys,
     )  # fmt: skip
     assert code == 0, stderr
     result = json.loads(numbers.read_text())
     assert {name: len(times) for name, times in result["seconds"].items()} == dict.fromkeys(
-        ("plain", "idle", "every 2", "every 3", "every 5", "no blocks"), 2
+        ("plain", "every 2", "every 3", "every 5", "no blocks"), 1
     )
     assert [plan["steps_computed"] for plan in result["plans"].values()] == [2, 2, 1]
     for plan in result["plans"].values():
-        assert plan["realised_over_ideal"] == pytest.approx(
-            plan["speedup"] / plan["ideal_speedup"], rel=0.3
-        )
+        assert plan["realised_over_ideal"] == pytest.approx(plan["speedup"] / plan["ideal_speedup"])
+    assert isinstance(result["idle_overhead"], float)
     assert "idle overhead" in stdout
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from vidaccel.api import accelerate, restore
+from vidaccel.api import accelerate, engines_of, restore
 from vidaccel.environment import environment
 from vidaccel.generate import steps_of
 from vidaccel.hosts import find_transformers
@@ -21,6 +21,9 @@ Interleaved = dict[str, Callable[[], object]]
 
 def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool = True) -> Any:
     """What vidaccel costs when it skips nothing, and how much of the ideal speedup it realises.
+
+    The cost is measured on single calls of the transformer, one plain and one with everything
+    computed in turn, so that the drift of the machine cancels within a pair.
 
     The ideal time of a plan is the plain time less the blocks' share of every reused step, where
     that share is the time of a plain run less that of a run whose transformer has no blocks: the
@@ -33,8 +36,8 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
 
     Returns:
         "settings", "seconds" (variant -> all rounds), "median_seconds", "idle_overhead" (fraction
-        of the plain time, the median over rounds of the ratio within a round), "plans" (every N ->
-        computed steps, ideal and realised speedup and their ratio) and "environment".
+        of a step, the median over pairs), "plans" (every N -> computed steps, ideal and realised
+        speedup and their ratio, medians of the ratios within a round) and "environment".
     """
     steps = steps_of(pipe, call)
     call = {**call, "output_type": "latent"}
@@ -46,7 +49,7 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def accelerated(policy: str | None) -> Callable[[], None]:
+    def accelerated(policy: str) -> Callable[[], None]:
         def run() -> None:
             accelerate(pipe, policy=policy)
             generation()
@@ -57,7 +60,7 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
         with _no_blocks(pipe):
             generation()
 
-    variants: Interleaved = {"plain": generation, "idle": accelerated(None)}
+    variants: Interleaved = {"plain": generation}
     variants |= {name: accelerated(name) for name in plans}
     variants["no blocks"] = without_blocks
     seconds = interleave(variants, rounds, after=lambda: restore(pipe), progress=progress)
@@ -81,7 +84,7 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
         },
         "seconds": seconds,
         "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "idle_overhead": paired(lambda of: of["idle"] / of["plain"] - 1),
+        "idle_overhead": _idle_overhead(pipe, generation, rounds),
         "plans": {
             name: {
                 "steps_computed": computed,
@@ -97,7 +100,7 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
 
 def overhead_table(result: Any) -> str:
     """The result of `overhead` for people."""
-    lines = [f"idle overhead {result['idle_overhead']:+.2%} of a run", ""]
+    lines = [f"idle overhead {result['idle_overhead']:+.2%} of a step", ""]
     lines += ["plan     computed  ideal  measured  realised"]
     lines += [
         f"{name}  {plan['steps_computed']:8d}  {plan['ideal_speedup']:4.2f}x  "
@@ -132,6 +135,41 @@ def interleave(
                     seconds[name].append(elapsed)
                 bar.update()
     return seconds
+
+
+def _idle_overhead(pipe: Any, generation: Callable[[], object], rounds: int) -> float:
+    """Cost of an attached engine that computes everything, as a fraction of a plain call."""
+    model, host = next(iter(find_transformers(pipe).values()))
+    calls: dict[float, dict[str, Any]] = {}  # one of each step, by its timestep
+
+    def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.setdefault(float(kwargs[host.timestep].max()), kwargs)
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    generation()
+    handle.remove()
+    accelerate(pipe, policy=None)
+    engine = next(iter(engines_of(pipe).values()))
+
+    def seconds(call: dict[str, Any]) -> float:
+        started = time.perf_counter()
+        with torch.no_grad(), model.cache_context("cond"):
+            model(**call)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    ratios = []
+    for turn in range(rounds):
+        for step, call in enumerate(calls.values()):
+            idle_first = (turn + step) % 2 == 0
+            idle = seconds(call) if idle_first else 0.0
+            engine.detach()
+            plain = seconds(call)
+            engine.attach()
+            ratios.append((idle if idle_first else seconds(call)) / plain)
+    restore(pipe)
+    return statistics.median(ratios) - 1
 
 
 @contextmanager
