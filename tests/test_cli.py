@@ -150,13 +150,16 @@ def test_no_ffmpeg(tmp_path, capsys, monkeypatch):
 
 
 def test_an_option_that_the_pipeline_does_not_have(model_copy, capsys, tmp_path):
-    from vidaccel.errors import ModelError
-    from vidaccel.generate import call_arguments, load_pipeline
+    from vidaccel.errors import ModelError, PlanError
+    from vidaccel.generate import call_arguments, generate, load_pipeline
 
     pipe = load_pipeline(str(model_copy), device="cpu")
     assert call_arguments(pipe, {"height": 64, "width": None}) == {"height": 64}
     with pytest.raises(ModelError, match="WanPipeline takes no strength"):
         call_arguments(pipe, {"strength": 0.5})
+    for steps in (0, -1, 2.5):
+        with pytest.raises(PlanError, match="num_inference_steps: found"):
+            generate(pipe, {"prompt": "x", "num_inference_steps": steps})
 
 
 def test_ctrl_c_is_quiet(tmp_path, capsys, monkeypatch):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from vidaccel import metrics, scenes, video
 from vidaccel.api import accelerate, engines_of, report, restore
 from vidaccel.environment import embedded_model
-from vidaccel.errors import ModelError
+from vidaccel.errors import ModelError, PlanError
 from vidaccel.video import Clip, as_uint8
 
 # What the embedded model is run with when nothing else is asked for.
@@ -116,9 +116,16 @@ def call_arguments(pipe: Any, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_of(pipe: Any, call: dict[str, Any]) -> int:
-    """Number of denoising steps that a call of the pipeline asks for."""
+    """Number of denoising steps that a call of the pipeline asks for.
+
+    Raises:
+        PlanError: it is not a whole number of 1 or more.
+    """
     default = signature(type(pipe).__call__).parameters["num_inference_steps"].default
-    return int(call.get("num_inference_steps", default))
+    steps = call.get("num_inference_steps", default)
+    if not isinstance(steps, int) or steps < 1:
+        raise PlanError(f"num_inference_steps: found {steps!r}, expected a whole number >= 1")
+    return steps
 
 
 def generate(
