@@ -3,7 +3,7 @@
     python examples/quickstart.py
 
 Runs the model that comes with vidaccel. For a model of your own, replace the first lines by
-`pipe = WanPipeline.from_pretrained(..., torch_dtype=torch.bfloat16).to("cuda")`.
+`pipe = WanPipeline.from_pretrained("org/name", dtype=torch.bfloat16).to("cuda")`.
 """
 
 import torch
@@ -15,7 +15,7 @@ from vidaccel.video import write_video
 
 pipe = WanPipeline.from_pretrained(embedded_model())
 
-pipe = vidaccel.accelerate(pipe, policy="every 3")
+pipe = vidaccel.accelerate(pipe)
 clip = pipe(
     "a cyan dotted square moving up on a maroon striped background",
     height=96,
