@@ -89,16 +89,16 @@ def test_the_wheel_generates_away_from_the_source(distributions, tmp_path):
     # A folder listed in a .pth file is searched, but its own .pth files, among them that of an
     # editable install, are not read.
     site.joinpath("dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [sys.executable, "-m", "pip", "--python", str(scripts / "python"), "install"]
-    install += ["--quiet", "--no-deps", "--disable-pip-version-check", "--no-index"]
-    install += [str(distributions[1])]
-    done = subprocess.run(install, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    away = tmp_path / "away"
-    away.mkdir()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "OMP_NUM_THREADS": "1"
     }
+    install = [sys.executable, "-m", "pip", "--python", str(scripts / "python"), "install"]
+    install += ["--quiet", "--no-deps", "--disable-pip-version-check", "--no-index"]
+    install += [str(distributions[1])]
+    done = subprocess.run(install, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    away = tmp_path / "away"
+    away.mkdir()
     code = (
         "import vidaccel; from vidaccel.environment import embedded_model, shipped_policies; "
         "print(vidaccel.__file__, embedded_model(), shipped_policies())"
