@@ -74,7 +74,9 @@ def test_the_command_line_gives_what_the_python_api_gives(tmp_path, capsys):
     pipe = vidaccel.accelerate(load_pipeline(device="cpu"), policy="every 3")
     call = {"prompt": EMBEDDED_PROMPT, "height": 64, "width": 64, "num_frames": 9}
     call |= {"num_inference_steps": 8, "guidance_scale": 5.0}
+    pipe.set_progress_bar_config(leave=False)
     expected = generate(pipe, call, progress=False).frames
+    assert pipe._progress_bar_config == {"leave": False}  # the bar is left as it was
     other = tmp_path / "expected.mp4"
     video.write_video(other, expected, 16)
     assert np.array_equal(video.read_video(out)[0], video.read_video(other)[0])
@@ -105,6 +107,7 @@ def corrupt(folder):
         (["--plan", "every 0"], "N >= 1"),
         (["--plan", "often"], "found 'often'"),
         (["--preset", "turbo"], "invalid choice"),
+        (["--budget", "3"], "need a policy file in --plan, found 'auto'"),
         (["--out", "clip.avi"], "ends in .mp4"),
         (["--out", "/proc/nowhere/clip.mp4"], "cannot write"),
         (["--json", "/proc/nowhere/numbers.json"], "cannot write"),

@@ -5,6 +5,7 @@ import torch
 from conftest import CASES, STEPS, wan, wan22, wan_unipc, wan_v2v
 
 from vidaccel import Plan, accelerate, restore
+from vidaccel.api import engines_of
 from vidaccel.errors import PlanError
 from vidaccel.lemica.calibrate import Replayer, exact_errors, gain_errors, l1, segments
 
@@ -83,6 +84,7 @@ def test_runs_that_cannot_be_calibrated():
     case = wan_v2v()
     with pytest.raises(PlanError, match="whole schedule"):
         Replayer(case.pipe, case.kwargs)
+    assert not engines_of(case.pipe)  # left as it was
     case = wan()
     with pytest.raises(PlanError, match="3 steps or more"):
         Replayer(case.pipe, {**case.kwargs, "num_inference_steps": 2})

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from vidaccel.api import accelerate, engines_of, restore
 from vidaccel.environment import environment
-from vidaccel.generate import steps_of
+from vidaccel.generate import steps_of, without_bar
 from vidaccel.hosts import find_transformers
 from vidaccel.plan import Plan
 
@@ -41,11 +41,11 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
     """
     steps = steps_of(pipe, call)
     call = {**call, "output_type": "latent"}
-    pipe.set_progress_bar_config(disable=True)
     plans = {f"every {n}": len(Plan.every(n, steps).steps) for n in (2, 3, 5)}
 
     def generation() -> None:
-        pipe(generator=torch.Generator("cpu").manual_seed(0), **call)
+        with without_bar(pipe):
+            pipe(generator=torch.Generator("cpu").manual_seed(0), **call)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

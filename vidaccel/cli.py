@@ -299,6 +299,10 @@ def _policy(arguments: argparse.Namespace) -> Any:
     if any(value is not None for value in wish.values()):
         from vidaccel.policy import CachePolicy
 
+        if "/" not in text and not text.endswith(".json"):
+            raise PolicyError(
+                f"--budget, --speedup and --max-error need a policy file in --plan, found {text!r}"
+            )
         return CachePolicy.from_pretrained(text).plan(**wish)
     if text == "all":
         return None

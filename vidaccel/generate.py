@@ -1,7 +1,8 @@
 """One prompt to one clip, and the same prompt with and without acceleration."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -128,6 +129,17 @@ def steps_of(pipe: Any, call: dict[str, Any]) -> int:
     return steps
 
 
+@contextmanager
+def without_bar(pipe: Any) -> Iterator[None]:
+    """The pipeline's own progress bar turned off, and left as it was afterwards."""
+    previous = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**previous, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**previous)
+
+
 def generate(
     pipe: Any, call: dict[str, Any], *, seed: int = 0, label: str = "", progress: bool = True
 ) -> Run:
@@ -155,12 +167,14 @@ def generate(
             bar.update()
             return kwargs
 
-        if "callback_on_step_end" in signature(type(pipe).__call__).parameters:
-            pipe.set_progress_bar_config(disable=True)
+        told = "callback_on_step_end" in signature(type(pipe).__call__).parameters
+        if told:
             call["callback_on_step_end"] = on_step_end
-        started = time.perf_counter()
-        frames = as_uint8(pipe(**call).frames[0])
-        seconds = time.perf_counter() - started
+        # Without a callback the pipeline's own bar is the only one there can be.
+        with without_bar(pipe) if told or not progress else nullcontext():
+            started = time.perf_counter()
+            frames = as_uint8(pipe(**call).frames[0])
+            seconds = time.perf_counter() - started
     return Run(
         frames,
         seconds,

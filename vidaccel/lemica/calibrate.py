@@ -89,7 +89,11 @@ class Replayer:
             raise PlanError(f"calibration needs 3 steps or more, found {self.steps}")
         self.pipe, self.call, self.seed, self.metric = pipe, call, seed, metric
         self.forwards = 0
-        self.reference = self._record()
+        try:
+            self.reference = self._record()
+        except BaseException:
+            restore(pipe)
+            raise
         self.setting = next(iter(engines_of(pipe).values())).setting
 
     def __enter__(self) -> "Replayer":
