@@ -30,7 +30,7 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
     embedding and the head still run on reused steps.
 
     Args:
-        pipe: a pipeline that `accelerate` takes; it is left as it was.
+        pipe: a pipeline that `accelerate` takes; it is left without acceleration.
         call: its arguments. Latents are the output, so no decoding is timed.
         rounds: each round times every variant once, in shuffled order.
 

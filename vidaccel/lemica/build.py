@@ -43,7 +43,7 @@ def build_policy(
     seeds, and the lexicographically smallest path for each number of computed steps.
 
     Args:
-        pipe: a pipeline that `accelerate` takes. It is left as it was.
+        pipe: a pipeline that `accelerate` takes. It is left without acceleration.
         prompts: what the clips show; 5 to 20 short, diverse ones are plenty. With `validate`, the
             last fifth, at least one, is kept for that.
         num_inference_steps: T.

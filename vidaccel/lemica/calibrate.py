@@ -66,7 +66,7 @@ class Reference:
 class Replayer:
     """Runs one sample of a pipeline again and again, each time with another segment reused.
 
-    Use it as a context manager: the pipeline is left as it was.
+    Use it as a context manager: the pipeline is left without acceleration.
 
     Args:
         pipe: a pipeline that `accelerate` takes.

@@ -76,7 +76,7 @@ def scores(
     """Run every plan on every sample.
 
     Args:
-        pipe: the pipeline; it is left as it was.
+        pipe: the pipeline; it is left without acceleration.
         call: arguments of its call but the prompt.
         samples: (prompt, seed) of each generation.
         plans: name -> plan.
