@@ -25,6 +25,7 @@ except PackageNotFoundError:  # a bare clone on the import path
 
 if TYPE_CHECKING:
     from vidaccel.api import accelerate, report, restore
+    from vidaccel.dbcache import DBCache
     from vidaccel.errors import VidaccelError
     from vidaccel.lemica.build import build_policy
     from vidaccel.plan import Plan
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CachePolicy": "policy",
     "build_policy": "lemica.build",
+    "DBCache": "dbcache",
     "accelerate": "api",
     "report": "api",
     "restore": "api",
@@ -44,6 +46,7 @@ _HOME = {
 
 __all__ = [
     "CachePolicy",
+    "DBCache",
     "Plan",
     "VidaccelError",
     "__version__",
