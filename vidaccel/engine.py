@@ -74,7 +74,7 @@ class Engine:
         self.on_probe: ProbeListener | None = None  # is told every probe residual
         self.ledger = Ledger(host.block_count(transformer))
         self._pipelines: list[tuple[weakref.ref[Any], Any]] = []
-        self._clock = Clock(host.branch)
+        self._clock = Clock(host.branch, host.times)
         self._context: str | None = None
         self._handles: list[Any] = []
         self._residuals = Residuals()
@@ -123,14 +123,16 @@ class Engine:
         heads = [(head, model.get_submodule(head.module)) for head in self.host.heads]
         for spec in self.host.blocks:
             blocks = getattr(model, spec.name)
-            arguments = BlockArguments(type(blocks[0]), self.host.streams, spec.returns)
+            arguments = BlockArguments(
+                type(blocks[0]), self.host.streams, self.host.main, spec.returns, spec.joins
+            )
             vars(model)[spec.name] = ShadowList(blocks, arguments, self._run_block)
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end),
         ]
-        for index, (head, module) in enumerate(heads):
-            hook = partial(self._at_head, index, head)
+        for head, module in heads:
+            hook = partial(self._at_head, head)
             self._handles.append(module.register_forward_pre_hook(hook))
         if hasattr(model, "cache_context"):
             vars(model)["cache_context"] = self._cache_context
@@ -190,14 +192,21 @@ class Engine:
                     f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
                     "vidaccel.accelerate(pipe) again after replacing it"
                 )
-        # Image conditioning gives its clean frames time 0; the step is that of the noisy ones.
-        timestep = float(self._timestep.value(args, kwargs).max())
-        sample = self._sample.value(args, kwargs)
-        schedulers = [scheduler for _, scheduler in self._pipelines]
-        tick = self._clock.tick(schedulers, timestep, self._context, tuple(sample.shape))
+        samples = self._sample.value(args, kwargs)
+        samples = [samples] if isinstance(samples, torch.Tensor) else samples
+        tick = self._clock.tick(
+            [scheduler for _, scheduler in self._pipelines],
+            _times(self._timestep.value(args, kwargs)),
+            self._context,
+            tuple(size for sample in samples for size in sample.shape),
+        )
         if tick.restarted:
             self._restart(tick)
-        call = _RunningCall(tick, sample.device, _mark(sample.device))
+        elif tick.reshaped:
+            self._residuals.clear()
+            self._probes.clear()
+        device = samples[0].device
+        call = _RunningCall(tick, device, _mark(device))
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             self._propose(call)
@@ -215,11 +224,11 @@ class Engine:
 
     @property
     def _probe_blocks(self) -> int:
-        return 0 if self.cache is None else self.cache.probe_blocks
+        return 0 if self.cache is None else self.cache.probe_blocks * self.host.unit
 
     @property
     def _corrector_blocks(self) -> int:
-        return 0 if self.cache is None else self.cache.corrector_blocks
+        return 0 if self.cache is None else self.cache.corrector_blocks * self.host.unit
 
     def _decider(self, branch: str) -> Decider | None:
         if self.cache is None or not self.cache.probe_blocks:
@@ -290,24 +299,27 @@ class Engine:
         if index == 0 and self._probe_blocks:
             call.probed = named.main(args, kwargs)
         if index == self._probe_blocks:
+            if self._probe_blocks:
+                self._probe(call, named.main(args, kwargs))
             call.entry = named.streams(args, kwargs)
             if call.undecided:
                 self._decide(call)
         if index == corrector:
             args, kwargs = self._at_corrector(call, named, args, kwargs)
-        elif call.reused and self._probe_blocks <= index < corrector:
-            return named.passed_through(args, kwargs)
-        call.blocks_run += 1
-        output = block(*args, **kwargs)
-        if index == self._probe_blocks - 1:
-            self._probe(call, named.main_of(output))
+        if call.reused and self._probe_blocks <= index < corrector:
+            output = named.passed_through(args, kwargs)
+        else:
+            call.blocks_run += 1
+            output = block(*args, **kwargs)
+        if index + 1 == corrector == self.ledger.blocks and not self.host.heads:
+            return self._after_last(call, named, output)
         return output
 
-    def _probe(self, call: "_RunningCall", output: torch.Tensor) -> None:
-        """After the last probe block: how much its residual has changed."""
+    def _probe(self, call: "_RunningCall", reached: torch.Tensor) -> None:
+        """After the last probe block: how much their residual has changed."""
         assert self.cache is not None
         branch, stride = call.tick.branch, self.cache.probe_stride
-        probe = (output - call.probed.to(output.device))[:, ::stride]
+        probe = (reached - call.probed.to(reached.device))[..., ::stride, :]
         if self.on_probe is not None:
             self.on_probe(call.tick, probe)
         last = self._probes.get(branch)
@@ -334,39 +346,68 @@ class Engine:
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the first corrector block: keep the residual, or put the kept one in its place."""
-        for index, name in enumerate(named.returned):
+        for name in named.returned:
             given = named.value(name, args, kwargs)
-            start = call.entry[name].to(given.device)
-            if call.reused:
-                filled = start + self._forecast(call, index, given.device)
-                args, kwargs = named.replaced(name, filled.to(given.dtype), args, kwargs)
-            elif self._keeps(call.tick.step):
-                call.fresh.append(given - start)
+            if (
+                given is not None
+                and (filled := self._fill(call, named.origin(name), given)) is not None
+            ):
+                args, kwargs = named.replaced(name, filled, args, kwargs)
         return args, kwargs
 
+    def _after_last(self, call: "_RunningCall", named: BlockArguments, output: Any) -> Any:
+        """After the last block of a model whose head gets its result in another layout."""
+        streams = named.outputs(output)
+        for name, given in streams.items():
+            if (
+                given is not None
+                and (filled := self._fill(call, named.origin(name), given)) is not None
+            ):
+                streams[name] = filled
+        return named.output(streams)
+
     def _at_head(
-        self, index: int, head: Head, module: nn.Module, args: tuple[Any, ...]
+        self, head: Head, module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
         call = self._call
         if call is None or not call.entry or call.playing or self._corrector_blocks:
             return None
-        if not (call.reused or self._keeps(call.tick.step)):
+        filled = self._fill(call, head.streams, args[0], head)
+        return None if filled is None else (filled, *args[1:])
+
+    def _fill(
+        self,
+        call: "_RunningCall",
+        streams: tuple[str, ...],
+        given: torch.Tensor | None,
+        head: Head | None = None,
+    ) -> torch.Tensor | None:
+        """At the end of the middle: keep what it added, or on a reused step what goes on instead.
+
+        Args:
+            streams: those at the entry of the middle that `given` continues.
+            given: what has come out of the middle, which a reused step has only passed through;
+                None where the model runs without that stream, sound say.
+            head: the module that it goes into, if it is one.
+        """
+        if given is None or not (call.reused or self._keeps(call.tick.step)):
             return None
-        given = args[0]
-        streams = [call.entry[name].to(given.device) for name in head.streams]
-        start = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
+        parts = [call.entry[name].to(given.device) for name in streams]
+        start = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if head is not None and head.tail:
+            start = start[:, -given.shape[1] :]
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
                 f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"its {head.module} gets {tuple(given.shape)}; context parallelism is not "
-                "supported yet: restore(pipe) before enabling it"
+                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}; context "
+                "parallelism is not supported yet: restore(pipe) before enabling it"
             )
-        if call.reused:
-            filled = start + self._forecast(call, index, given.device)
-            return (filled.to(given.dtype), *args[1:])
-        call.fresh.append((given - start).to(start.dtype))
-        return None
+        if not call.reused:
+            call.fresh.append((given - start).to(start.dtype))
+            return None
+        index, call.filled = call.filled, call.filled + 1
+        return (start + self._forecast(call, index, given.device)).to(given.dtype)
 
     def _forecast(self, call: "_RunningCall", index: int, device: torch.device) -> torch.Tensor:
         step, branch = call.tick.step, call.tick.branch
@@ -439,6 +480,7 @@ class _RunningCall:
         difference: relative change of that residual, a scalar tensor.
         entry: the streams at the first middle block.
         fresh: the residual of this step, one tensor per head or stream.
+        filled: of these, how many a reused step has put in.
     """
 
     tick: Tick
@@ -454,10 +496,19 @@ class _RunningCall:
     difference: torch.Tensor | None = None
     entry: dict[str, torch.Tensor] = field(default_factory=dict)
     fresh: list[torch.Tensor] = field(default_factory=list)
+    filled: int = 0
 
     def compute(self, reason: str) -> None:
         """Have every block run."""
         self.reused, self.reason = False, reason
+
+
+def _times(timestep: torch.Tensor) -> tuple[float, ...]:
+    """The time of a call, latest first: clean or conditioning frames may have one of their own."""
+    if timestep.numel() == 1:
+        return (float(timestep),)
+    low, high = map(float, torch.stack(torch.aminmax(timestep)).tolist())
+    return (high, low) if 0 < low < high else (high,)
 
 
 def _mark(device: torch.device) -> Any:
