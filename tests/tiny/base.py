@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -21,10 +21,23 @@ LAYERS = 3
 
 @dataclass
 class Case:
-    """A tiny pipeline with the arguments of a call."""
+    """A tiny pipeline with the arguments of a call.
+
+    Attributes:
+        pipe, kwargs: the pipeline, and what it is called with.
+        other: what else a call may ask for: another shape and number of steps.
+        first: the step that the run starts with: video-to-video runs start inside the schedule.
+        unplanned: steps that are computed whatever the plan says, because the pipeline changes the
+            latents there.
+    """
 
     pipe: Any
     kwargs: dict[str, Any]
+    other: dict[str, Any] = field(
+        default_factory=lambda: {"height": 32, "width": 64, "num_inference_steps": 4}
+    )
+    first: int = 0
+    unplanned: tuple[int, ...] = ()
 
     def run(self, seed: int = 0, **overrides: Any) -> torch.Tensor:
         """The latents of one generation; with sound, those of picture and sound in one row."""
@@ -79,7 +92,11 @@ def built(cls: str | type, seed: int = 0, **config: Any) -> Any:
 
 
 def case(
-    cls: str | type, transformer: Any, call: dict[str, Any], drop: tuple[str, ...] = (), **components: Any
+    cls: str | type,
+    transformer: Any,
+    call: dict[str, Any],
+    drop: tuple[str, ...] = (),
+    **components: Any,
 ) -> Case:
     """A pipeline without text encoders, given embeddings of width 32 instead.
 

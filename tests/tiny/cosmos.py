@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 from transformers import BatchEncoding
 
-from tiny.base import LAYERS, STEPS, Case, built, case, embeds, image, unipc, video
+from tiny.base import LAYERS, STEPS, Case, built, case, image, unipc, video
 from tiny.wan import wan_vae
 
 
@@ -85,7 +85,7 @@ def cosmos() -> Case:
 
 
 def cosmos_v2w() -> Case:
-    call = {"video": video(9, 32)}
+    call = {"image": image(32)}
     return _cosmos1("CosmosVideoToWorldPipeline", call, in_channels=5)
 
 

@@ -1,11 +1,22 @@
 """Mochi, Allegro, Latte, EasyAnimate, SANA-Video, Kandinsky, Motif, Helios and AnyFlow."""
 
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import torch
 
-from tiny.base import LAYERS, STEPS, Case, built, case, embeds, generator, image, masks, unipc, video
+from tiny.base import (
+    LAYERS,
+    STEPS,
+    Case,
+    built,
+    case,
+    embeds,
+    generator,
+    image,
+    masks,
+)
 from tiny.hunyuan import hunyuan_vae
 from tiny.wan import wan_vae
 
@@ -66,9 +77,7 @@ def allegro() -> Case:
         temporal_compression_ratio=4,
     )
     call = {"num_frames": 8, "negative_prompt": None} | masks(torch.long)
-    return case(
-        "AllegroPipeline", transformer, call, vae=vae, scheduler=diffusers.DDIMScheduler()
-    )
+    return case("AllegroPipeline", transformer, call, vae=vae, scheduler=diffusers.DDIMScheduler())
 
 
 def latte() -> Case:
@@ -206,6 +215,9 @@ def _kandinsky5(cls: str, call: dict[str, Any], **config: Any) -> Case:
         axes_dims=(8, 8, 8),
         **config,
     )
+    for name, weight in transformer.named_parameters():
+        if "modulation" in name:  # starts as zeros, so that blocks would do nothing
+            torch.nn.init.normal_(weight, std=0.1, generator=generator(7))
     common: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5}
     for seed, prefix in enumerate(("", "negative_")):
         common[f"{prefix}prompt_embeds_qwen"] = embeds(seed)
@@ -222,7 +234,9 @@ def kandinsky5() -> Case:
 
 
 def kandinsky5_i2v() -> Case:
-    return _kandinsky5("Kandinsky5I2VPipeline", {"image": image(32), "num_frames": 21}, visual_cond=True)
+    return _kandinsky5(
+        "Kandinsky5I2VPipeline", {"image": image(32), "num_frames": 21}, visual_cond=True
+    )
 
 
 def _kandinsky6(**call: Any) -> Case:
@@ -288,7 +302,7 @@ def _motif(cls: str, decoders: int, **call: Any) -> Case:
         out_channels=16,
         num_attention_heads=2,
         attention_head_dim=12,
-        num_layers=1,
+        num_layers=2,
         num_single_layers=LAYERS,
         num_decoder_layers=decoders,
         patch_size=1,
@@ -352,7 +366,8 @@ def helios_pyramid() -> Case:
         "pyramid_num_inference_steps_list": [STEPS, STEPS, STEPS],
     }
     parts = {"vae": wan_vae(), "scheduler": scheduler, "drop": ("num_inference_steps",)}
-    return case("HeliosPyramidPipeline", _helios_transformer(), call, **parts)
+    found = case("HeliosPyramidPipeline", _helios_transformer(), call, **parts)
+    return replace(found, other={"width": 128, "pyramid_num_inference_steps_list": [4, 4, 4]})
 
 
 def anyflow() -> Case:

@@ -1,5 +1,6 @@
 """Wan and what is built like it."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -104,7 +105,8 @@ def wan22_i2v() -> Case:
 def wan_v2v() -> Case:
     """Names no guidance branches and starts inside the schedule."""
     call = {"video": video(9), "strength": 0.7}
-    return _case("WanVideoToVideoPipeline", wan_transformer(), call, drop=("num_frames",))
+    drop = ("num_frames",)
+    return replace(_case("WanVideoToVideoPipeline", wan_transformer(), call, drop=drop), first=2)
 
 
 def wan_vace() -> Case:
@@ -154,7 +156,8 @@ def chrono_edit() -> Case:
         "enable_temporal_reasoning": True,
         "num_temporal_reasoning_steps": 3,
     }
-    return _case("ChronoEditPipeline", transformer, call, scheduler=unipc(), **_image_encoder())
+    parts = {"scheduler": unipc()} | _image_encoder()
+    return replace(_case("ChronoEditPipeline", transformer, call, **parts), unplanned=(3,))
 
 
 def _skyreels(cls: str, call: dict[str, Any], config: dict[str, Any], **components: Any) -> Case:
