@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vidaccel.lemica.build import build_policy
     from vidaccel.plan import Plan
     from vidaccel.policy import CachePolicy
+    from vidaccel.threshold import suggest_threshold
 
 # Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
 # and a mistyped option do not wait for torch.
@@ -46,6 +47,7 @@ _HOME = {
     "BlockList": "hostspec",
     "Head": "hostspec",
     "HostSpec": "hostspec",
+    "suggest_threshold": "threshold",
     "Plan": "plan",
     "VidaccelError": "errors",
 }
@@ -64,6 +66,7 @@ __all__ = [
     "register_host",
     "report",
     "restore",
+    "suggest_threshold",
 ]
 
 

@@ -115,6 +115,29 @@ class Clock:
         self._value, self._counter = timestep, counter
         return Tick(step, len(table), branch, restarted, reshaped)
 
+    def values(self, schedulers: Iterable[Any], timestep: Any) -> tuple[float, ...]:
+        """The times of a call, latest first, without waiting for the device if that can be helped.
+
+        Most pipelines pass a view of one entry of their scheduler's table, which is known on the
+        host. Anything else is read from the device.
+
+        Args:
+            schedulers: as `tick`.
+            timestep: tensor of any shape. Image conditioning gives its clean frames time 0, or one
+                of their own that may be above that of the others.
+        """
+        if "t" in self._times:
+            for scheduler in schedulers:
+                index = _index_of_view(scheduler.timesteps, timestep)
+                if index is not None:
+                    return (self._tables_of(scheduler)["t"][index],)
+        if timestep.numel() == 1:
+            return (float(timestep),)
+        import torch  # not at the top: the table of hosts names the times without it
+
+        low, high = map(float, torch.stack(timestep.aminmax()).tolist())
+        return (high, low) if 0 < low < high else (high,)
+
     def _locate(
         self, schedulers: Iterable[Any], timesteps: tuple[float, ...]
     ) -> tuple[Any, list[float], int, float]:
@@ -158,6 +181,20 @@ class Clock:
             known = (scheduler.timesteps, tables)
             self._tables[id(scheduler)] = known
         return known[1]
+
+
+def _index_of_view(table: Any, timestep: Any) -> int | None:
+    """The entry of a scheduler's table that all of `timestep` is a view of; None if it is not."""
+    if not hasattr(table, "untyped_storage") or table.dtype != timestep.dtype:
+        return None
+    if table.untyped_storage().data_ptr() != timestep.untyped_storage().data_ptr():
+        return None
+    index = int(timestep.storage_offset() - table.storage_offset())
+    one_entry = all(
+        stride == 0 or size == 1
+        for stride, size in zip(timestep.stride(), timestep.shape, strict=True)
+    )
+    return index if one_entry and table.is_contiguous() and 0 <= index < len(table) else None
 
 
 def _close(table: list[float], index: int, timestep: float) -> bool:
