@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import nn
 
 from vidaccel.clock import Clock, Tick, noise_grid
@@ -204,7 +205,7 @@ class Engine:
         elif tick.reshaped:
             generation.forget_tensors()
         device = samples[0].device
-        call = RunningCall(tick, device, _mark(device))
+        call = RunningCall(tick, device, _mark(device), _group_of(model))
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             generation.propose(call)
@@ -247,18 +248,19 @@ class Engine:
         if call.playing:
             return named.passed_through(args, kwargs)
         probe, corrector = generation.probe_blocks, self.ledger.blocks - generation.corrector_blocks
+        seen = _as_split(block, args, kwargs) if call.group is not None else (args, kwargs)
         if index == 0 and probe:
-            call.probed = named.main(args, kwargs)
+            call.probed = named.main(*seen)
         if index == probe:
             if probe:
-                self._after_probe(call, generation, named.main(args, kwargs))
-            call.entry = named.streams(args, kwargs)
+                self._after_probe(call, generation, named.main(*seen))
+            call.entry = named.streams(*seen)
             if call.undecided:
                 generation.decide(call)
         if index == corrector:
             args, kwargs = self._at_corrector(call, generation, named, args, kwargs)
         if call.reused and probe <= index < corrector:
-            output = named.passed_through(args, kwargs)
+            output = named.passed_through(*seen)
         else:
             call.blocks_run += 1
             output = block(*args, **kwargs)
@@ -334,8 +336,8 @@ class Engine:
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
                 f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}; context "
-                "parallelism is not supported yet: restore(pipe) before enabling it"
+                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}, so what "
+                "they add is not known: restore(pipe)"
             )
         if not call.reused:
             call.fresh.append((given - start).to(start.dtype))
@@ -371,6 +373,23 @@ class Engine:
         return None
 
 
+def _group_of(model: nn.Module) -> Any:
+    """The processes that a model's tokens are spread over; None when it has them all."""
+    parallel = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    return None if parallel is None else parallel._flattened_mesh.get_group()
+
+
+def _as_split(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as a block sees them that context parallelism splits at its door."""
+    registry = getattr(block, "_diffusers_hook", None)
+    for hook in () if registry is None else registry.hooks.values():
+        if isinstance(hook, ContextParallelSplitHook):
+            args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return args, kwargs
+
+
 def _mark(device: torch.device) -> Any:
     """A moment on the device's own time line, without waiting for the device."""
     if device.type != "cuda":
@@ -395,7 +414,3 @@ def _refuse_unsupported(transformer: nn.Module) -> None:
         raise UnsupportedPipelineError(_WHOLE_MODEL)
     if getattr(transformer, "_cache_config", None) is not None:
         raise UnsupportedPipelineError(_NATIVE_CACHE)
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise UnsupportedPipelineError(
-            "context parallelism is not supported yet: accelerate a pipeline that runs on one GPU"
-        )
