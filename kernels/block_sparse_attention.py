@@ -297,7 +297,7 @@ def _attend(
             top = higher
 
         if MEANS:
-            for at in range(0, means, KEYS):
+            for at in tl.range(0, means, KEYS, num_stages=1):
                 mean = at + lane
                 known = mean < means
                 begin = tl.load(k_offsets + group * (names_k + 1) + mean, mask=known, other=0)
