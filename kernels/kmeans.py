@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import (
     Impl,
@@ -29,6 +28,8 @@ from vidaccel.kernels.common import (
 )
 from vidaccel.kernels.sort import CHUNK, Order, rank_and_scan
 
+PREPARE = {"ROWS": 16, "ZEROS": 1024, "num_warps": 4}
+UPDATE = {"ROWS": 32, "ZEROS": 256, "num_warps": 4}
 COUNTS = ["tokens", "heads", "first", "last", "clusters0", "clusters1", "extra", "sides"]
 
 
@@ -106,7 +107,7 @@ class Rounds:
             order,
         )
         first = [c.float().contiguous() for c in centroids]
-        programs = triton.cdiv(total, 16)
+        programs = triton.cdiv(total, PREPARE["ROWS"])
         _prepare[(programs,)](
             first[0],
             first[-1],
@@ -120,9 +121,7 @@ class Rounds:
             triton.cdiv(order.histogram.numel(), programs),
             D=width,
             DP=padded(width),
-            ROWS=16,
-            ZEROS=1024,
-            num_warps=4,
+            **PREPARE,
         )
         return rounds
 
@@ -243,9 +242,7 @@ def gather_means(
         ROUND=rounded is not None,
         D=width,
         DP=padded(width),
-        ROWS=32,
-        ZEROS=256,
-        num_warps=4,
+        **UPDATE,
     )
 
 
