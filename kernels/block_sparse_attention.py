@@ -170,7 +170,7 @@ def attention_config(width: int, dtype: torch.dtype, chip: int) -> dict[str, Any
     read from the L2 cache. The others run out of registers with it.
     """
     if dtype == torch.float32:
-        return _tiles(32, 32, 4, 2)
+        return _tiles(32, 16, 8, 1)  # products without tensor cores, in full precision
     if chip not in (90, 100):
         return _tiles(64, 32, 4, 2)
     return _tiles(128, 64, 4, 3) if width == 64 else _tiles(128, 128, 8, 2)
@@ -178,6 +178,8 @@ def attention_config(width: int, dtype: torch.dtype, chip: int) -> dict[str, Any
 
 def means_config(width: int, dtype: torch.dtype, rows: int) -> dict[str, Any]:
     """Tiles for the means of clusters; the tile of queries is the one of the schedule."""
+    if dtype == torch.float32:
+        return _tiles(rows, 16, 8, 1)
     return _tiles(rows, 32, 4 if rows < 128 else 8, 2)
 
 

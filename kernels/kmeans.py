@@ -375,10 +375,7 @@ def _assign(
     for at in range(0, clusters, CLUSTERS):
         cluster = at + lane
         known = cluster < clusters
-        if DP == D:
-            inside = known[None, :]
-        else:
-            inside = known[None, :] & (column < D)[:, None]
+        inside = known[None, :] & (column < D)[:, None]
         c = tl.load(centroids + cluster[None, :] * D + column[:, None], mask=inside, other=0.0)
         norm = tl.load(half + cluster_base + cluster, mask=known, other=float("inf"))
         distance = norm[None, :] - tl.dot(tile, c, input_precision="ieee")
@@ -500,7 +497,7 @@ def _update(
         both = mine[:, None] & inside[None, :]
         tile = tl.load(x + row[:, None] * row_stride + column[None, :], mask=both, other=0.0)
         total += tile.to(tl.float32)
-        if PERMUTE:
+        if PERMUTE:  # noqa: SIM102 (known when compiling)
             if copy:
                 out = (wide * tokens + sorted_row.to(tl.int64))[:, None] * D + column[None, :]
                 tl.store(x1_out + out, tile, mask=both)
@@ -526,7 +523,7 @@ def _update(
             tl.store(rounded + place * D + column, short, mask=filled)
             norm = tl.sum(exact * exact, 0) * 0.5
             tl.store(half + place, norm, mask=count > 0)
-        if PERMUTE:
+        if PERMUTE:  # noqa: SIM102 (known when compiling)
             if copy:
                 mean_v = tl.sum(total_v, 0) / tl.maximum(count, 1).to(tl.float32)
                 tl.store(v_means + (wide * clusters + cluster) * D + column, mean_v, mask=inside)

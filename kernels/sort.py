@@ -79,6 +79,22 @@ class Order:
             flat(batch_heads * chunks * sum(counts)),
         )
 
+    @classmethod
+    def of(cls, orders: list[Tensor], offsets: list[Tensor]) -> Order:
+        """What sorted sides already have: order [B, H, S] and offsets [B, H, N + 1] of each."""
+        first = orders[0]
+        nothing = first.new_empty(1)
+        return cls(
+            first.shape[0] * first.shape[1],
+            first.shape[2],
+            [offset.shape[2] - 1 for offset in offsets],
+            nothing,
+            torch.cat([order.reshape(-1) for order in orders]) if orders[1:] else first.view(-1),
+            torch.cat([o.reshape(-1) for o in offsets]) if offsets[1:] else offsets[0].view(-1),
+            nothing,
+            (first.shape[0], first.shape[1]),
+        )
+
     def labels(self, side: int) -> Tensor:
         """[B, H, S] of a side."""
         return self.label.view(-1, *self.shape, self.tokens)[side]
