@@ -20,7 +20,6 @@ if not torch.cuda.is_available():
         if name == "triton" or (name.startswith("triton.") and not name.startswith("triton._C")):
             del sys.modules[name]
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.experimental.gluon  # imported at the first launch, which is too late
     import triton.language as tl
     from triton.runtime import interpreter
 
