@@ -66,12 +66,11 @@ def codegen(
         VidaccelError: Triton is not there, or a compiler rejects a kernel.
     """
     try:
-        import triton
-
+        from vidaccel.kernels.common import interpreting
         from vidaccel.kernels.shipped import shipped
     except ImportError as error:
         raise VidaccelError(f"codegen needs Triton: {error}") from error
-    if triton.knobs.runtime.interpret:
+    if interpreting():
         raise VidaccelError("codegen cannot run while TRITON_INTERPRET is set")
     from tqdm.auto import tqdm
 

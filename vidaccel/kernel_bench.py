@@ -359,7 +359,7 @@ def check(dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, float]]:
             torch.randn(2, 3, 1111, width, device="cuda", dtype=dtype) for _ in range(3)
         )  # fmt: skip
         x, start = q, reference.initial_centroids(q, 70)
-        centroids, labels, counts = kmeans.kmeans(x, start, 2)
+        centroids, labels, _ = kmeans.kmeans(x, start, 2)
         again = kmeans.kmeans(x, start, 2)
         note(f"k-means twice, D {width}", (again[0] - centroids).abs().max(), 0.0)
         moved = reference.cluster_means(x.double(), labels, 70, start)

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
         if name == "triton" or (name.startswith("triton.") and not name.startswith("triton._C")):
             del sys.modules[name]
     os.environ["TRITON_INTERPRET"] = "1"
+    import triton.experimental.gluon  # noqa: F401 (else at the first launch, which is too late)
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -36,9 +37,20 @@ if not torch.cuda.is_available():
 
         return _dot(self, widened(a), widened(b), d, precision, imprecise)
 
-    interpreter.InterpreterBuilder.create_dot = _bfloat16_dot
+    _cast = interpreter.InterpreterBuilder.cast_impl
 
-from vidaccel.kernels import fused  # noqa: E402, F401
+    def _rounding_cast(self, source, target):
+        """The interpreter cuts off what does not fit into bfloat16; chips round to nearest."""
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+            data = rounded.view(torch.int16).numpy().view(np.uint16)
+            return interpreter.TensorHandle(data, tl.bfloat16)
+        return _cast(self, source, target)
+
+    interpreter.InterpreterBuilder.create_dot = _bfloat16_dot
+    interpreter.InterpreterBuilder.cast_impl = _rounding_cast
+
+from vidaccel.kernels import fused, permute  # noqa: E402, F401
 
 os.environ.pop("TRITON_INTERPRET", None)
 

@@ -36,10 +36,9 @@ def test_inertia_never_rises():
     last = torch.inf
     for _ in range(6):
         centroids, labels, _ = reference.kmeans(x, centroids, 1)
-        chosen = reference.permute(centroids, labels) if labels.shape[2] == 12 else None
         chosen = centroids.gather(2, labels.long()[..., None].expand(2, 2, 300, 8))
         inertia = (x - chosen).square().sum().item()
-        assert chosen is not None and inertia <= last + 1e-9
+        assert inertia <= last + 1e-9
         last = inertia
 
 
@@ -47,7 +46,7 @@ def test_an_empty_cluster_stays_and_first_centroids_differ():
     x = points(1, 1, 60, 64)
     start = reference.initial_centroids(x, 60)
     assert len({tuple(row) for row in start[0, 0].tolist()}) == 60
-    start = torch.cat([start[:, :, :5], start[:, :, :1]], 2)  # the last one equals the first
+    start = torch.cat([start[:, :, :5], start[:, :, :1] + 100], 2)  # the last is far from all
     centroids, labels, counts = reference.kmeans(x, start, 2)
     assert counts[0, 0, 5] == 0 and (labels != 5).all()
     torch.testing.assert_close(centroids[0, 0, 5], start[0, 0, 5])
@@ -58,7 +57,7 @@ def test_an_empty_cluster_stays_and_first_centroids_differ():
 def test_the_kernels_equal_the_reference(dtype, tokens, clusters, width, device):
     x = points(2, 1, tokens, width, dtype=dtype).to(device)
     start = reference.initial_centroids(x, clusters)
-    start[:, :, 3] = start[:, :, 2]
+    start[:, :, 3] = 100.0  # far from everything
     centroids, labels, counts = kmeans(x, start, 1, impl="triton")
     expected, expected_labels, expected_counts = reference.kmeans(x, start, 1)
     if device.type == "cpu":
@@ -120,7 +119,7 @@ def test_bad_input_raises():
         kmeans(x[0], x, 1)
     with pytest.raises(KernelError, match="differ in dimension 3"):
         kmeans(x, points(1, 1, 4, 32), 1)
-    with pytest.raises(KernelError, match="found torch.int64"):
+    with pytest.raises(KernelError, match=r"found torch\.int64"):
         kmeans(x.long(), x, 1, impl="triton")
     with pytest.raises(KernelError, match="must be one of 64, 80, 96, 128: 32"):
         kmeans(points(1, 1, 8, 32), points(1, 1, 4, 32), 1, impl="triton")
