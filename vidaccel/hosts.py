@@ -50,6 +50,10 @@ class HostSpec:
         guidance: how the pipelines call it for classifier-free guidance: "sequential" (one call
             per branch), "batched" (one call for all) or "embedded" (one call, no second branch).
         tokens: what the self-attention sees, in order.
+        attention: the self-attention module within a block.
+        mask: what the mask of the self-attention means: "none" is ever given, "keys" [B, 1, 1, S]
+            or "pairs" [B, 1, S, S] of valid tokens, where text that is not valid comes last.
+        dense_only: why its self-attention cannot be made sparse; empty where it can.
         sample, timestep: names of the forward arguments that carry the latents and the time.
     """
 
@@ -59,6 +63,9 @@ class HostSpec:
     heads: tuple[Head, ...] = (Head("norm_out"),)
     guidance: Literal["sequential", "batched", "embedded"] = "sequential"
     tokens: tuple[str, ...] = ("video",)
+    attention: str = "attn1"
+    mask: Literal["none", "keys", "pairs"] = "none"
+    dense_only: str = ""
     sample: str = "hidden_states"
     timestep: str = "timestep"
 
@@ -102,12 +109,16 @@ HOSTS = {
                 BlockList("single_transformer_blocks", _JOINT),
             ),
             tokens=("video", "text"),
+            attention="attn",
+            mask="keys",
         ),
         HostSpec(
             "HunyuanVideo15Transformer3DModel",
             ("HunyuanVideo15Pipeline",),
             (BlockList("transformer_blocks", _JOINT),),
             tokens=("video", "text"),
+            attention="attn",
+            mask="pairs",
         ),
         HostSpec(
             "CogVideoXTransformer3DModel",

@@ -110,6 +110,45 @@ class Ledger:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """What sparse attention did in one transformer since `accelerate`.
+
+    Attributes:
+        settings: of the sparse attention.
+        sparse_calls: calls of self-attention that were sparse.
+        dense_calls: those that were not, by reason.
+        density: mean share of the query-key pairs that the sparse calls computed.
+        density_with_dense: the same over all calls, a dense one counting as 1.
+        empty_query_clusters, empty_key_clusters: mean share of clusters without tokens.
+        recall: mean share of the attention mass that sampled rows kept; None: not measured.
+        layers: by position of the block, its own mean density and recall.
+        bytes_held: bytes of clusters at this moment.
+    """
+
+    settings: str
+    sparse_calls: int
+    dense_calls: dict[str, int]
+    density: float | None
+    density_with_dense: float | None
+    empty_query_clusters: float | None
+    empty_key_clusters: float | None
+    recall: float | None
+    layers: dict[int, dict[str, float | None]]
+    bytes_held: int
+
+    def __str__(self) -> str:
+        dense = ", ".join(f"{calls} {reason}" for reason, calls in self.dense_calls.items())
+        if self.density is None:
+            return f"attention: {self.settings}, all dense ({dense or 'nothing has run yet'})"
+        line = (
+            f"attention: {self.settings}, density {self.density:.1%} in {self.sparse_calls} calls, "
+            f"{self.density_with_dense:.1%} with {sum(self.dense_calls.values())} dense ones"
+        )
+        line += f" ({dense})" if dense else ""
+        return line + (f", recall {self.recall:.1%}" if self.recall is not None else "")
+
+
+@dataclass(frozen=True)
 class BranchReport:
     """One guidance branch of one transformer; see `Totals` for the sums."""
 
