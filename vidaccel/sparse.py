@@ -7,7 +7,7 @@ read when a report is asked for.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from vidaccel.kernels.semantic_attention import (
     semantic_attention,
 )
 from vidaccel.ledger import AttentionReport
+from vidaccel.shadow import BlockArguments
 from vidaccel.svg2 import SVG2
 
 # Computes the attention of a sparse call as `semantic_attention` does; another one is put in its
@@ -35,6 +36,31 @@ Method = Callable[..., torch.Tensor]
 # Why a call of attention was dense.
 FIRST_STEPS, FIRST_LAYERS = "first steps", "first layers"
 SHORT, MASK, NO_GPU = "short sequence", "attention mask", "not on a GPU"
+
+
+def attention_of(attention: Any, transformer: nn.Module, host: HostSpec) -> "Attention":
+    """What `accelerate(attention=...)` takes, for one transformer.
+
+    Args:
+        attention: None leaves attention alone; an `SVG2` makes it sparse; "auto" does so with
+            `SVG2()` where there is a GPU and the model allows it.
+
+    Raises:
+        AttentionError: it is none of these, or this attention cannot be made sparse.
+    """
+    if attention is None:
+        return Attention()
+    if isinstance(attention, SVG2):
+        return SparseAttention(transformer, host, attention)
+    if attention != "auto":
+        raise AttentionError(
+            f"attention is 'auto', None or an SVG2, found {type(attention).__name__}"
+        )
+    if not torch.cuda.is_available():
+        return Attention()
+    if reason := why_dense(transformer, host):
+        return Attention(f"dense, since {reason}")
+    return SparseAttention(transformer, host, SVG2(), gpu_only=True)
 
 
 def why_dense(transformer: nn.Module, host: HostSpec) -> str:
@@ -76,7 +102,60 @@ class Tokens:
         return replace(self, text_mask=text)
 
 
-class SparseAttention:
+class Attention:
+    """What an engine tells about its run to whom makes attention sparse; this one leaves it alone.
+
+    Args:
+        note: why, for reports; empty when nobody asked for anything else.
+    """
+
+    def __init__(self, note: str = "") -> None:
+        self._note = note
+
+    def attach(self) -> None:
+        """Start intercepting."""
+
+    def detach(self) -> None:
+        """Leave every attention module as it was before `attach`."""
+
+    def forget(self) -> None:
+        """Drop what was kept: a generation has ended, or another one begins."""
+
+    def begin(
+        self, branch: str, step: int, steps: int, *, restarted: bool, refreshes: bool
+    ) -> None:
+        """A call of the transformer begins.
+
+        Args:
+            branch: of the guidance.
+            step, steps: its place in the schedule.
+            restarted: it is the first of a generation.
+            refreshes: what it computes is kept and used again by later steps.
+        """
+
+    def block(
+        self, position: int, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Around one block that runs.
+
+        Args:
+            position: of the block, in the order in which all blocks are walked.
+            named, args, kwargs: its arguments.
+        """
+        return _NOTHING
+
+    def end(self) -> None:
+        """The call has ended."""
+
+    def report(self) -> AttentionReport | None:
+        """What was sparse since `attach`; waits for the device."""
+        return AttentionReport(self._note) if self._note else None
+
+
+_NOTHING = nullcontext()
+
+
+class SparseAttention(Attention):
     """Makes the self-attention of one transformer sparse between `attach` and `detach`.
 
     Args:
@@ -114,27 +193,18 @@ class SparseAttention:
         self._settings = config
 
     def attach(self) -> None:
-        """Start intercepting."""
         self._interception.install()
 
     def detach(self) -> None:
-        """Leave every attention module as it was before `attach`."""
         self._interception.remove()
         self.forget()
 
     def forget(self) -> None:
-        """Drop the clusters: a generation has ended, or another one begins."""
         self._layers.clear()
 
-    def begin(self, branch: str, step: int, steps: int, *, restarted: bool, refreshes: bool) -> None:
-        """A call of the transformer begins.
-
-        Args:
-            branch: of the guidance.
-            step, steps: its place in the schedule.
-            restarted: it is the first of a generation.
-            refreshes: what it computes is kept and used again by later steps.
-        """
+    def begin(
+        self, branch: str, step: int, steps: int, *, restarted: bool, refreshes: bool
+    ) -> None:
         if restarted:
             self.forget()
             self._account.settle()
@@ -143,17 +213,15 @@ class SparseAttention:
         self._branch, self._step, self._steps = branch, step, steps
         self._settings = self.config.at_refresh() if refreshes else self.config
 
-    def block(self, position: int, video_tokens: int) -> AbstractContextManager[None]:
-        """Around one block that runs.
-
-        Args:
-            position: of the block, in the order in which all blocks are walked.
-            video_tokens: tokens of the video stream.
-        """
+    def block(
+        self, position: int, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        # Only beside text is the number of video tokens not that of all tokens.
+        joint = len(self._host.tokens) > 1
+        video_tokens = named.main(args, kwargs).shape[1] if joint else 0
         return under(partial(self._attend, _RunningBlock(position, video_tokens)))
 
     def end(self) -> None:
-        """The call has ended."""
         self._account.gather()
 
     def _attend(
@@ -193,9 +261,7 @@ class SparseAttention:
         layer.trim(self.config, q.dtype)
         return out.transpose(1, 2)
 
-    def _why_dense(
-        self, block: "_RunningBlock", query: torch.Tensor, tokens: Tokens | None
-    ) -> str:
+    def _why_dense(self, block: "_RunningBlock", query: torch.Tensor, tokens: Tokens | None) -> str:
         if self.config.is_dense_layer(self._depths[block.position], self._depth):
             return FIRST_LAYERS
         if tokens is None:
@@ -276,7 +342,6 @@ class SparseAttention:
         return sum(layer.bytes_held for layer in self._layers.values())
 
     def report(self) -> AttentionReport:
-        """What was sparse since `attach`; waits for the device."""
         return self._account.report(str(self.config), self.bytes_held)
 
 
