@@ -305,38 +305,41 @@ def block_sparse_attention(
     mask = selection.mask()
     q_label = _labels_of(q_offsets, q.shape[2])
     k_label = _labels_of(k_offsets, k.shape[2])
+    # What is added to a score, by query cluster and key: 0, or -inf where it is hidden.
+    bias = torch.where(mask, 0.0, -math.inf).to(kind)
+    bias = bias.gather(3, k_label[:, :, None, :].expand(*mask.shape[:3], -1))
     keys, values = k.to(kind).transpose(-1, -2), v.to(kind)
     if k_means is not None and v_means is not None:
-        sizes = k_offsets.diff()[..., : k_means.shape[2]]
+        count = k_means.shape[2]
+        sizes = k_offsets.diff()[..., None, :count]
+        use = ~mask[..., :count] & (sizes > 0)
+        use[:, :, compensated_rows:] &= compensated_rows is None
+        bias = torch.cat([bias, torch.where(use, sizes.to(kind).log(), -math.inf)], -1)
         keys = torch.cat([keys, k_means.to(kind).transpose(-1, -2)], -1)
         values = torch.cat([values, v_means.to(kind)], 2)
+    hostile = not bool(values.isfinite().all() & keys.isfinite().all())
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=kind, device=q.device)
-    hidden_nan = bool(values.isnan().any())
     step = max(1, _CHUNK // (q.shape[0] * q.shape[1] * keys.shape[3]))
     for start in range(0, q.shape[2], step):
         rows = slice(start, start + step)
-        picked = mask.gather(2, q_label[:, :, rows, None].expand(-1, -1, -1, mask.shape[3]))
-        seen = picked.gather(3, k_label[:, :, None, :].expand(*picked.shape[:3], -1))
-        scores = q[:, :, rows].to(kind) @ keys * scale
-        bias = torch.where(seen, 0.0, -math.inf).to(kind)
-        if k_means is not None:
-            unseen = ~picked[..., : k_means.shape[2]]
-            if compensated_rows is not None:
-                unseen = unseen & (q_label[:, :, rows, None] < compensated_rows)
-            unseen = unseen & (sizes > 0)[:, :, None, :]
-            weight = torch.where(unseen, sizes.to(kind).log()[:, :, None, :], -math.inf)
-            bias = torch.cat([bias, weight], -1)
-        # A hidden score must be -inf even where it is NaN.
-        scores = torch.where(bias > -math.inf, scores + bias, -math.inf)
-        lse[:, :, rows] = total = scores.logsumexp(-1)
-        weights = (scores - total[..., None]).exp()
-        weights = torch.where(bias > -math.inf, weights, 0.0)
-        mixed = weights @ values
-        if hidden_nan:  # a weight of 0 must also hide NaN
-            mixed = weights @ values.nan_to_num(nan=0.0)
-            reached = (bias > -math.inf).to(kind) @ values.isnan().to(kind) > 0
-            mixed = torch.where(reached, math.nan, mixed)
+        label = q_label[:, :, rows, None]
+        added = bias.gather(2, label.expand(*label.shape[:3], bias.shape[3]))
+        scores = (q[:, :, rows].to(kind) * scale) @ keys
+        if hostile:  # hidden NaN and infinity must not show
+            scores.masked_fill_(added == -math.inf, 0.0)
+        scores += added
+        top = scores.amax(-1, keepdim=True)
+        top = torch.where(top == -math.inf, 0.0, top)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        lse[:, :, rows] = (total.log() + top)[..., 0]
+        mixed = (weights @ values) / torch.where(total == 0, 1.0, total)
+        if hostile:
+            hidden = ~values.isfinite()
+            mixed = (weights @ values.masked_fill(hidden, 0.0)) / total
+            reached = (added > -math.inf).to(kind) @ hidden.to(kind) > 0
+            mixed = torch.where(reached, math.nan, torch.where(total == 0, 0.0, mixed))
         out[:, :, rows] = mixed.to(q.dtype)
     return out, lse
 
