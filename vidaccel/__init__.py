@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vidaccel.plan import Plan
     from vidaccel.policy import CachePolicy
     from vidaccel.svg2 import SVG2
+    from vidaccel.threshold import suggest_threshold
 
 # Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
 # and a mistyped option do not wait for torch.
@@ -41,6 +42,7 @@ _HOME = {
     "accelerate": "api",
     "report": "api",
     "restore": "api",
+    "suggest_threshold": "threshold",
     "Plan": "plan",
     "SVG2": "svg2",
     "VidaccelError": "errors",
@@ -57,6 +59,7 @@ __all__ = [
     "build_policy",
     "report",
     "restore",
+    "suggest_threshold",
 ]
 
 

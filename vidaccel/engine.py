@@ -202,10 +202,9 @@ class Engine:
                     f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
                     "vidaccel.accelerate(pipe) again after replacing it"
                 )
-        # Image conditioning gives its clean frames time 0; the step is that of the noisy ones.
-        timestep = float(self._timestep.value(args, kwargs).max())
         sample = self._sample.value(args, kwargs)
         schedulers = [scheduler for _, scheduler in self._pipelines]
+        timestep = self._clock.value(schedulers, self._timestep.value(args, kwargs))
         tick = self._clock.tick(schedulers, timestep, self._context, tuple(sample.shape))
         if tick.restarted:
             self._restart(tick)

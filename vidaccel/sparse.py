@@ -183,7 +183,7 @@ class SparseAttention(Attention):
                 f"the attention of {type(transformer).__name__} cannot be made sparse: {reason}"
             )
         self.config = config
-        self._host, self._gpu_only, self._method = host, gpu_only, method
+        self._host, self._gpu_only, self.method = host, gpu_only, method
         self._interception = Interception(_modules(transformer, host))
         self._depths, self._depth = _depths(transformer, host)
         self._layers: dict[tuple[int, str, int], _Layer] = {}
@@ -254,7 +254,7 @@ class SparseAttention(Attention):
             return dense()
         if layer.top_p != config.top_p:
             layer.state.selection, layer.top_p = None, config.top_p
-        out = self._method(q, k, v, layer.state, config, **text)
+        out = self.method(q, k, v, layer.state, config, **text)
         self._account.add(
             block.position, layer.state, self._recall(q, k, layer.state, tokens, config)
         )
