@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import Impl, Selection, check_integers, check_like, resolve
 from vidaccel.kernels.kmeans import padded, rows_contiguous
@@ -336,4 +337,6 @@ def _attend(
             mixed.to(out.dtype.element_ty),
             mask=inside,
         )
-        tl.store(lse + group * tokens + row, (top + tl.log2(total)) * 0.6931471805599453, mask=mine)
+        tl.store(
+            lse + group * tokens + row, (top + tl.log2(total)) * 0.6931471805599453, mask=mine
+        )

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vidaccel.kernels.common import KernelError, Selection
 
 PIECE = 16
@@ -268,16 +269,16 @@ def list_tiles(
     # The last tile of pieces is filled up with pieces of no length.
     per_tile = KEYS // PIECE
     packed = (rest + per_tile - 1) // per_tile
-    tl.store(
-        pieces + rest + lane, tl.zeros([BLOCK], tl.int32), mask=rest + lane < packed * per_tile
-    )
+    tl.store(pieces + rest + lane, tl.zeros([BLOCK], tl.int32), mask=rest + lane < packed * per_tile)
     tl.store(full + number, 0)  # read ahead of use, never used
     tl.store(lengths, number)
     tl.store(lengths + 1, packed)
 
 
 @triton.jit
-def write_table(tokens, offsets, table, row, names, room, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def write_table(
+    tokens, offsets, table, row, names, room, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Enter the tiles of a query cluster behind those of clusters with more selected keys."""
     lane = tl.arange(0, BLOCK)
     work = tl.load(tokens + row)

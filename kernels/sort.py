@@ -8,13 +8,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import Impl, KernelError, check_integers, resolve
 
 CHUNK = 256
 
 
-def sort_by_label(labels: Tensor, num_labels: int, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+def sort_by_label(
+    labels: Tensor, num_labels: int, *, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
     """See `reference.sort_by_label`, which this equals exactly."""
     if resolve(impl, labels) == "reference":
         return reference.sort_by_label(labels, num_labels)
@@ -58,7 +61,9 @@ class Order:
     shape: tuple[int, int] = (0, 0)
 
     @classmethod
-    def empty(cls, batch_heads: int, tokens: int, counts: list[int], device: torch.device) -> Order:
+    def empty(
+        cls, batch_heads: int, tokens: int, counts: list[int], device: torch.device
+    ) -> Order:
         """Buffers with nothing in them."""
 
         def flat(size: int) -> Tensor:
