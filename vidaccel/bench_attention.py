@@ -7,7 +7,7 @@ clusters, and clusters that are picked at random instead of by their attention m
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,34 +171,19 @@ def attention(
         for name, change in CHANGES.items()
     ]
     done = json.loads(partial.read_text()) if partial is not None and partial.exists() else {}
-    restore(pipe)
-    plain = [_clip(pipe, call, prompt, seed) for seed, prompt in enumerate(prompts)]
-    points = []
-    for name, config, method in tqdm(runs, unit="setting", disable=not progress):
-        key = f"{name}, {config}"
+    units = [(seed, prompt, *run) for seed, prompt in enumerate(prompts) for run in runs]
+    plain: dict[int, Any] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed, prompt, name, config, method in tqdm(units, unit="clip", disable=not progress):
+        key = f"{prompt}: {name}, {config}"
         if key not in done:
-            accelerate(pipe, policy=None, cache=None, attention=config)
-            engine = next(iter(engines_of(pipe).values()))
-            engine.attention.method = method
-            clips = [_clip(pipe, call, prompt, seed) for seed, prompt in enumerate(prompts)]
-            found = engine.attention.report()
-            quality = [psnr(*pair) for pair in zip(plain, clips, strict=True)]
-            done[key] = {
-                "method": name,
-                "settings": str(config),
-                "top_p": config.top_p,
-                "psnr": statistics.fmean(quality),
-                "psnr_of_prompts": quality,
-                "density": found.density,
-                "density_with_dense": found.density_with_dense,
-                "recall": found.recall,
-                "empty_query_clusters": found.empty_query_clusters,
-                "empty_key_clusters": found.empty_key_clusters,
-                "layers": {str(layer): values for layer, values in found.layers.items()},
-            }
+            if seed not in plain:
+                restore(pipe)
+                plain[seed] = _clip(pipe, call, prompt, seed)
+            done[key] = _measure(pipe, call, prompt, seed, plain[seed], config, method)
             if partial is not None:
                 write_text(partial, json.dumps(done))
-        points.append(done[key])
+        found.setdefault(f"{name}, {config}", []).append(done[key])
     restore(pipe)
     return {
         "settings": {
@@ -208,9 +193,50 @@ def attention(
             "dtype": str(pipe.dtype),
             "device": str(pipe.device),
         },
-        "points": points,
+        "points": [
+            {"method": name, "settings": str(config), "top_p": config.top_p}
+            | _averaged(found[f"{name}, {config}"])
+            for name, config, _ in runs
+        ],
         "environment": environment(),
     }
+
+
+def _measure(
+    pipe: Any,
+    call: dict[str, Any],
+    prompt: str,
+    seed: int,
+    plain: Any,
+    config: SVG2,
+    method: Callable[..., torch.Tensor],
+) -> dict[str, Any]:
+    """One clip of one prompt."""
+    accelerate(pipe, policy=None, cache=None, attention=config)
+    sparse = next(iter(engines_of(pipe).values())).attention
+    sparse.method = method
+    clip = _clip(pipe, call, prompt, seed)
+    found = asdict(sparse.report())
+    names = ("density", "density_with_dense", "recall")
+    empty = ("empty_query_clusters", "empty_key_clusters")
+    return {
+        "psnr": psnr(plain, clip),
+        **{name: found[name] for name in (*names, *empty)},
+        "density_of_layers": [values["density"] for values in found["layers"].values()],
+        "recall_of_layers": [values["recall"] for values in found["layers"].values()],
+    }
+
+
+def _averaged(clips: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means over the prompts, and each prompt's PSNR."""
+
+    def mean(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], list):
+            return [mean(column) for column in zip(*values, strict=True)]
+        return None if values[0] is None else statistics.fmean(values)
+
+    means = {name: mean([clip[name] for clip in clips]) for name in clips[0]}
+    return means | {"psnr_of_prompts": [clip["psnr"] for clip in clips]}
 
 
 def _clip(pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> Any:
