@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vidaccel.attention import Interception, under
+from vidaccel.clock import Tick
 from vidaccel.errors import AttentionError
 from vidaccel.hosts import HostSpec
 from vidaccel.kernels.reference import attention_recall
@@ -121,15 +122,14 @@ class Attention:
     def forget(self) -> None:
         """Drop what was kept: a generation has ended, or another one begins."""
 
-    def begin(
-        self, branch: str, step: int, steps: int, *, restarted: bool, refreshes: bool
-    ) -> None:
+    def restart(self) -> None:
+        """A generation begins."""
+
+    def begin(self, tick: Tick, *, refreshes: bool) -> None:
         """A call of the transformer begins.
 
         Args:
-            branch: of the guidance.
-            step, steps: its place in the schedule.
-            restarted: it is the first of a generation.
+            tick: its place in the generation.
             refreshes: what it computes is kept and used again by later steps.
         """
 
@@ -189,7 +189,7 @@ class SparseAttention(Attention):
         self._layers: dict[tuple[int, str, int], _Layer] = {}
         self._account = Account()
         # Of the running call:
-        self._branch, self._step, self._steps = "", 0, 1
+        self._tick = Tick(0, 1, "", False)
         self._settings = config
 
     def attach(self) -> None:
@@ -202,15 +202,14 @@ class SparseAttention(Attention):
     def forget(self) -> None:
         self._layers.clear()
 
-    def begin(
-        self, branch: str, step: int, steps: int, *, restarted: bool, refreshes: bool
-    ) -> None:
-        if restarted:
-            self.forget()
-            self._account.settle()
-            # Loading adapters and fusing projections put other processors in.
-            self._interception.install()
-        self._branch, self._step, self._steps = branch, step, steps
+    def restart(self) -> None:
+        self.forget()
+        self._account.settle()
+        # Loading adapters and fusing projections put other processors in.
+        self._interception.install()
+
+    def begin(self, tick: Tick, *, refreshes: bool) -> None:
+        self._tick = tick
         self._settings = self.config.at_refresh() if refreshes else self.config
 
     def block(
@@ -245,7 +244,7 @@ class SparseAttention(Attention):
         if tokens is None or (reason and not warming):
             return dense()
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        layer = self._layer((block.position, self._branch, sample), q, tokens)
+        layer = self._layer((block.position, self._tick.branch, sample), q, tokens)
         config = self._kernel_config(tokens.video, scale)
         text = {"video": (tokens.start, tokens.stop), "text_mask": tokens.text_mask}
         if warming:
@@ -270,7 +269,8 @@ class SparseAttention(Attention):
             return SHORT
         if self._gpu_only and not query.is_cuda:
             return NO_GPU
-        return FIRST_STEPS if self.config.is_dense_step(self._step, self._steps) else ""
+        step, steps = self._tick.step, self._tick.num_inference_steps
+        return FIRST_STEPS if self.config.is_dense_step(step, steps) else ""
 
     def _tokens(
         self, block: "_RunningBlock", query: torch.Tensor, mask: torch.Tensor | None
