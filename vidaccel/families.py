@@ -1,4 +1,4 @@
-"""The table of supported transformer classes: a row of data each.
+"""The table of supported video transformer classes: a row of data each.
 
 A row says where the transformer's blocks are, what they return, and which module reads the result
 after the last block. The engine needs nothing else to know about a model.
@@ -6,12 +6,9 @@ after the last block. The engine needs nothing else to know about a model.
 
 from vidaccel.hostspec import BlockList, Head, HostSpec
 
-# Blocks of joint attention return both of their streams, some the text first.
+# Blocks of joint attention return both of their streams.
 _JOINT = ("hidden_states", "encoder_hidden_states")
-_TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 _DEMO = "cache-dit's demo video, {} probe blocks"
-_IMAGE = {"tokens": ("image", "text"), "attention": None, "attention_note": "a single frame"}
-_IMAGE_TEXT_FIRST = _IMAGE | {"tokens": ("text", "image")}
 
 _WAN = (
     HostSpec(
@@ -131,7 +128,7 @@ _VIDEO = (
         "ConsisIDTransformer3DModel",
         ("ConsisIDPipeline",),
         (BlockList("transformer_blocks", _JOINT),),
-        (Head("norm_final", _TEXT_FIRST),),
+        (Head("norm_final", ("encoder_hidden_states", "hidden_states")),),
         family="ConsisID",
         guidance="batched",
         tokens=("text", "video"),

@@ -3,13 +3,14 @@
 from typing import Any
 
 from vidaccel.errors import UnsupportedPipelineError
-from vidaccel.families import ROWS
+from vidaccel.families import ROWS as VIDEO_ROWS
 from vidaccel.hostspec import BlockList, Head, HostSpec
+from vidaccel.image_families import ROWS as IMAGE_ROWS
 
 __all__ = ["HOSTS", "BlockList", "Head", "HostSpec", "find_transformers", "register_host"]
 
 # By the name of the class; a subclass is found under the name of its base.
-HOSTS: dict[str, HostSpec] = {row.transformer: row for row in ROWS}
+HOSTS: dict[str, HostSpec] = {row.transformer: row for row in (*VIDEO_ROWS, *IMAGE_ROWS)}
 
 
 def register_host(spec: HostSpec) -> HostSpec:

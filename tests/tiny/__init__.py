@@ -1,11 +1,11 @@
 """Tiny random pipelines of every supported family, built from a configuration, no download."""
 
-from tiny import cogvideo, cosmos, hunyuan, ltx, others, wan
+from tiny import cogvideo, cosmos, hunyuan, images, ltx, others, wan
 from tiny.base import LAYERS, STEPS, Build, Case, embeds, generator
 
 __all__ = ["CASES", "CORE", "LAYERS", "SINCE", "STEPS", "Build", "Case", "embeds", "generator"]
 
-_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others)
+_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others, images)
 
 CASES: dict[str, Build] = {build.__name__: build for module in _MODULES for build in module.CASES}
 
