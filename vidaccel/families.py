@@ -213,6 +213,7 @@ _VIDEO = (
         (BlockList("layers", ("und_seq", "gen_seq")),),
         (Head("norm_moe_gen", ("gen_seq",)),),
         family="Cosmos 3",
+        since="0.39",
         tokens=("text", "video"),
         attention=None,
         attention_note="one packed sequence of several modalities",
@@ -246,6 +247,7 @@ _VIDEO = (
         (BlockList("visual_transformer_blocks", ("vis", "aud")),),
         (),
         family="Kandinsky 6",
+        since="0.42",
         attention="video_dec_block.self_attention",
         main="vis",
     ),
@@ -257,6 +259,7 @@ _VIDEO = (
             BlockList("single_transformer_blocks", _JOINT),
         ),
         family="Motif-Video",
+        since="0.39",
         tokens=("video", "text"),
         attention="attn",
         no_corrector="starts its last blocks from the patches again, with what the others made of "
@@ -276,12 +279,14 @@ _VIDEO = (
         ("AnyFlowPipeline",),
         (BlockList("blocks"),),
         family="AnyFlow",
+        since="0.39",
         guidance="batched",
     ),
     HostSpec(
         "AnyFlowFARTransformer3DModel",
         ("AnyFlowFARPipeline",),
         family="AnyFlow FAR",
+        since="0.39",
         unsupported="fills a key-value cache in the blocks of every chunk, which blocks that do "
         "not run would leave stale; use AnyFlowPipeline, or run it without vidaccel",
     ),

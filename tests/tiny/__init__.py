@@ -26,4 +26,11 @@ CORE = (
 )
 
 # Families that need a later diffusers than the oldest supported one: name of the case -> version.
-SINCE: dict[str, str] = {}
+SINCE = {
+    "cosmos3": "0.39",
+    "motif": "0.39",
+    "motif_decoder": "0.39",
+    "anyflow": "0.39",
+    "kandinsky6": "0.42",
+    "kandinsky6_silent": "0.42",
+}
