@@ -28,6 +28,7 @@ class RunningCall:
         difference: relative change of that residual, a scalar tensor.
         entry: the streams at the first middle block.
         fresh: the residual of this step, one tensor per head or stream.
+        filled: of these, how many a reused step has put in.
     """
 
     tick: Tick
@@ -43,6 +44,7 @@ class RunningCall:
     difference: torch.Tensor | None = None
     entry: dict[str, torch.Tensor] = field(default_factory=dict)
     fresh: list[torch.Tensor] = field(default_factory=list)
+    filled: int = 0
 
     def compute(self, reason: str) -> None:
         """Have every block run."""
@@ -55,19 +57,20 @@ class Generation:
     Args:
         setting: the run.
         course: what decides about its steps.
+        unit: blocks of the transformer that the block cache counts as one.
 
     Attributes:
         plan, cache, origin: of the course.
         probe_blocks, corrector_blocks: that always run; none without a block cache.
     """
 
-    def __init__(self, setting: Setting, course: Course) -> None:
+    def __init__(self, setting: Setting, course: Course, unit: int = 1) -> None:
         self.setting = setting
         self.plan: Plan | None = course.plan
         self.cache: DBCache | None = course.cache
         self.origin = course.origin
-        self.probe_blocks = 0 if self.cache is None else self.cache.probe_blocks
-        self.corrector_blocks = 0 if self.cache is None else self.cache.corrector_blocks
+        self.probe_blocks = 0 if self.cache is None else self.cache.probe_blocks * unit
+        self.corrector_blocks = 0 if self.cache is None else self.cache.corrector_blocks * unit
         self._sigmas = setting.sigmas or ()
         self._residuals = Residuals("device" if self.cache is None else self.cache.store)
         self._probes: dict[str, torch.Tensor] = {}  # of the last computed step, by branch
@@ -139,9 +142,13 @@ class Generation:
 
     def forget(self) -> None:
         """Free everything that is kept."""
+        self.forget_tensors()
+        self._deciders.clear()
+
+    def forget_tensors(self) -> None:
+        """Free what is kept and no longer fits, because the latents have another shape now."""
         self._residuals.clear()
         self._probes.clear()
-        self._deciders.clear()
 
     def plans(self, step: int) -> bool:
         """Whether a plan has the step computed."""

@@ -66,8 +66,8 @@ def attention_of(attention: Any, transformer: nn.Module, host: HostSpec) -> "Att
 
 def why_dense(transformer: nn.Module, host: HostSpec) -> str:
     """Why the self-attention of a transformer cannot be made sparse; empty when it can."""
-    if host.dense_only:
-        return host.dense_only
+    if host.attention is None:
+        return host.attention_note or "its row names no self-attention"
     if transformer.config.get("attention_type") == "nabla":
         return "its own sparse attention (NABLA) is on"
     try:
@@ -471,12 +471,16 @@ class Account:
 
 
 def _modules(transformer: nn.Module, host: HostSpec) -> list[nn.Module]:
-    """The self-attention modules, in the order in which the blocks run."""
-    return [
-        block.get_submodule(host.attention)
-        for spec in host.blocks
-        for block in transformer.get_submodule(spec.name)
-    ]
+    """The self-attention modules, in the order in which the blocks run.
+
+    Raises:
+        AttentionError: a block has none at the path of the row.
+    """
+    blocks = [block for spec in host.blocks for block in transformer.get_submodule(spec.name)]
+    try:
+        return [block.get_submodule(host.attention) for block in blocks]
+    except AttributeError as error:
+        raise AttentionError(f"a block has no self-attention {host.attention!r}") from error
 
 
 def _depths(transformer: nn.Module, host: HostSpec) -> tuple[list[int], int]:
