@@ -87,12 +87,13 @@ def resolve(impl: Impl, *tensors: Tensor) -> str:
 
 
 def interpreting() -> bool:
-    """Whether Triton was imported to run kernels on the CPU, through its interpreter."""
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
     try:
-        from triton import knobs
+        from triton.runtime.jit import JITFunction
+        from vidaccel.kernels.sort import _scan
     except ImportError:
         return False
-    return bool(knobs.runtime.interpret)
+    return not isinstance(_scan, JITFunction)
 
 
 def check_layout(name: str, x: Tensor, *, reference: bool, head_dim: bool = True) -> None:

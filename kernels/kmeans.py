@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import (
     Impl,
@@ -29,6 +28,8 @@ from vidaccel.kernels.common import (
 )
 from vidaccel.kernels.sort import CHUNK, Order, rank_and_scan
 
+PREPARE = {"ROWS": 16, "ZEROS": 1024, "num_warps": 4}
+UPDATE = {"ROWS": 32, "ZEROS": 256, "num_warps": 4}
 COUNTS = ["tokens", "heads", "first", "last", "clusters0", "clusters1", "extra", "sides"]
 
 
@@ -106,7 +107,7 @@ class Rounds:
             order,
         )
         first = [c.float().contiguous() for c in centroids]
-        programs = triton.cdiv(total, 16)
+        programs = triton.cdiv(total, PREPARE["ROWS"])
         _prepare[(programs,)](
             first[0],
             first[-1],
@@ -120,9 +121,7 @@ class Rounds:
             triton.cdiv(order.histogram.numel(), programs),
             D=width,
             DP=padded(width),
-            ROWS=16,
-            ZEROS=1024,
-            num_warps=4,
+            **PREPARE,
         )
         return rounds
 
@@ -243,9 +242,7 @@ def gather_means(
         ROUND=rounded is not None,
         D=width,
         DP=padded(width),
-        ROWS=32,
-        ZEROS=256,
-        num_warps=4,
+        **UPDATE,
     )
 
 
@@ -378,10 +375,7 @@ def _assign(
     for at in range(0, clusters, CLUSTERS):
         cluster = at + lane
         known = cluster < clusters
-        if DP == D:
-            inside = known[None, :]
-        else:
-            inside = known[None, :] & (column < D)[:, None]
+        inside = known[None, :] & (column < D)[:, None]
         c = tl.load(centroids + cluster[None, :] * D + column[:, None], mask=inside, other=0.0)
         norm = tl.load(half + cluster_base + cluster, mask=known, other=float("inf"))
         distance = norm[None, :] - tl.dot(tile, c, input_precision="ieee")
@@ -503,7 +497,7 @@ def _update(
         both = mine[:, None] & inside[None, :]
         tile = tl.load(x + row[:, None] * row_stride + column[None, :], mask=both, other=0.0)
         total += tile.to(tl.float32)
-        if PERMUTE:
+        if PERMUTE:  # noqa: SIM102 (known when compiling)
             if copy:
                 out = (wide * tokens + sorted_row.to(tl.int64))[:, None] * D + column[None, :]
                 tl.store(x1_out + out, tile, mask=both)
@@ -529,7 +523,7 @@ def _update(
             tl.store(rounded + place * D + column, short, mask=filled)
             norm = tl.sum(exact * exact, 0) * 0.5
             tl.store(half + place, norm, mask=count > 0)
-        if PERMUTE:
+        if PERMUTE:  # noqa: SIM102 (known when compiling)
             if copy:
                 mean_v = tl.sum(total_v, 0) / tl.maximum(count, 1).to(tl.float32)
                 tl.store(v_means + (wide * clusters + cluster) * D + column, mean_v, mask=inside)

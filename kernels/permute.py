@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import Impl, check_integers, check_layout, check_like, resolve
+
+MOVE = {"ROWS": 64, "num_warps": 4}
 
 
 def permute(x: Tensor, order: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -30,7 +31,7 @@ def _moved(x: Tensor, order: Tensor, impl: Impl, *, scatter: bool) -> Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, tokens, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _move[(triton.cdiv(tokens, 64), batch * heads)](
+    _move[(triton.cdiv(tokens, MOVE["ROWS"]), batch * heads)](
         x,
         order.contiguous(),
         out,
@@ -40,8 +41,7 @@ def _moved(x: Tensor, order: Tensor, impl: Impl, *, scatter: bool) -> Tensor:
         SCATTER=scatter,
         D=width,
         DP=triton.next_power_of_2(width),
-        ROWS=64,
-        num_warps=4,
+        **MOVE,
     )
     return out
 

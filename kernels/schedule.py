@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vidaccel.kernels.common import KernelError, Selection
 
 PIECE = 16
+LISTS = {"BLOCK": 256, "num_warps": 4}
 MAX_TOKENS = 1 << 26  # the start of a piece and its length share 31 bits
 
 
@@ -138,8 +138,7 @@ def schedule_of(
         ROWS=schedule.rows,
         KEYS=schedule.keys,
         PIECE=schedule.piece,
-        BLOCK=256,
-        num_warps=4,
+        **LISTS,
     )
 
 
@@ -269,16 +268,16 @@ def list_tiles(
     # The last tile of pieces is filled up with pieces of no length.
     per_tile = KEYS // PIECE
     packed = (rest + per_tile - 1) // per_tile
-    tl.store(pieces + rest + lane, tl.zeros([BLOCK], tl.int32), mask=rest + lane < packed * per_tile)
+    tl.store(
+        pieces + rest + lane, tl.zeros([BLOCK], tl.int32), mask=rest + lane < packed * per_tile
+    )
     tl.store(full + number, 0)  # read ahead of use, never used
     tl.store(lengths, number)
     tl.store(lengths + 1, packed)
 
 
 @triton.jit
-def write_table(
-    tokens, offsets, table, row, names, room, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def write_table(tokens, offsets, table, row, names, room, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Enter the tiles of a query cluster behind those of clusters with more selected keys."""
     lane = tl.arange(0, BLOCK)
     work = tl.load(tokens + row)

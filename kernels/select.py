@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import (
     Impl,
@@ -24,9 +23,10 @@ from vidaccel.kernels.common import (
     check_top_p,
     resolve,
 )
-from vidaccel.kernels.schedule import Schedule, list_tiles, write_table
+from vidaccel.kernels.schedule import LISTS, Schedule, list_tiles, write_table
 
 COUNTS = ["rows", "columns", "names_q", "names_k"]
+THRESHOLD = {"ROWS": 16, "SCORES": 32, "COLUMNS": 256, "num_warps": 4}
 
 
 def select_top_p(
@@ -108,7 +108,7 @@ def select(
     scores = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=device)
     least, taken, tokens = empty(names_q), empty(names_q), empty(names_q)
     given = logits is not None
-    _threshold[(triton.cdiv(names_q, 16), batch * heads)](
+    _threshold[(triton.cdiv(names_q, THRESHOLD["ROWS"]), batch * heads)](
         q_means,
         k_means,
         k_offsets,
@@ -127,10 +127,7 @@ def select(
         GIVEN=given,
         D=width,
         DP=triton.next_power_of_2(width),
-        ROWS=16,
-        SCORES=32,
-        COLUMNS=256,
-        num_warps=4,
+        **THRESHOLD,
     )
     selection = Selection(empty(names_q + 1), empty(names_q * names_k), tokens)
     plan = schedule or Schedule.none(device)
@@ -160,8 +157,7 @@ def select(
         ROWS=plan.rows,
         KEYS=plan.keys,
         PIECE=plan.piece,
-        BLOCK=256,
-        num_warps=4,
+        **LISTS,
     )
     return selection, schedule
 

@@ -76,16 +76,19 @@ class Clustering:
     Attributes:
         centroids: [B, H, K, D] fp32, in the metric that the tokens were clustered in.
         labels: [B, H, S] int32; K marks text, K + 1 padding.
-        counts: [B, H, K or K + 2] int32.
         order: [B, H, S] int32, place -> token.
         offsets: [B, H, K + 1 or K + 3] int32.
     """
 
     centroids: Tensor
     labels: Tensor
-    counts: Tensor
     order: Tensor
     offsets: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """[B, H, K or K + 2] int32, tokens per label."""
+        return self.offsets.diff()
 
 
 @dataclass
@@ -107,12 +110,30 @@ class SemanticState:
         """Forget everything: the next call starts from tokens."""
         self.calls, self.query, self.key, self.selection = 0, None, None, None
 
-    def cluster(self, q: Tensor, k: Tensor, config: SemanticConfig, **text: object) -> None:
+    def cluster(
+        self,
+        q: Tensor,
+        k: Tensor,
+        config: SemanticConfig,
+        *,
+        video: tuple[int, int] | None = None,
+        text_mask: Tensor | None = None,
+        impl: Impl = "auto",
+    ) -> None:
         """Cluster only, without attention: prepares centroids during dense steps.
 
         Takes what `semantic_attention` takes; nothing is selected and `calls` stays.
         """
-        _cluster(q, k, self, config, *_text(q, **text), warm=True)  # type: ignore[arg-type]
+        chosen = resolve(impl, q, k)
+        video, text_mask = _text(q, video=video, text_mask=text_mask)
+        if not fits(self, q, config):
+            self.reset()
+        if chosen == "triton":
+            from vidaccel.kernels.fused import cluster
+
+            cluster(q, k, self, config, video, text_mask)
+        else:
+            _cluster(q, k, self, config, video, text_mask)
         self.selection = None
 
     def density(self) -> Tensor:
@@ -173,9 +194,14 @@ def semantic_attention(
     tokens = video[1] - video[0]
     check_clusters(config.query_clusters, tokens, "query")
     check_clusters(config.key_clusters, tokens, "key")
-    if not _fits(state, q, config):
+    if not fits(state, q, config):
         state.reset()
-    out = _attend(q, k, v, state, config, video, text_mask)
+    if chosen == "triton":
+        from vidaccel.kernels.fused import attend as fused_attend
+
+        out = fused_attend(q, k, v, state, config, video, text_mask)
+    else:
+        out = _attend(q, k, v, state, config, video, text_mask)
     state.calls += 1
     return out
 
@@ -199,7 +225,7 @@ def _text(
     return (first, last), text_mask if rest else None
 
 
-def _fits(state: SemanticState, q: Tensor, config: SemanticConfig) -> bool:
+def fits(state: SemanticState, q: Tensor, config: SemanticConfig) -> bool:
     """Whether what the state holds belongs to tensors and cluster counts like these."""
     if state.query is None or state.key is None:
         return True
@@ -219,7 +245,6 @@ def _cluster(
     config: SemanticConfig,
     video: tuple[int, int],
     text_mask: Tensor | None,
-    warm: bool = False,
 ) -> None:
     """Cluster and sort both sides."""
     metric = None
@@ -237,14 +262,13 @@ def _cluster(
             start, iters = reference.initial_centroids(x, count), config.init_iters
         else:
             start, iters = before.centroids, config.iters
-        centroids, labels, counts = reference.kmeans(x, start, iters)
+        centroids, labels, _ = reference.kmeans(x, start, iters)
         names = count
         if video != (0, q.shape[2]):
             names = count + 2
             labels = _with_text(labels, count, video, q.shape[2], text_mask)
-            counts = reference.cluster_counts(labels, names)
         order, offsets = reference.sort_by_label(labels, names)
-        setattr(state, side, Clustering(centroids, labels, counts, order, offsets))
+        setattr(state, side, Clustering(centroids, labels, order, offsets))
 
 
 def _with_text(

@@ -8,16 +8,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import Impl, KernelError, check_integers, resolve
 
 CHUNK = 256
+SCAN = {"CHUNKS": 16, "LABELS": 256, "num_warps": 8}
+RANK = {"CHUNK": CHUNK, "PART": 32, "num_warps": 4}
+HISTOGRAM = {"CHUNK": CHUNK, "num_warps": 4}
 
 
-def sort_by_label(
-    labels: Tensor, num_labels: int, *, impl: Impl = "auto"
-) -> tuple[Tensor, Tensor]:
+def sort_by_label(labels: Tensor, num_labels: int, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """See `reference.sort_by_label`, which this equals exactly."""
     if resolve(impl, labels) == "reference":
         return reference.sort_by_label(labels, num_labels)
@@ -30,7 +30,7 @@ def sort_by_label(
     order.label = labels.contiguous().view(-1)
     order.histogram.zero_()
     _histogram[(triton.cdiv(tokens, CHUNK), batch * heads)](
-        order.label, order.histogram, tokens, num_labels, CHUNK=CHUNK, num_warps=4
+        order.label, order.histogram, tokens, num_labels, **HISTOGRAM
     )
     rank_and_scan(order)
     return order.orders(0), order.offsets(0)
@@ -61,9 +61,7 @@ class Order:
     shape: tuple[int, int] = (0, 0)
 
     @classmethod
-    def empty(
-        cls, batch_heads: int, tokens: int, counts: list[int], device: torch.device
-    ) -> Order:
+    def empty(cls, batch_heads: int, tokens: int, counts: list[int], device: torch.device) -> Order:
         """Buffers with nothing in them."""
 
         def flat(size: int) -> Tensor:
@@ -79,6 +77,22 @@ class Order:
             flat(rows),
             flat(batch_heads * sum(count + 1 for count in counts)),
             flat(batch_heads * chunks * sum(counts)),
+        )
+
+    @classmethod
+    def of(cls, orders: list[Tensor], offsets: list[Tensor]) -> Order:
+        """What sorted sides already have: order [B, H, S] and offsets [B, H, N + 1] of each."""
+        first = orders[0]
+        nothing = first.new_empty(1)
+        return cls(
+            first.shape[0] * first.shape[1],
+            first.shape[2],
+            [offset.shape[2] - 1 for offset in offsets],
+            nothing,
+            torch.cat([order.reshape(-1) for order in orders]) if orders[1:] else first.view(-1),
+            torch.cat([o.reshape(-1) for o in offsets]) if offsets[1:] else offsets[0].view(-1),
+            nothing,
+            (first.shape[0], first.shape[1]),
         )
 
     def labels(self, side: int) -> Tensor:
@@ -101,7 +115,7 @@ def rank_and_scan(order: Order) -> None:
     groups = order.batch_heads * len(order.counts)
     chunks = triton.cdiv(order.tokens, CHUNK)
     sizes = (order.batch_heads, chunks, order.counts[0], order.counts[-1])
-    _scan[(groups,)](order.histogram, order.offset, *sizes, CHUNKS=16, LABELS=256, num_warps=8)
+    _scan[(groups,)](order.histogram, order.offset, *sizes, **SCAN)
     _rank[(chunks, groups)](
         order.label,
         order.histogram,
@@ -109,9 +123,7 @@ def rank_and_scan(order: Order) -> None:
         order.order,
         order.tokens,
         *sizes,
-        CHUNK=CHUNK,
-        PART=32,
-        num_warps=4,
+        **RANK,
     )
 
 
