@@ -1,4 +1,4 @@
-"""The command line: vidaccel generate | build-policy | show | suggest-threshold | bench | env."""
+"""The command line: generate, build-policy, show, suggest-threshold, bench, hosts, env."""
 
 import argparse
 import json
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show_parser,
         _suggest_parser,
         _bench_parser,
+        _hosts_parser,
         _env_parser,
     ):
         add(commands)
@@ -390,6 +391,17 @@ def _bench_overhead(arguments: argparse.Namespace) -> None:
     print_result(bench.overhead_table(result), arguments.json)
     if arguments.json is not None:
         write_json(result, arguments.json)
+
+
+def _hosts_parser(commands: Any) -> None:
+    parser = commands.add_parser("hosts", help="print the table of supported models")
+    parser.set_defaults(run=_hosts)
+
+
+def _hosts(arguments: argparse.Namespace) -> None:
+    from vidaccel.hosts import markdown_table
+
+    print(markdown_table())
 
 
 def _env_parser(commands: Any) -> None:

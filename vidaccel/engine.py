@@ -33,6 +33,7 @@ from vidaccel.ledger import Call, Ledger
 from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
+from vidaccel.sparse import Attention
 from vidaccel.tape import Tape
 
 # The place of a call and the residual of its probe blocks.
@@ -53,15 +54,23 @@ class Engine:
         transformer: an instance of the class that `host` describes.
         host: its row of the table.
         source: the plan, resolved at the first call of each generation.
+        attention: what `accelerate(attention=...)` came to; None leaves attention alone.
 
     Raises:
         UnsupportedPipelineError: when the transformer is in a state that the engine cannot work
             with; nothing has been changed then.
     """
 
-    def __init__(self, transformer: nn.Module, host: HostSpec, source: CourseSource) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        host: HostSpec,
+        source: CourseSource,
+        attention: Attention | None = None,
+    ) -> None:
         _refuse_unsupported(transformer)
         source.check(transformer, host)
+        self.attention = attention or Attention()
         # Weak: a cycle would keep the weights of a dropped pipeline until the collector finds it.
         self._transformer = weakref.ref(transformer)
         self.host = host
@@ -142,6 +151,7 @@ class Engine:
         if hasattr(model, "cache_context"):
             vars(model)["cache_context"] = self._cache_context
             vars(model)["_reset_stateful_cache"] = self._reset_stateful_cache
+        self.attention.attach()
         vars(model)[_ATTRIBUTE] = self
 
     def detach(self) -> None:
@@ -151,6 +161,7 @@ class Engine:
         shadowed = ("cache_context", "_reset_stateful_cache", _ATTRIBUTE)
         for name in (*(spec.name for spec in self.host.blocks), *shadowed):
             vars(self.transformer).pop(name, None)
+        self.attention.detach()
         self._generation = None
 
     def serve(self, pipe: Any) -> None:
@@ -177,6 +188,7 @@ class Engine:
         """Stands in for the method that pipelines call when a generation has ended."""
         model = self.transformer
         type(model)._reset_stateful_cache(model, *args, **kwargs)
+        self.attention.forget()
         if self._generation is not None:
             self._generation.forget()
 
@@ -209,12 +221,14 @@ class Engine:
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             generation.propose(call)
+        self.attention.begin(tick, refreshes=generation.keeps(tick.step) > 0)
         self._call = call
 
     def _restart(self, tick: Tick) -> Generation:
         """Begin a generation: nothing that was kept belongs to it."""
         # What is no longer wanted is freed before anything can be refused.
         self._generation = None
+        self.attention.restart()
         self.ledger.restart()
         setting = self._setting(tick)
         course = self.source.resolve(setting, self.host)
@@ -263,7 +277,8 @@ class Engine:
             output = named.passed_through(*seen)
         else:
             call.blocks_run += 1
-            output = block(*args, **kwargs)
+            with self.attention.block(index, named, args, kwargs):
+                output = block(*args, **kwargs)
         if index + 1 == corrector == self.ledger.blocks and not self.host.heads:
             return self._after_last(call, generation, named, output)
         return output
@@ -351,6 +366,7 @@ class Engine:
             return None
         tick = call.tick
         self._call = None
+        self.attention.end()
         if tape is not None and call.playing:
             return tape.played(tick.step, tick.branch, call.device)
         if tape is not None and tape.recording:
