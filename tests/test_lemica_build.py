@@ -1,14 +1,16 @@
 """Building policies: durable, resumable, and equal however often it was interrupted."""
 
 import json
+import re
+from inspect import signature
 
 import pytest
-from conftest import wan, wan22
+from conftest import hunyuan15, wan, wan22
 
 import vidaccel
 from vidaccel import Plan, accelerate, report
 from vidaccel.errors import BuildError, PlanError
-from vidaccel.lemica import build, search, work
+from vidaccel.lemica import build, measure, search, work
 from vidaccel.lemica.build import build_policy
 from vidaccel.lemica.graph import aggregate, segment_graph
 
@@ -53,27 +55,74 @@ def test_a_built_policy_runs_on_the_pipeline_it_was_built_for(case, method, tmp_
 
 def test_stored_plans_are_those_of_the_stored_errors(case):
     policy = build_for(case)
+    solved = search.solve_moves(policy.moves(), STEPS)
+    for budget in policy.budgets():
+        assert policy.plan(budget=budget) == solved[budget]
+        stable = policy.plans[str(budget)].stability
+        assert len(stable) == budget and stable[0] == stable[-1] == 1.0
+    assert isinstance(policy.plan(budget=4), Plan)
+
+
+def test_the_faithful_method_only_holds(case):
+    policy = build_for(case, faithful=True)
     graph = segment_graph({(e.start, e.end): [e.mean] for e in policy.edges}, STEPS)
     solved = search.solve(aggregate(graph))
     for budget in policy.budgets():
-        plan = solved[budget]
-        assert policy.plans[str(budget)].steps == plan.steps
-        assert policy.plans[str(budget)].errors == plan.errors
-    assert isinstance(policy.plan(budget=4), Plan)
+        assert policy.plan(budget=budget) == solved[budget]
+    assert all(edge.order == 0 for edge in policy.edges)
+    assert any(edge.order == 1 for edge in build_for(case).edges)
+
+
+def test_lazy_measures_what_the_plans_use_exactly(case, tmp_path):
+    options = {"faithful": True, "num_inference_steps": 8}
+    exact = build_for(case, **options)
+    lazy = build_for(case, method="lazy", workdir=tmp_path, **options)
+    single = {p.stem for p in tmp_path.glob("sample-0000-*-*.json")}
+    assert 0 < len(single) < len(exact.edges)
+    truth = {(e.start, e.end): e.mean for e in exact.edges}
+    for budget in build.validated_budgets(8):
+        if budget in lazy.budgets():
+            plan = lazy.plan(budget=budget)
+            for segment in plan.segments():
+                assert f"sample-0000-{segment[0]:04d}-{segment[1]:04d}" in single
+                found = next(e.mean for e in lazy.edges if (e.start, e.end) == segment)
+                assert found == pytest.approx(truth[segment], rel=1e-6)
+    assert build_for(case, method="lazy", workdir=tmp_path, **options) == lazy
+
+
+def test_what_it_will_cost_is_said_first(case, capsys):
+    build_for(case, progress=True)
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert re.match(r"2 samples, exact: \d+ forwards, \d+ generations, .* per step; .* GiB", first)
+
+
+def test_a_pipeline_without_a_step_callback(tmp_path):
+    case = _with_prompts(hunyuan15())
+    assert "callback_on_step_end" not in signature(type(case.pipe).__call__).parameters
+    policy = build_for(case, method="gain", validate=True, workdir=tmp_path)
+    assert policy.validation and policy.budgets() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("aggregation", ["max", "quantile", "cvar"])
+def test_other_aggregations(case, aggregation):
+    policy = build_for(case, aggregation=aggregation, method="gain", seeds=[0, 1])
+    assert policy.source == f"vidaccel build-policy, gain errors, {aggregation} of l1"
+    with pytest.raises(PlanError, match="aggregation: found 'median'"):
+        build_for(case, aggregation="median")
 
 
 def test_a_killed_build_goes_on_and_gives_the_same_policy(case, tmp_path, monkeypatch):
     expected = build_for(case)
     measured = []
-    unit = build._unit
+    unit = measure.exact_unit
 
-    def counted(replayer, task, start):
+    def counted(replayer, max_skip, start, **options):
         measured.append(start)
         if len(measured) == 6:
             raise KeyboardInterrupt
-        return unit(replayer, task, start)
+        return unit(replayer, max_skip, start, **options)
 
-    monkeypatch.setattr(build, "_unit", counted)
+    monkeypatch.setattr(measure, "exact_unit", counted)
     with pytest.raises(KeyboardInterrupt):
         build_for(case, workdir=tmp_path)
     shards = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("sample-*.json")}
@@ -96,6 +145,8 @@ def test_a_killed_build_goes_on_and_gives_the_same_policy(case, tmp_path, monkey
         ({"seeds": [3]}, "seeds"),
         ({"max_skip": 2}, "max_skip"),
         ({"method": "gain"}, "method"),
+        ({"faithful": True}, "lines"),
+        ({"metric": "decoded"}, "metric"),
     ],
 )
 def test_a_folder_of_another_build_is_refused(case, tmp_path, change, named):
@@ -171,7 +222,7 @@ def test_validation_keeps_the_best_candidate_of_each_budget(case):
     assert policy.validation is not None
     rows = [row for row in policy.validation if row.budget == 4]
     names = {row.candidate for row in rows}
-    assert {"evenly spaced", "evenly spaced, line", "fewer sampling steps"} < names
+    assert {"evenly spaced", "evenly spaced, half line", "fewer sampling steps"} < names
     (kept,) = (row for row in rows if row.kept)
     tried = [row for row in rows if row.candidate != "fewer sampling steps"]
     assert kept.psnr == max(row.psnr for row in tried)

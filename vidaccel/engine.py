@@ -229,7 +229,8 @@ class Engine:
         """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
         if self._entry is None or self._tick is None or self.plan is None or self.playing:
             return None
-        if not (self.reusing or self.plan.keeps(self._tick.step)):
+        kept = self.plan.keeps(self._tick.step) or (self.tape is not None and self.tape.recording)
+        if not (self.reusing or kept):
             return None
         given = args[0]
         streams = [self._entry[name].to(given.device) for name in head.streams]
@@ -250,7 +251,8 @@ class Engine:
         assert self._tick is not None and self.plan is not None
         history, step = self._history[self._tick.branch], self._tick.step
         known = [self._sigmas[residual.step] for residual in history]
-        coefficients = weights(known, self._sigmas[step], self.plan.order(step))
+        order, scale = self.plan.order(step), self.plan.scale(step)
+        coefficients = weights(known, self._sigmas[step], order, scale)
         *older, last = [
             (coefficient, residual.tensors[index])
             for coefficient, residual in zip(coefficients, history, strict=True)
@@ -268,11 +270,15 @@ class Engine:
         tick, plan, tape = self._tick, self.plan, self.tape
         if tick is None or plan is None:
             return None
+        history = self._history.setdefault(tick.branch, [])
         if tape is not None and self.playing:
+            if plan.keeps(tick.step) and plan.computes(tick.step):
+                kept = tape.residual(tick.step, tick.branch, self._device)
+                history.append(Residual(tick.step, kept))
+            del history[: max(0, len(history) - plan.keeps(tick.step))]
             return tape.played(tick.step, tick.branch, self._device)
         if tape is not None and tape.recording:
-            tape.record(tick.step, tick.branch, output)
-        history = self._history.setdefault(tick.branch, [])
+            tape.record(tick.step, tick.branch, output, self._fresh)
         if self._fresh:
             history.append(Residual(tick.step, self._fresh))
         del history[: max(0, len(history) - plan.keeps(tick.step))]

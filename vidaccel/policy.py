@@ -18,6 +18,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.files import write_text
+from vidaccel.lemica.segments import Move
 from vidaccel.plan import PRESETS, Plan, Setting
 from vidaccel.schema import (
     MAX_STEPS,
@@ -38,7 +39,7 @@ from vidaccel.schema import (
     Validation,
 )
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
 MAX_BYTES = 32 * 2**20
 # Noise grids agree when every entry does to this relative difference: float32 rounding, no more.
 GRID_TOLERANCE = 1e-4
@@ -77,34 +78,47 @@ class CachePolicy(Record):
         sigmas = self.scheduler.sigmas
         if sigmas is not None and len(sigmas) != total:
             raise ValueError(f"scheduler.sigmas: found {len(sigmas)} entries, expected {total}")
-        edges: dict[tuple[int, int], float] = {}
+        edges: dict[_Way, float] = {}
         for edge in self.edges:
             if not edge.start < edge.end <= total:
                 raise ValueError(f"edges: found {edge.start} to {edge.end} in {total} steps")
-            if (edge.start, edge.end) in edges:
+            if edge.order and not (edge.previous is not None and edge.previous < edge.start):
+                raise ValueError(
+                    f"edges: found a forecast from {edge.start} to {edge.end} with previous "
+                    f"{edge.previous}, expected a step before {edge.start}"
+                )
+            way = (edge.start, edge.end, edge.order, edge.scale, edge.previous)
+            if way in edges:
                 raise ValueError(f"edges: found {edge.start} to {edge.end} twice, expected once")
-            edges[edge.start, edge.end] = edge.mean
+            edges[way] = edge.mean
         for budget, plan in self.plans.items():
             try:
-                steps = Plan(plan.steps, total, plan.errors, plan.orders).steps
+                steps = Plan(plan.steps, total, plan.errors, plan.orders, plan.scales).steps
             except PlanError as error:
                 raise ValueError(f"plans.{budget}: {error}") from error
             if len(steps) != int(budget):
                 raise ValueError(f"plans.{budget}: found {len(steps)} steps, expected {budget}")
+            if plan.stability and len(plan.stability) != len(steps):
+                raise ValueError(
+                    f"plans.{budget}.stability: found {len(plan.stability)} entries, "
+                    f"expected {len(steps)}"
+                )
             self._check_errors(budget, plan, edges)
         return self
 
-    def _check_errors(
-        self, budget: str, plan: StoredPlan, edges: dict[tuple[int, int], float]
-    ) -> None:
+    def _check_errors(self, budget: str, plan: StoredPlan, edges: dict["_Way", float]) -> None:
         """The errors that a plan states must be those of its edges."""
         segments = list(zip(plan.steps, plan.steps[1:], strict=False))
         if self.num_inference_steps - 1 > plan.steps[-1]:
             segments.append((plan.steps[-1], self.num_inference_steps))
         if not edges or not plan.errors:
             return
-        for error, (start, end) in zip(plan.errors, segments, strict=True):
-            expected = edges.get((start, end), 0.0 if end == start + 1 else None)
+        for position, (error, (start, end)) in enumerate(zip(plan.errors, segments, strict=True)):
+            order = plan.orders[position] if plan.orders else 0
+            scale = plan.scales[position] if plan.scales else 1.0
+            previous = plan.steps[position - 1] if order and position else None
+            way = (start, end, order, scale if order else 1.0, previous)
+            expected = edges.get(way, 0.0 if end == start + 1 else None)
             if expected is None or not math.isclose(error, expected, rel_tol=1e-6, abs_tol=1e-12):
                 raise ValueError(
                     f"plans.{budget}.errors: found {error:g} from step {start} to {end}, "
@@ -188,6 +202,13 @@ class CachePolicy(Record):
         except OSError as error:
             raise PolicyError(f"cannot write policy {file}: {error.strerror}") from error
 
+    def moves(self) -> list[Move]:
+        """The stored edges as `lemica.search.solve_moves` takes them."""
+        ones = [Move(step, step + 1, 0.0) for step in range(self.num_inference_steps)]
+        return ones + [
+            Move(e.start, e.end, e.mean, e.order, e.scale, e.previous) for e in self.edges
+        ]
+
     def budgets(self) -> list[int]:
         """The numbers of computed steps that have a plan, in order."""
         return sorted(map(int, self.plans))
@@ -255,7 +276,7 @@ class CachePolicy(Record):
                 f"budgets {_ranges(known)} of {total} steps"
             )
         stored = self.plans[str(fitting[0])]
-        return Plan(stored.steps, total, stored.errors, stored.orders)
+        return Plan(stored.steps, total, stored.errors, stored.orders, stored.scales)
 
     def _largest_error(self, budget: int) -> float:
         return max(self.plans[str(budget)].errors, default=math.inf)
@@ -301,6 +322,10 @@ class CachePolicy(Record):
                     f"scheduler.sigmas: the policy has {a:.5f} at step {step}, this run has "
                     f"{b:.5f}: use the scheduler settings that it was measured with"
                 )
+
+
+# start, end, order, scale, previous step: what an edge's error holds for
+_Way = tuple[int, int, int, float, int | None]
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from vidaccel.api import accelerate, restore
 from vidaccel.errors import MetricUnavailable
 from vidaccel.generate import generate
 from vidaccel.lemica import search
+from vidaccel.lemica.segments import Move
 from vidaccel.metrics import load_lpips, summary
 from vidaccel.plan import Plan
 
@@ -40,27 +41,35 @@ class Score:
     seconds: float
 
 
-def candidates(errors: Any, budget: int, steps: int) -> dict[str, Plan]:
+def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan]:
     """The plans of one budget that are worth a run, by a name that says what they are.
 
     Args:
-        errors: as `lemica.search.solve` takes them.
+        found: as `lemica.search.solve_moves` takes them.
         budget: number of computed steps.
         steps: T.
 
     Returns:
-        The best path of each objective and the evenly spaced plan, each with held and with
-        linearly forecast residuals. Equal plans appear once.
+        The evenly spaced plan, the best path of each objective that only holds, both also half and
+        all the way along the line everywhere, and the best path of each objective that picks a
+        line wherever it measured better. Equal plans appear once, by their first name.
     """
-    plans = {"evenly spaced": Plan.spread(budget, steps)}
+    even = Plan.spread(budget, steps)
+    plans = {"evenly spaced": even}
+    held = [move for move in found if move.order == 0]
+    mixed = [("", held)] if len(held) == len(found) else [("", held), (", lines", found)]
     for objective in OBJECTIVES:
-        solved = search.solve(errors, [budget], objective=objective)
-        if budget in solved:
-            plans[objective] = solved[budget]
-    different: dict[tuple[tuple[int, ...], int], tuple[str, Plan]] = {}
+        for suffix, allowed in mixed:
+            solved = search.solve_moves(allowed, steps, [budget], objective=objective)
+            if budget in solved:
+                plans[objective + suffix] = solved[budget]
+    for name, plan in list(plans.items()):
+        if name in ("evenly spaced", *OBJECTIVES):
+            plans[f"{name}, half line"] = plan.forecast(1, 0.5)
+            plans[f"{name}, line"] = plan.forecast(1)
+    different: dict[Any, tuple[str, Plan]] = {}
     for name, plan in plans.items():
-        different.setdefault((plan.steps, 0), (name, plan))
-        different.setdefault((plan.steps, 1), (f"{name}, line", plan.forecast(1)))
+        different.setdefault((plan.steps, plan.orders, plan.scales), (name, plan))
     return dict(different.values())
 
 
