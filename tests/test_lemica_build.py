@@ -97,10 +97,20 @@ def test_what_it_will_cost_is_said_first(case, capsys):
 
 
 def test_a_pipeline_without_a_step_callback(tmp_path):
-    case = _with_prompts(hunyuan15())
+    case = hunyuan15()
+    given = {name: value for name, value in case.kwargs.items() if "prompt" in name}
+    case.call = {n: v for n, v in case.kwargs.items() if n not in (*given, "num_inference_steps")}
+
+    def encode_prompt(prompt=None, *, prompt_embeds=None, **_):
+        prefix = "negative_" if prompt is None or prompt == [""] else ""
+        names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+        return tuple(given[prefix + name] for name in names)
+
+    case.pipe.encode_prompt = encode_prompt
     assert "callback_on_step_end" not in signature(type(case.pipe).__call__).parameters
-    policy = build_for(case, method="gain", validate=True, workdir=tmp_path)
-    assert policy.validation and policy.budgets() == [3, 4, 5]
+    options = {"num_inference_steps": 8, "method": "gain", "validate": True}
+    policy = build_for(case, workdir=tmp_path, **options)
+    assert policy.validation and policy.budgets() == [4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("aggregation", ["max", "quantile", "cvar"])

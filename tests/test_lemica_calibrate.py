@@ -101,9 +101,8 @@ def test_every_line_is_measured_at_every_scale():
 
 @pytest.mark.parametrize("metric", ["decoded", "lpips"])
 def test_other_metrics_look_at_the_decoded_clip(metric, monkeypatch):
-    monkeypatch.setattr(
-        replay.metrics, "load_lpips", lambda: metrics.load_lpips("squeeze", pretrained=False)
-    )
+    untrained = metrics.load_lpips("squeeze", pretrained=False)  # no weights can be had here
+    monkeypatch.setattr(replay.metrics, "load_lpips", lambda: untrained)
     case = wan()
     with Replayer(case.pipe, case.kwargs, metric=metric) as replayer:
         assert replayer.noise_floor() == 0.0

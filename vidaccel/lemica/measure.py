@@ -121,7 +121,7 @@ def measure(
     form = "{l_bar}{bar}| {n:.1f}/{total:.0f} generations [{elapsed}<{remaining}]"
     with tqdm(total=task.forwards() / steps, bar_format=form, disable=not progress) as bar:
         facts = runner.facts()
-        bar.update(1.5)
+        bar.update(2 - steps // 2 / steps)
         references = {0}
         done: dict[int, dict[Unit, Errors]] = defaultdict(dict)
 

@@ -4,7 +4,9 @@ A reference generation is recorded first: what the transformer gave at every ste
 at its heads. Later runs play its first steps back and compute or reuse only what comes after.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from vidaccel import metrics
 from vidaccel.api import accelerate, engines_of, restore
+from vidaccel.engine import Engine
 from vidaccel.errors import PlanError
 from vidaccel.generate import without_bar
 from vidaccel.plan import Plan
@@ -112,6 +115,7 @@ class Replayer:
             raise PlanError(f"calibration needs 3 steps or more, found {self.steps}")
         self.pipe, self.call, self.seed, self.metric = pipe, call, seed, find_metric(metric)
         self.forwards = 0
+        self._texts: list[Any] = []
         try:
             self.reference = self._record()
         except BaseException:
@@ -245,7 +249,11 @@ class Replayer:
         generator = torch.Generator("cpu").manual_seed(self.seed)
         call = {**self.call, "generator": generator, "output_type": output_type}
         try:
-            with without_bar(self.pipe):
+            with ExitStack() as stack:
+                stack.enter_context(without_bar(self.pipe))
+                stack.enter_context(self._texts_kept())
+                for engine in engines:
+                    stack.enter_context(_played_without_forward(engine))
                 output = self.pipe(**call)
             return output.frames if hasattr(output, "frames") else output.images
         finally:
@@ -255,6 +263,49 @@ class Replayer:
             self.forwards += sum(
                 len({c.step for c in engine.ledger.calls if not c.reused}) for engine in engines
             )
+
+    @contextmanager
+    def _texts_kept(self) -> Iterator[None]:
+        """The prompts encoded once for all runs, which ask for the same ones in the same order."""
+        attributes, encode = vars(self.pipe), getattr(self.pipe, "encode_prompt", None)
+        if encode is None:
+            yield
+            return
+        previous = attributes.get("encode_prompt")
+        calls = itertools.count()
+
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            position = next(calls)
+            if position == len(self._texts):
+                self._texts.append(encode(*args, **kwargs))
+            return self._texts[position]
+
+        attributes["encode_prompt"] = kept
+        try:
+            yield
+        finally:
+            del attributes["encode_prompt"]
+            if previous is not None:
+                attributes["encode_prompt"] = previous
+
+
+@contextmanager
+def _played_without_forward(engine: Engine) -> Iterator[None]:
+    """Steps that are played back do not run the transformer: its output would be thrown away."""
+    model = engine.transformer
+    attributes, forward = vars(model), model.forward
+    previous = attributes.get("forward")
+
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        return None if engine.playing else forward(*args, **kwargs)
+
+    attributes["forward"] = shadow
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        if previous is not None:
+            attributes["forward"] = previous
 
 
 class _Enough(Exception):

@@ -85,7 +85,7 @@ class Task:
         if self.method == "lazy":
             # Seen on plans of a half to a fifth of 50 steps: 2 steps' worth of segments, 4 rounds.
             each += (2 * steps * steps) // 4 + 4 * steps
-        return each * len(self.samples()) + steps // 2
+        return each * len(self.samples()) + steps - steps // 2
 
     def fingerprint(self) -> dict[str, Any]:
         """The task as JSON keeps it, without the options that are as in the paper."""
