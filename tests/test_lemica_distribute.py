@@ -39,58 +39,48 @@ def build_for(pipe, prompts=("a", "bb"), **options):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two workers that can import what is beside this file."""
+    """Room for two workers, which can import what is beside this file."""
     paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}},
-    )
-    yield
-    ray.shutdown()
-
-
-class Mortal(distribute.Worker):
-    """Dies, as a killed process does, when it measures one unit for the first time."""
-
-    def measure(self, sample, unit):
-        mark = os.environ["VIDACCEL_TEST_MARK"]
-        if (sample, unit) == (1, 2) and not os.path.exists(mark):
-            open(mark, "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().measure(sample, unit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", paths)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
 
 
 def test_a_killed_worker_changes_nothing(cluster, tmp_path, monkeypatch):
     expected = build_for(pipeline())
-    mark = tmp_path / "died"
+    mark = str(tmp_path / "died")
 
-    class Here(Mortal):
-        def __init__(self, load, task):
-            os.environ["VIDACCEL_TEST_MARK"] = str(mark)
-            super().__init__(load, task)
+    class Mortal(distribute.Worker):
+        """Dies, as a killed process does, when one unit is measured for the first time."""
 
-    monkeypatch.setattr(distribute, "Worker", Here)
+        def measure(self, sample, unit):
+            if (sample, unit) == (1, 2) and not os.path.exists(mark):
+                open(mark, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().measure(sample, unit)
+
+    monkeypatch.setattr(distribute, "Worker", Mortal)
+    monkeypatch.setattr(distribute, "REPLACEMENTS", 0)  # the other one takes over
     work = tmp_path / "work"
     assert build_for(pipeline(), workers=2, workdir=work) == expected
-    assert mark.exists()
+    assert os.path.exists(mark)
     shards = Counter(path.name[:11] for path in work.glob("sample-*.json"))
     assert shards == {"sample-0000": STEPS - 1, "sample-0001": STEPS - 1}
-    # A cluster that was there before is still there, and the next build finds room on it.
-    assert ray.is_initialized()
-    monkeypatch.undo()
-    assert build_for(pipeline(), workers=1, load=pipeline, workdir=work) == expected
+    assert ray.is_initialized()  # it was there before, and is left running
 
 
 def test_workers_that_keep_dying_end_the_build(cluster, monkeypatch):
-    class Dead(distribute.Worker):
-        def measure(self, sample, unit):
-            os.kill(os.getpid(), signal.SIGKILL)
+    class Dead:
+        def __init__(self, load, task):
+            os._exit(1)
+
+        def facts(self):
+            pass
 
     monkeypatch.setattr(distribute, "Worker", Dead)
-    monkeypatch.setattr(distribute, "REPLACEMENTS", 0)
     with pytest.raises(BuildError, match=r"all workers died: .*; run again to go on"):
         build_for(pipeline(), workers=1)
 
