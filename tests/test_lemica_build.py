@@ -5,7 +5,8 @@ import re
 from inspect import signature
 
 import pytest
-from conftest import hunyuan15, wan, wan22
+from tiny.hunyuan import hunyuan15
+from tiny.wan import wan, wan22
 
 import vidaccel
 from vidaccel import Plan, accelerate, report
@@ -24,7 +25,7 @@ def case():
 
 
 def _with_prompts(case):
-    from conftest import embeds
+    from tiny import embeds
 
     def encode_prompt(prompt, negative_prompt=None, **_):
         return embeds(len(prompt)), embeds(99)

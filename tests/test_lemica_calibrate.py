@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import CASES, STEPS, wan, wan22, wan_unipc, wan_v2v
+from tiny import CASES, STEPS
+from tiny.wan import wan, wan22, wan_unipc, wan_v2v
 
 from vidaccel import Plan, accelerate, metrics, restore
 from vidaccel.api import engines_of

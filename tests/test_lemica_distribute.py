@@ -6,7 +6,8 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import embeds, wan
+from tiny import embeds
+from tiny.wan import wan
 
 from vidaccel.errors import BuildError, PlanError
 from vidaccel.lemica import distribute
