@@ -20,7 +20,7 @@ from vidaccel.lemica.segments import Move
 from vidaccel.metrics import load_lpips, summary
 from vidaccel.plan import Plan
 
-OBJECTIVES = ("leximax", "sum", "power(2)", "power(4)")
+OBJECTIVES = ("leximax", "power(4)", "power(2)")
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,23 @@ def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan
         steps: T.
 
     Returns:
-        The evenly spaced plan, the best path of each objective that only holds, both also half and
-        all the way along the line everywhere, and the best path of each objective that picks a
-        line wherever it measured better. Equal plans appear once, by their first name.
+        The evenly spaced plan and the best path of the paper's objective, each held and half way
+        along the line everywhere, and the best path of every objective over all that was measured.
+        Equal plans appear once, by their first name.
     """
-    even = Plan.spread(budget, steps)
-    plans = {"evenly spaced": even}
     held = [move for move in found if move.order == 0]
-    mixed = [("", held)] if len(held) == len(found) else [("", held), (", lines", found)]
-    for objective in OBJECTIVES:
-        for suffix, allowed in mixed:
-            solved = search.solve_moves(allowed, steps, [budget], objective=objective)
-            if budget in solved:
-                plans[objective + suffix] = solved[budget]
-    for name, plan in list(plans.items()):
-        if name in ("evenly spaced", *OBJECTIVES):
-            plans[f"{name}, half line"] = plan.forecast(1, 0.5)
-            plans[f"{name}, line"] = plan.forecast(1)
+    only_held = len(held) == len(found)
+    wanted = [("leximax", "leximax", held)]
+    wanted += [(name if only_held else f"{name}, lines", name, found) for name in OBJECTIVES]
+    plans = {"evenly spaced": Plan.spread(budget, steps)}
+    for name, objective, allowed in wanted:
+        solved = search.solve_moves(allowed, steps, [budget], objective=objective)
+        if budget in solved:
+            plans.setdefault(name, solved[budget])
+    if not only_held:
+        for name in ("evenly spaced", "leximax"):
+            if name in plans:
+                plans[f"{name}, half line"] = plans[name].forecast(1, 0.5)
     different: dict[Any, tuple[str, Plan]] = {}
     for name, plan in plans.items():
         different.setdefault((plan.steps, plan.orders, plan.scales), (name, plan))
