@@ -12,7 +12,12 @@ Pipeline = TypeVar("Pipeline")
 
 
 def accelerate(
-    pipe: Pipeline, *, policy: Any = "auto", cache: Any = "auto", preset: str = "balanced"
+    pipe: Pipeline,
+    *,
+    policy: Any = "auto",
+    cache: Any = "auto",
+    preset: str = "balanced",
+    allow_transfer: bool = False,
 ) -> Pipeline:
     """Make a Diffusers video pipeline skip denoising steps whose result it can reuse.
 
@@ -36,6 +41,9 @@ def accelerate(
             policy fits and the model has a known threshold; None: none.
         preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or
             the plan of a policy that is as fast as that.
+        allow_transfer: let a given policy run with another number of steps, scheduler or noise
+            grid than it was measured with, by carrying its errors over to the new noise levels; a
+            report marks it. Without it such a run is refused.
 
     Returns:
         The same `pipe`.
@@ -57,7 +65,7 @@ def accelerate(
             f"{type(scheduler).__name__} calls the model {scheduler.order} times per step; use a "
             "first-order or multistep scheduler, such as UniPCMultistepScheduler"
         )
-    source = course_source(policy, cache, preset)
+    source = course_source(policy, cache, preset, allow_transfer=allow_transfer)
     engines = [Engine(transformer, host, source) for transformer, host in found.values()]
     for engine in engines:
         previous = engine_of(engine.transformer)

@@ -147,8 +147,19 @@ class CachePolicy(Record):
             raise PolicyError(f"policy {file}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> "CachePolicy":
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "CachePolicy":
         """Read a policy from a file, a folder with a `vidaccel_policy.json`, or a hub id.
+
+        Args:
+            source: of the policy.
+            revision: branch, tag or commit of a hub repository.
+            token: for the hub; None uses the one that is logged in.
 
         Raises:
             PolicyError: as `load` does, or when the hub has no such repository or file.
@@ -157,7 +168,7 @@ class CachePolicy(Record):
         if path.is_dir():
             path = path / FILE_NAME
         elif not path.exists() and path.suffix != ".json":
-            path = _from_hub(str(source))
+            path = _from_hub(str(source), revision, token)
         return cls.load(path)
 
     @classmethod
@@ -201,6 +212,50 @@ class CachePolicy(Record):
             write_text(file, self.to_json())
         except OSError as error:
             raise PolicyError(f"cannot write policy {file}: {error.strerror}") from error
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the policy into a folder, under the name that `from_pretrained` looks for."""
+        self.save(Path(folder) / FILE_NAME)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the policy to a model repository on the hub, which is made if need be.
+
+        Args:
+            repo_id: user/name.
+            commit_message: of the commit.
+            private: whether a new repository is private; None takes the account's default.
+            token: None uses the one that is logged in.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PolicyError: the hub refused it or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            api = HfApi(token=token)
+            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            message = commit_message or f"Upload a policy of {self.num_inference_steps} steps"
+            commit = api.upload_file(
+                path_or_fileobj=self.to_json().encode(),
+                path_in_repo=FILE_NAME,
+                repo_id=name,
+                commit_message=message,
+            )
+        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+            reason = _short(str(error).strip().partition("\n")[0])
+            raise PolicyError(f"cannot upload the policy to {repo_id}: {reason}") from error
+        return str(commit.commit_url)
 
     def moves(self) -> list[Move]:
         """The stored edges as `lemica.search.solve_moves` takes them."""
@@ -304,15 +359,11 @@ class CachePolicy(Record):
             PolicyError: naming the first field that does not match, what it has and what the run
                 has. Fields that are null are not checked.
         """
-        for field, mine, theirs in (
-            ("model.transformer", self.model.transformer, setting.transformer),
-            ("model.id", self.model.id, setting.model_id),
-            ("model.config_hash", self.model.config_hash, setting.config_hash),
+        self.check_model(setting)
+        self._check_fields(
             ("num_inference_steps", self.num_inference_steps, setting.num_inference_steps),
             ("scheduler.name", self.scheduler.name, setting.scheduler),
-        ):
-            if mine is not None and theirs is not None and mine != theirs:
-                raise PolicyError(f"{field}: the policy is for {mine}, this run has {theirs}")
+        )
         grid, other = self.scheduler.sigmas, setting.sigmas
         if grid is None or other is None:
             return
@@ -322,6 +373,19 @@ class CachePolicy(Record):
                     f"scheduler.sigmas: the policy has {a:.5f} at step {step}, this run has "
                     f"{b:.5f}: use the scheduler settings that it was measured with"
                 )
+
+    def check_model(self, setting: Setting) -> None:
+        """Hold the model alone against a run; raises PolicyError as `check` does."""
+        self._check_fields(
+            ("model.transformer", self.model.transformer, setting.transformer),
+            ("model.id", self.model.id, setting.model_id),
+            ("model.config_hash", self.model.config_hash, setting.config_hash),
+        )
+
+    def _check_fields(self, *fields: tuple[str, Any, Any]) -> None:
+        for field, mine, theirs in fields:
+            if mine is not None and theirs is not None and mine != theirs:
+                raise PolicyError(f"{field}: the policy is for {mine}, this run has {theirs}")
 
 
 # start, end, order, scale, previous step: what an edge's error holds for
@@ -337,12 +401,12 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, revision: str | None, token: str | bool | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, FILE_NAME))
+        return Path(hf_hub_download(repo, FILE_NAME, revision=revision, token=token))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = _short(str(error).strip().partition("\n")[0])
         raise PolicyError(
