@@ -15,11 +15,11 @@ from vidaccel.console import (
     cache_of,
     check_writable,
     print_result,
-    read_prompts,
     size,
     write_json,
 )
 from vidaccel.errors import ModelError, PolicyError, VidaccelError
+from vidaccel.lemica import commands as commands_of_policies
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _generate_parser,
-        _build_parser,
-        _show_parser,
+        _policy_parsers,
         _suggest_parser,
         _bench_parser,
         _hosts_parser,
@@ -176,73 +175,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         write_json({"settings": settings, **result, "environment": environment()}, arguments.json)
 
 
-def _build_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "build-policy",
-        help="measure which steps are worth computing, and write a policy file",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("out", type=Path, help="the policy file, .json")
-    parser.add_argument("--prompts", type=Path, required=True, help="text file, one per line")
-    parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
-    parser.add_argument("--steps", type=at_least(3), default=50, help="denoising steps")
-    parser.add_argument("--seeds", type=at_least(1), default=1, help="number of seeds")
-    parser.add_argument("--max-skip", type=at_least(2), default=8, help="longest segment")
-    parser.add_argument("--method", choices=("exact", "gain"), default="exact")
-    parser.add_argument("--objective", default="leximax", help="leximax, sum or power(N)")
-    parser.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
-    parser.add_argument("--frames", type=at_least(1), help="number of frames")
-    parser.add_argument("--guidance", type=float, help="guidance scale")
-    parser.add_argument("--no-validate", action="store_true", help="skip the end-to-end check")
-    parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
-    _add_model_options(parser)
-    parser.set_defaults(run=_build)
-
-
-def _build(arguments: argparse.Namespace) -> None:
-    out: Path = arguments.out
-    if out.suffix != ".json":
-        raise PolicyError(f"expected a file name that ends in .json, found {out}")
-    prompts = read_prompts(arguments.prompts)
-    check_writable(out)
-
-    from vidaccel import generate as g
-    from vidaccel.lemica.build import build_policy
-
-    pipe = _pipeline(arguments)
-    pipe.set_progress_bar_config(disable=True)
-    width, height = arguments.size or (None, None)
-    wanted = {"height": height, "width": width, "num_frames": arguments.frames}
-    wanted |= {"guidance_scale": arguments.guidance}
-    defaults = {} if arguments.model is not None else g.EMBEDDED_CALL
-    given = {name: value for name, value in wanted.items() if value is not None}
-    policy = build_policy(
-        pipe,
-        prompts,
-        num_inference_steps=arguments.steps,
-        seeds=range(arguments.seeds),
-        max_skip=arguments.max_skip,
-        method=arguments.method,
-        objective=arguments.objective,
-        call_kwargs=g.call_arguments(pipe, defaults | given),
-        workdir=arguments.workdir,
-        validate=not arguments.no_validate,
-    )
-    policy.save(out)
-    print(policy.table())
-    print(f"wrote {out}", file=sys.stderr)
-
-
-def _show_parser(commands: Any) -> None:
-    parser = commands.add_parser("show", help="what a policy file says")
-    parser.add_argument("policy", help="file, folder or hub id")
-    parser.set_defaults(run=_show)
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from vidaccel.policy import CachePolicy
-
-    print(CachePolicy.from_pretrained(arguments.policy).table())
+def _policy_parsers(commands: Any) -> None:
+    commands_of_policies.add_build(commands, _add_model_options, _pipeline)
+    commands_of_policies.add_show(commands)
 
 
 def _suggest_parser(commands: Any) -> None:
@@ -318,6 +253,7 @@ def _bench_parser(commands: Any) -> None:
     _add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
     _bench_kernel_parsers(benches)
+    commands_of_policies.add_benches(benches, _add_model_options, _pipeline)
 
 
 def _bench_kernel_parsers(benches: Any) -> None:

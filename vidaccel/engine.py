@@ -127,6 +127,11 @@ class Engine:
         return None if self._call is None else self._call.tick.step
 
     @property
+    def playing(self) -> bool:
+        """Whether the running call gives back what was recorded."""
+        return self._call is not None and self._call.playing
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of the cached tensors that are kept at this moment."""
         return 0 if self._generation is None else self._generation.bytes_held
@@ -342,7 +347,8 @@ class Engine:
                 None where the model runs without that stream, sound say.
             head: the module that it goes into, if it is one.
         """
-        if given is None or not (call.reused or generation.keeps(call.tick.step)):
+        recording = self.tape is not None and self.tape.recording
+        if given is None or not (call.reused or recording or generation.keeps(call.tick.step)):
             return None
         parts = [call.entry[name].to(given.device) for name in streams]
         start = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -368,9 +374,12 @@ class Engine:
         self._call = None
         self.attention.end()
         if tape is not None and call.playing:
+            if generation.plans(tick.step) and generation.keeps(tick.step):
+                call.fresh = tape.residual(tick.step, tick.branch, call.device)
+            generation.finish(call)
             return tape.played(tick.step, tick.branch, call.device)
         if tape is not None and tape.recording:
-            tape.record(tick.step, tick.branch, output)
+            tape.record(tick.step, tick.branch, output, call.fresh)
         generation.finish(call)
         self.ledger.add(
             Call(

@@ -129,12 +129,13 @@ class Generation:
 
     def forecast(self, call: RunningCall, index: int, device: torch.device) -> torch.Tensor:
         """The residual of head or stream `index` for a reused call."""
-        step = call.tick.step
+        step, scale = call.tick.step, 1.0
         if self.plan is not None:
-            order = self.plan.order(step)
+            order, scale = self.plan.order(step), self.plan.scale(step)
         else:
             order = 0 if self.cache is None else self.cache.forecast_order
-        return self._residuals.forecast(call.tick.branch, index, self._sigmas[step], order, device)
+        sigma, branch = self._sigmas[step], call.tick.branch
+        return self._residuals.forecast(branch, index, sigma, order, device, scale)
 
     def finish(self, call: RunningCall) -> None:
         """Keep what later steps may ask for, and nothing else."""
