@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidaccel import __version__
+from vidaccel import __version__, comparisons
 from vidaccel.console import at_least, check_writable, print_result, read_prompts, size, write_json
 from vidaccel.errors import ModelError, PolicyError, VidaccelError
 
@@ -231,6 +231,7 @@ def _bench_parser(commands: Any) -> None:
     overhead.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
     _add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
+    comparisons.add_quality(benches, _add_model_options)
 
 
 def _bench_overhead(arguments: argparse.Namespace) -> None:
