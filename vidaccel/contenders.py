@@ -206,11 +206,11 @@ DBCACHE = (
 METHODS: dict[str, Method] = {
     "vidaccel plan": _stored,
     "LeMiCa leximax": _solved("leximax"),
-    "LeMiCa leximax, line": _solved("leximax", order=1),
+    "LeMiCa leximax + line": _solved("leximax", order=1),
     "LeMiCa sum": _solved("sum"),
     "LeMiCa power(2)": _solved("power(2)"),
     "evenly spaced": _even(0),
-    "evenly spaced, line": _even(1),
+    "evenly spaced + line": _even(1),
     "fewer sampling steps": _fewer_steps,
     "FirstBlockCache": _peer(
         "FirstBlockCache",
