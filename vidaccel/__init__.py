@@ -25,25 +25,30 @@ except PackageNotFoundError:  # a bare clone on the import path
 
 if TYPE_CHECKING:
     from vidaccel.api import accelerate, report, restore
+    from vidaccel.dbcache import DBCache
     from vidaccel.errors import VidaccelError
     from vidaccel.lemica.build import build_policy
     from vidaccel.plan import Plan
     from vidaccel.policy import CachePolicy
+    from vidaccel.threshold import suggest_threshold
 
 # Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
 # and a mistyped option do not wait for torch.
 _HOME = {
     "CachePolicy": "policy",
     "build_policy": "lemica.build",
+    "DBCache": "dbcache",
     "accelerate": "api",
     "report": "api",
     "restore": "api",
+    "suggest_threshold": "threshold",
     "Plan": "plan",
     "VidaccelError": "errors",
 }
 
 __all__ = [
     "CachePolicy",
+    "DBCache",
     "Plan",
     "VidaccelError",
     "__version__",
@@ -51,6 +56,7 @@ __all__ = [
     "build_policy",
     "report",
     "restore",
+    "suggest_threshold",
 ]
 
 

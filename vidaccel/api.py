@@ -6,12 +6,14 @@ from vidaccel.engine import Engine, engine_of
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts import find_transformers
 from vidaccel.ledger import Report, TransformerReport
-from vidaccel.sources import policy_source
+from vidaccel.sources import course_source
 
 Pipeline = TypeVar("Pipeline")
 
 
-def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced") -> Pipeline:
+def accelerate(
+    pipe: Pipeline, *, policy: Any = "auto", cache: Any = "auto", preset: str = "balanced"
+) -> Pipeline:
     """Make a Diffusers video pipeline skip denoising steps whose result it can reuse.
 
     On a computed step the transformer runs as always and the residual of its whole block stack is
@@ -28,6 +30,10 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
             step in runs of fewer than 8; None: every step; "every N"; a list of step indices that
             starts with 0; a `Plan`; or a policy, as a `CachePolicy`, a file or a hub id. It is held
             against the run at the first call of each generation, before any block runs.
+        cache: the block cache, which probes a few blocks of a step and decides by their change. A
+            `DBCache` decides alone with policy=None, and where policy="auto" has no policy that
+            fits; beside a plan it can only have more steps computed. "auto": a `DBCache` where no
+            policy fits and the model has a known threshold; None: none.
         preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or
             the plan of a policy that is as fast as that.
 
@@ -38,7 +44,8 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
         UnsupportedPipelineError: no supported transformer; one that is compiled as a whole, has a
             Diffusers cache enabled or runs in context parallel; a scheduler that calls the model
             more than once per step. The pipeline is unchanged then.
-        PlanError: `policy` or `preset` is none of the above.
+        PlanError: `policy`, `cache` or `preset` is none of the above, or the block cache asks for
+            more blocks than the transformer has.
         PolicyError: the policy file is malformed.
     """
     found = find_transformers(pipe)
@@ -50,7 +57,7 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
             f"{type(scheduler).__name__} calls the model {scheduler.order} times per step; use a "
             "first-order or multistep scheduler, such as UniPCMultistepScheduler"
         )
-    source = policy_source(policy, preset)
+    source = course_source(policy, cache, preset)
     engines = [Engine(transformer, host, source) for transformer, host in found.values()]
     for engine in engines:
         previous = engine_of(engine.transformer)
@@ -97,6 +104,7 @@ def report(pipe: Any) -> Report:
                 engine.description,
                 engine.ledger,
                 engine.bytes_held,
+                engine.cache.threshold if engine.cache is not None else None,
             )
             for name, engine in engines.items()
         ),

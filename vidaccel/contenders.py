@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vidaccel.api import accelerate, restore
+from vidaccel.dbcache import DBCache
 from vidaccel.errors import PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.lemica import search
 from vidaccel.peers import PEERS, Setting
@@ -112,7 +113,7 @@ def _planned(name: str, plan: Plan) -> Variant:
     setting: Setting = {"steps": list(plan.steps)}
     if any(plan.orders):
         setting["orders"] = list(plan.orders)
-    return _accelerated(name, setting, policy=plan)
+    return _accelerated(name, setting, policy=plan, cache=None)
 
 
 def _stored(name: str, contest: Contest) -> list[Variant]:
@@ -172,6 +173,44 @@ def _peer(peer: str, *settings: Setting) -> "Method":
     return made
 
 
+def _dbcache(probe: int, corrector: int, order: int) -> "Method":
+    def made(name: str, contest: Contest) -> list[Variant]:
+        found = []
+        for threshold, warmup, run in DBCACHE:
+            setting: Setting = {
+                "threshold": threshold,
+                "probe_blocks": probe,
+                "corrector_blocks": corrector,
+                "warmup_steps": warmup,
+                "max_consecutive": None if run < 0 else run,
+                "forecast_order": order,
+            }
+            found.append(_accelerated(name, setting, policy=None, cache=DBCache(**setting)))
+        return found
+
+    return made
+
+
+def _guarded(probe: int, corrector: int) -> "Method":
+    """The stored plans, with a threshold that has more steps computed where they drift."""
+
+    def made(name: str, contest: Contest) -> list[Variant]:
+        policy, found = contest.known_policy(), []
+        for speedup, threshold in GUARDS:
+            budget = int(contest.steps / speedup)
+            if budget not in policy.budgets():
+                continue
+            cache: Setting = {"probe_blocks": probe, "corrector_blocks": corrector}
+            if probe:
+                cache["threshold"] = threshold
+            plan = policy.plan(budget=budget)
+            setting = {**_planned(name, plan).setting, **cache}
+            found.append(_accelerated(name, setting, policy=plan, cache=DBCache(**cache)))
+        return found
+
+    return made
+
+
 def _cache_dit(probe: int, corrector: int, order: int) -> "Method":
     """The same settings for all."""
     return _peer(
@@ -203,12 +242,26 @@ DBCACHE = (
     (0.4, 4, -1),
 )
 
+# A plan with a guard: steps over the plan's computed ones, threshold.
+GUARDS = ((1.25, 0.05), (1.5, 0.08), (2, 0.12), (2.5, 0.16), (3, 0.2), (4, 0.3), (5, 0.4))
+
 METHODS: dict[str, Method] = {
     "vidaccel plan": _stored,
     "LeMiCa leximax": _solved("leximax"),
     "LeMiCa leximax + line": _solved("leximax", order=1),
     "LeMiCa sum": _solved("sum"),
     "LeMiCa power(2)": _solved("power(2)"),
+    **{
+        f"DBCache F{probe}B{corrector}{' + line' if order else ''}": _dbcache(
+            probe, corrector, order
+        )
+        for probe, corrector in ((1, 0), (1, 1), (2, 2))
+        for order in (0, 1)
+    },
+    **{
+        f"plan + DBCache F{probe}B{corrector}": _guarded(probe, corrector)
+        for probe, corrector in ((1, 0), (1, 1), (2, 2), (0, 1))
+    },
     "evenly spaced": _even(0),
     "evenly spaced + line": _even(1),
     "fewer sampling steps": _fewer_steps,

@@ -1,8 +1,11 @@
 """Attaches to one transformer, skips its blocks on reused steps, and undoes itself exactly.
 
-On a computed step the blocks run untouched and the engine keeps the residual of the whole stack,
-head input minus first block input, per guidance branch. On a reused step no block runs, and the
-head gets the new first block input plus that residual, or a forecast of it. Taking it at the head
+The blocks are counted in the order in which they run, over all block lists: `probe_blocks` first,
+the middle, `corrector_blocks` last; without a block cache the middle is all of them. On a computed
+step they run untouched, and the engine keeps what the middle added, per guidance branch: the input
+of the first corrector block, or of the head, minus that of the first middle block. On a reused step
+the middle does not run, and the first corrector block, or the head, gets the new input of the
+middle plus that residual, or a forecast of it. Putting it there instead of adding it up on the way
 means that whatever a model adds between its blocks is inside the residual once, and never added
 again.
 """
@@ -10,9 +13,9 @@ again.
 import json
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -22,13 +25,18 @@ import torch
 from torch import nn
 
 from vidaccel.clock import Clock, Tick, noise_grid
+from vidaccel.dbcache import FIRST, PLANNED, DBCache, Decider
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
-from vidaccel.forecast import weights
 from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
-from vidaccel.plan import Plan, PlanSource, Setting
+from vidaccel.plan import Plan, Setting
+from vidaccel.residuals import Residuals
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
+from vidaccel.sources import CourseSource
 from vidaccel.tape import Tape
+
+# The place of a call and the residual of its probe blocks.
+ProbeListener = Callable[[Tick, torch.Tensor], None]
 
 _ATTRIBUTE = "_vidaccel_engine"
 
@@ -51,33 +59,31 @@ class Engine:
             with; nothing has been changed then.
     """
 
-    def __init__(self, transformer: nn.Module, host: HostSpec, source: PlanSource) -> None:
+    def __init__(self, transformer: nn.Module, host: HostSpec, source: CourseSource) -> None:
         _refuse_unsupported(transformer)
+        source.check(transformer, host)
         # Weak: a cycle would keep the weights of a dropped pipeline until the collector finds it.
         self._transformer = weakref.ref(transformer)
         self.host = host
         self.source = source
-        self.setting: Setting | None = None  # of the running or last generation, as is the plan
+        self.setting: Setting | None = None  # of the running or last generation, as are these two
         self.plan: Plan | None = None
+        self.cache: DBCache | None = None
+        self._origin = ""
         self.tape: Tape | None = None  # set while a generation is recorded or run again
-        self.ledger = Ledger(sum(len(getattr(transformer, b.name)) for b in host.blocks))
+        self.on_probe: ProbeListener | None = None  # is told every probe residual
+        self.ledger = Ledger(host.block_count(transformer))
         self._pipelines: list[tuple[weakref.ref[Any], Any]] = []
         self._clock = Clock(host.branch)
         self._context: str | None = None
         self._handles: list[Any] = []
-        self._history: dict[str, list[Residual]] = {}  # by branch, oldest first
+        self._residuals = Residuals()
+        self._probes: dict[str, torch.Tensor] = {}  # of the last computed step, by branch
+        self._deciders: dict[str, Decider] = {}
         self._sigmas: tuple[float, ...] = ()
         self._sample = Argument.of_forward(type(transformer), host.sample)
         self._timestep = Argument.of_forward(type(transformer), host.timestep)
-        # Of the running call:
-        self._tick: Tick | None = None
-        self._device = torch.device("cpu")
-        self._started: Any = None
-        self._entry: dict[str, torch.Tensor] | None = None
-        self._fresh: list[torch.Tensor] = []
-        self.reusing = False
-        self.playing = False
-        self.blocks_run = 0
+        self._call: _RunningCall | None = None
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise UnsupportedPipelineError(
@@ -94,14 +100,22 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """What decides, and where the plan of the last generation came from."""
-        origin = self.plan.origin if self.plan is not None else ""
-        return f"{self.source.description}: {origin}" if origin else self.source.description
+        """What decides, and what that came to in the last generation."""
+        return (
+            f"{self.source.description}: {self._origin}"
+            if self._origin
+            else self.source.description
+        )
 
     @property
     def step(self) -> int | None:
         """The denoising step of the running call; None between calls."""
-        return None if self._tick is None else self._tick.step
+        return None if self._call is None else self._call.tick.step
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the cached tensors that are kept at this moment."""
+        return self._residuals.bytes_held + sum(probe.nbytes for probe in self._probes.values())
 
     def attach(self) -> None:
         """Start intercepting. Touches the instance `__dict__` and torch's own hook lists only."""
@@ -109,8 +123,7 @@ class Engine:
         heads = [(head, model.get_submodule(head.module)) for head in self.host.heads]
         for spec in self.host.blocks:
             blocks = getattr(model, spec.name)
-            streams = {name for head in self.host.heads for name in head.streams}
-            arguments = BlockArguments(type(blocks[0]), streams, spec.returns)
+            arguments = BlockArguments(type(blocks[0]), self.host.streams, spec.returns)
             vars(model)[spec.name] = ShadowList(blocks, arguments, self._run_block)
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -121,15 +134,17 @@ class Engine:
             self._handles.append(module.register_forward_pre_hook(hook))
         if hasattr(model, "cache_context"):
             vars(model)["cache_context"] = self._cache_context
+            vars(model)["_reset_stateful_cache"] = self._reset_stateful_cache
         vars(model)[_ATTRIBUTE] = self
 
     def detach(self) -> None:
         """Leave the transformer as it was before `attach`."""
         for handle in self._handles:
             handle.remove()
-        for name in (*(spec.name for spec in self.host.blocks), "cache_context", _ATTRIBUTE):
+        shadowed = ("cache_context", "_reset_stateful_cache", _ATTRIBUTE)
+        for name in (*(spec.name for spec in self.host.blocks), *shadowed):
             vars(self.transformer).pop(name, None)
-        self._history.clear()
+        self._forget()
 
     def serve(self, pipe: Any) -> None:
         """Follow the scheduler of `pipe`, which runs this transformer."""
@@ -141,12 +156,6 @@ class Engine:
         """The pipelines that were accelerated with this transformer and still exist."""
         return [pipe for ref, _ in self._pipelines if (pipe := ref()) is not None]
 
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of the residuals that are kept at this moment."""
-        held = [residual for history in self._history.values() for residual in history]
-        return sum(tensor.nbytes for residual in held for tensor in residual.tensors)
-
     @contextmanager
     def _cache_context(self, name: str, **fields: Any) -> Iterator[None]:
         """Stands in for `CacheMixin.cache_context` to learn the name of the guidance branch."""
@@ -156,6 +165,17 @@ class Engine:
                 yield
         finally:
             self._context = outer
+
+    def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Stands in for the method that pipelines call when a generation has ended."""
+        model = self.transformer
+        type(model)._reset_stateful_cache(model, *args, **kwargs)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._residuals.clear()
+        self._probes.clear()
+        self._deciders.clear()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -170,26 +190,74 @@ class Engine:
                     f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
                     "vidaccel.accelerate(pipe) again after replacing it"
                 )
-        # Image conditioning gives its clean frames time 0; the step is that of the noisy ones.
-        timestep = float(self._timestep.value(args, kwargs).max())
         sample = self._sample.value(args, kwargs)
         schedulers = [scheduler for _, scheduler in self._pipelines]
+        timestep = self._clock.value(schedulers, self._timestep.value(args, kwargs))
         tick = self._clock.tick(schedulers, timestep, self._context, tuple(sample.shape))
         if tick.restarted:
-            self._history.clear()
-            self.ledger.restart()
-            self.setting = self._setting(tick)
-            self._sigmas = self.setting.sigmas or ()
-            self.plan = self.source.resolve(self.setting)
-        assert self.plan is not None
-        history = self._history.get(tick.branch)
-        self.playing = self.tape is not None and self.tape.plays(tick.step)
+            self._restart(tick)
+        call = _RunningCall(tick, sample.device, _mark(sample.device))
+        call.playing = self.tape is not None and self.tape.plays(tick.step)
+        if not call.playing:
+            self._propose(call)
+        self._call = call
+
+    def _restart(self, tick: Tick) -> None:
+        """Begin a generation: nothing that was kept belongs to it."""
+        self._forget()
+        self.ledger.restart()
+        self.setting = self._setting(tick)
+        self._sigmas = self.setting.sigmas or ()
+        course = self.source.resolve(self.setting, self.host)
+        self.plan, self.cache, self._origin = course.plan, course.cache, course.origin
+        self._residuals = Residuals("device" if self.cache is None else self.cache.store)
+
+    @property
+    def _probe_blocks(self) -> int:
+        return 0 if self.cache is None else self.cache.probe_blocks
+
+    @property
+    def _corrector_blocks(self) -> int:
+        return 0 if self.cache is None else self.cache.corrector_blocks
+
+    def _decider(self, branch: str) -> Decider | None:
+        if self.cache is None or not self.cache.probe_blocks:
+            return None
+        key = "" if self.cache.branches == "together" else branch
+        if key not in self._deciders:
+            self._deciders[key] = Decider(self.cache, guards=self.plan is not None)
+        return self._deciders[key]
+
+    def _propose(self, call: "_RunningCall") -> None:
+        """What is known about a call before its first block: reused, computed, or to be decided."""
+        step, branch = call.tick.step, call.tick.branch
+        decider = self._decider(branch)
+        decided = None if decider is None else decider.decided(step)
+        if self.plan is not None and self.plan.computes(step):
+            call.compute(PLANNED)
+        elif decided is False:
+            call.compute(decider.reason)
+        elif not self._fits(branch, step):
+            call.compute(FIRST)
+        elif decider is None or decided:
+            call.reused = True
+        elif (obstacle := decider.obstacle(step)) is not None:
+            call.compute(obstacle)
+        else:
+            call.undecided = True
+            return
+        if decider is not None and decided is None:
+            decider.settle(step, call.reason)
+
+    def _fits(self, branch: str, step: int) -> bool:
+        """Whether the branch has a residual that a reused step may use."""
+        last = self._residuals.last_step(branch)
+        if last is None:
+            return False
         # A branch that sat out the last computed step has nothing that belongs here.
-        fits = bool(history) and history[-1].step >= self.plan.anchor(tick.step)
-        self.reusing = fits and not self.plan.computes(tick.step)
-        self._tick, self._entry, self._fresh, self.blocks_run = tick, None, [], 0
-        self._device = sample.device
-        self._started = _mark(self._device)
+        decider = self._decider(branch)
+        anchor = -1 if self.plan is None else self.plan.anchor(step)
+        return last >= max(anchor, -1 if decider is None else decider.computed_at)
 
     def _setting(self, tick: Tick) -> Setting:
         """The running generation, for policies that are made for a certain one."""
@@ -210,29 +278,82 @@ class Engine:
     def _run_block(
         self, block: nn.Module, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run one block, or give its streams back unchanged on a reused step."""
-        if self._entry is None:
-            # The first block of a forward: what it is given is where the residual starts.
-            self._entry = {
-                name: named.value(name, args, kwargs)
-                for head in self.host.heads
-                for name in head.streams
-            }
-        if self.reusing or self.playing:
+        """Run one block, or give its streams back unchanged in the middle of a reused step."""
+        call = self._call
+        if call is None:
+            return block(*args, **kwargs)
+        index, call.position = call.position, call.position + 1
+        if call.playing:
             return named.passed_through(args, kwargs)
-        self.blocks_run += 1
-        return block(*args, **kwargs)
+        corrector = self.ledger.blocks - self._corrector_blocks
+        if index == 0 and self._probe_blocks:
+            call.probed = named.main(args, kwargs)
+        if index == self._probe_blocks:
+            call.entry = named.streams(args, kwargs)
+            if call.undecided:
+                self._decide(call)
+        if index == corrector:
+            args, kwargs = self._at_corrector(call, named, args, kwargs)
+        elif call.reused and self._probe_blocks <= index < corrector:
+            return named.passed_through(args, kwargs)
+        call.blocks_run += 1
+        output = block(*args, **kwargs)
+        if index == self._probe_blocks - 1:
+            self._probe(call, named.main_of(output))
+        return output
+
+    def _probe(self, call: "_RunningCall", output: torch.Tensor) -> None:
+        """After the last probe block: how much its residual has changed."""
+        assert self.cache is not None
+        branch, stride = call.tick.branch, self.cache.probe_stride
+        probe = (output - call.probed.to(output.device))[:, ::stride]
+        if self.on_probe is not None:
+            self.on_probe(call.tick, probe)
+        last = self._probes.get(branch)
+        if last is not None and last.shape == probe.shape:
+            change = (last.float() - probe.float()).abs().mean()
+            call.difference = change / last.float().abs().mean()
+        call.probed = probe
+
+    def _decide(self, call: "_RunningCall") -> None:
+        """Hold the difference of an undecided step against the threshold."""
+        decider = self._decider(call.tick.branch)
+        assert decider is not None
+        difference = float("nan") if call.difference is None else float(call.difference)
+        call.undecided, call.reused = False, True
+        if (objection := decider.objection(difference)) is not None:
+            call.compute(objection)
+        decider.settle(call.tick.step, call.reason, difference)
+
+    def _at_corrector(
+        self,
+        call: "_RunningCall",
+        named: BlockArguments,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the first corrector block: keep the residual, or put the kept one in its place."""
+        for index, name in enumerate(named.returned):
+            given = named.value(name, args, kwargs)
+            start = call.entry[name].to(given.device)
+            if call.reused:
+                filled = start + self._forecast(call, index, given.device)
+                args, kwargs = named.replaced(name, filled.to(given.dtype), args, kwargs)
+            elif self._keeps(call.tick.step):
+                call.fresh.append(given - start)
+        return args, kwargs
 
     def _at_head(
         self, index: int, head: Head, module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
-        if self._entry is None or self._tick is None or self.plan is None or self.playing:
+        call = self._call
+        if call is None or not call.entry or call.playing or self._corrector_blocks:
             return None
-        if not (self.reusing or self.plan.keeps(self._tick.step)):
+        if not (call.reused or self._keeps(call.tick.step)):
             return None
         given = args[0]
-        streams = [self._entry[name].to(given.device) for name in head.streams]
+        streams = [call.entry[name].to(given.device) for name in head.streams]
         start = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
@@ -240,63 +361,102 @@ class Engine:
                 f"its {head.module} gets {tuple(given.shape)}; context parallelism is not "
                 "supported yet: restore(pipe) before enabling it"
             )
-        if self.reusing:
-            return ((start + self._forecast(index).to(given.device)).to(given.dtype), *args[1:])
-        self._fresh.append((given - start).to(start.dtype))
+        if call.reused:
+            filled = start + self._forecast(call, index, given.device)
+            return (filled.to(given.dtype), *args[1:])
+        call.fresh.append((given - start).to(start.dtype))
         return None
 
-    def _forecast(self, index: int) -> torch.Tensor:
-        """The residual at head `index` of a reused step, from those of the computed ones."""
-        assert self._tick is not None and self.plan is not None
-        history, step = self._history[self._tick.branch], self._tick.step
-        known = [self._sigmas[residual.step] for residual in history]
-        coefficients = weights(known, self._sigmas[step], self.plan.order(step))
-        *older, last = [
-            (coefficient, residual.tensors[index])
-            for coefficient, residual in zip(coefficients, history, strict=True)
-            if coefficient
-        ]
-        if not older and last[0] == 1.0:
-            return last[1]
-        # Slopes are differences of nearly equal tensors: summed in float32.
-        total = last[1].float() * last[0]
-        for coefficient, tensor in older:
-            total = total.add(tensor.float(), alpha=coefficient)
-        return total
+    def _forecast(self, call: "_RunningCall", index: int, device: torch.device) -> torch.Tensor:
+        step, branch = call.tick.step, call.tick.branch
+        if self.plan is not None:
+            order = self.plan.order(step)
+        else:
+            assert self.cache is not None
+            order = self.cache.forecast_order
+        return self._residuals.forecast(branch, index, self._sigmas[step], order, device)
+
+    def _keeps(self, step: int) -> int:
+        """How many of the last residuals, that of `step` included, later steps may ask for."""
+        if self.plan is not None:
+            return self.plan.keeps(step)
+        if self.cache is None or self._is_last(step):
+            return 0
+        return self.cache.forecast_order + 1
+
+    def _is_last(self, step: int) -> bool:
+        assert self.setting is not None
+        return step == self.setting.num_inference_steps - 1
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        tick, plan, tape = self._tick, self.plan, self.tape
-        if tick is None or plan is None:
+        call, tape = self._call, self.tape
+        if call is None:
             return None
-        if tape is not None and self.playing:
-            return tape.played(tick.step, tick.branch, self._device)
+        tick = call.tick
+        self._call = None
+        if tape is not None and call.playing:
+            return tape.played(tick.step, tick.branch, call.device)
         if tape is not None and tape.recording:
             tape.record(tick.step, tick.branch, output)
-        history = self._history.setdefault(tick.branch, [])
-        if self._fresh:
-            history.append(Residual(tick.step, self._fresh))
-        del history[: max(0, len(history) - plan.keeps(tick.step))]
+        if call.fresh:
+            self._residuals.add(tick.branch, tick.step, self._sigmas[tick.step], call.fresh)
+        self._residuals.trim(tick.branch, self._keeps(tick.step))
+        if self._probe_blocks and not call.reused:
+            self._probes[tick.branch] = call.probed
+        if self._is_last(tick.step):
+            self._probes.pop(tick.branch, None)
         self.ledger.add(
             Call(
                 step=tick.step,
                 branch=tick.branch,
-                reused=self.reusing,
-                planned=plan.computes(tick.step),
-                blocks=self.blocks_run,
-                started=self._started,
-                ended=_mark(self._device),
-            )
+                reused=call.reused,
+                planned=self.plan is None or self.plan.computes(tick.step),
+                blocks=call.blocks_run,
+                started=call.started,
+                ended=_mark(call.device),
+                reason="" if call.reused else call.reason,
+                difference=call.difference,
+            ),
+            self.bytes_held,
         )
-        self._tick, self._entry, self._fresh, self.reusing = None, None, [], False
         return None
 
 
-@dataclass(frozen=True)
-class Residual:
-    """Head input minus first block input of one computed step, one tensor per head."""
+@dataclass
+class _RunningCall:
+    """One call of the transformer while it runs.
 
-    step: int
-    tensors: list[torch.Tensor]
+    Attributes:
+        tick, device, started: its place, and when and where it began.
+        playing: a recorded output is given back, and nothing runs.
+        reused: the middle blocks do not run.
+        undecided: the difference of the probe blocks will say which of the two.
+        reason: why it is computed.
+        position: blocks reached so far.
+        blocks_run: of them, those that ran.
+        probed: the main stream at the first block, then the residual of the probe blocks.
+        difference: relative change of that residual, a scalar tensor.
+        entry: the streams at the first middle block.
+        fresh: the residual of this step, one tensor per head or stream.
+    """
+
+    tick: Tick
+    device: torch.device
+    started: Any
+    playing: bool = False
+    reused: bool = False
+    undecided: bool = False
+    reason: str = ""
+    position: int = 0
+    blocks_run: int = 0
+    probed: Any = None
+    difference: torch.Tensor | None = None
+    entry: dict[str, torch.Tensor] = field(default_factory=dict)
+    fresh: list[torch.Tensor] = field(default_factory=list)
+
+    def compute(self, reason: str) -> None:
+        """Have every block run."""
+        self.reused, self.reason = False, reason
 
 
 def _mark(device: torch.device) -> Any:

@@ -18,10 +18,13 @@ class BlockList:
         name: the attribute of the transformer that holds it.
         returns: what a block returns, in order, by the names of the block's own arguments: a block
             that is not run gives these arguments back, so the walk goes on with unchanged streams.
+        beside: the blocks make additions to the main stream (control hints), which the last blocks
+            need and a reused step does not have; corrector blocks are refused then.
     """
 
     name: str
     returns: tuple[str, ...] = ("hidden_states",)
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class HostSpec:
         guidance: how the pipelines call it for classifier-free guidance: "sequential" (one call
             per branch), "batched" (one call for all) or "embedded" (one call, no second branch).
         tokens: what the self-attention sees, in order.
+        threshold: of `DBCache` when none is given; None where nobody has published one.
         sample, timestep: names of the forward arguments that carry the latents and the time.
     """
 
@@ -59,8 +63,18 @@ class HostSpec:
     heads: tuple[Head, ...] = (Head("norm_out"),)
     guidance: Literal["sequential", "batched", "embedded"] = "sequential"
     tokens: tuple[str, ...] = ("video",)
+    threshold: float | None = None
     sample: str = "hidden_states"
     timestep: str = "timestep"
+
+    @property
+    def streams(self) -> set[str]:
+        """Names of the streams that blocks hand on: those of the heads and of the last blocks."""
+        return {name for head in self.heads for name in head.streams} | set(self.blocks[-1].returns)
+
+    def block_count(self, transformer: Any) -> int:
+        """Blocks that one call of the transformer runs."""
+        return sum(len(getattr(transformer, blocks.name)) for blocks in self.blocks)
 
     def branch(self, position: int) -> str:
         """Name of the `position`-th call of a step when the pipeline does not name its calls."""
@@ -85,7 +99,9 @@ HOSTS = {
             ("WanVACEPipeline",),
             # The hint blocks run first; their hints are added between the main blocks.
             (
-                BlockList("vace_blocks", ("control_hidden_states", "control_hidden_states")),
+                BlockList(
+                    "vace_blocks", ("control_hidden_states", "control_hidden_states"), beside=True
+                ),
                 BlockList("blocks"),
             ),
         ),

@@ -35,25 +35,58 @@ class Argument:
 
 
 class BlockArguments:
-    """Finds the streams in the arguments of the blocks of one list.
+    """Finds the streams in the arguments and results of the blocks of one list.
 
     Args:
         block_class: class of the blocks.
-        streams: names of the arguments that will be asked for.
+        streams: names of the streams that the transformer carries from block to block; those that
+            these blocks take are found.
         returns: names of the arguments that a block returns the successors of, in order.
+
+    Attributes:
+        returned: `returns`, each name once.
     """
 
     def __init__(self, block_class: type, streams: set[str], returns: tuple[str, ...]) -> None:
-        names = streams | set(returns)
+        taken = streams & set(signature(block_class.forward).parameters)
+        names = taken | set(returns)
         self._arguments = {name: Argument.of_forward(block_class, name) for name in names}
-        self._returns = [self._arguments[name] for name in returns]
+        self._taken = taken
+        self._returns = returns
+        self.returned = tuple(dict.fromkeys(returns))
+        # The stream that the head reads, where the block returns it.
+        self._main = next((name for name in returns if name in streams), returns[0])
 
     def value(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._arguments[name].value(args, kwargs)
 
+    def streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The streams that go into a block, by name."""
+        return {name: self.value(name, args, kwargs) for name in self._taken}
+
+    def main(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The main stream that goes into a block."""
+        return self.value(self._main, args, kwargs)
+
+    def main_of(self, output: Any) -> Any:
+        """The main stream that comes out of a block."""
+        # The last of equal names is the stream that goes on to the next block.
+        position = max(i for i, name in enumerate(self._returns) if name == self._main)
+        return output[position] if len(self._returns) > 1 else output
+
     def passed_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        values = tuple(argument.value(args, kwargs) for argument in self._returns)
+        """What a block returns that leaves its streams unchanged."""
+        values = tuple(self.value(name, args, kwargs) for name in self._returns)
         return values[0] if len(values) == 1 else values
+
+    def replaced(
+        self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a block with another value for one of its streams."""
+        if name in kwargs:
+            return args, {**kwargs, name: value}
+        position = self._arguments[name].position
+        return (*args[:position], value, *args[position + 1 :]), kwargs
 
 
 class ShadowBlock:
