@@ -17,7 +17,7 @@ from vidaccel.plan import Plan
 from vidaccel.policy import CachePolicy
 
 # Plans compute the number of steps divided by these.
-SPEEDUPS = (1.25, 1.5, 2, 2.5, 3, 4, 5)
+SPEEDUPS = (1.3, 2, 3, 4, 5, 6)
 
 
 @dataclass(frozen=True)
@@ -233,17 +233,10 @@ Method = Callable[[str, Contest], list[Variant]]
 
 # DBCache: threshold on the relative change of the probe, warm-up steps, longest run of reused steps
 # (-1: any). The one with 0.12 is what cache-dit's own command line starts from.
-DBCACHE = (
-    (0.035, 8, -1),
-    (0.06, 8, -1),
-    (0.09, 8, -1),
-    (0.12, 8, 3),
-    (0.2, 4, 4),
-    (0.4, 4, -1),
-)
+DBCACHE = ((0.035, 8, -1), (0.06, 8, -1), (0.12, 8, 3), (0.2, 4, 4), (0.4, 4, -1))
 
 # A plan with a guard: steps over the plan's computed ones, threshold.
-GUARDS = ((1.25, 0.05), (1.5, 0.08), (2, 0.12), (2.5, 0.16), (3, 0.2), (4, 0.3), (5, 0.4))
+GUARDS = ((1.3, 0.06), (2, 0.12), (3, 0.2), (4, 0.3), (6, 0.5))
 
 METHODS: dict[str, Method] = {
     "vidaccel plan": _stored,
@@ -267,7 +260,7 @@ METHODS: dict[str, Method] = {
     "fewer sampling steps": _fewer_steps,
     "FirstBlockCache": _peer(
         "FirstBlockCache",
-        *({"threshold": t} for t in (0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.16, 0.3)),
+        *({"threshold": t} for t in (0.03, 0.05, 0.065, 0.08, 0.12, 0.3)),
     ),
     "MagCache": _peer(
         "MagCache",
@@ -276,12 +269,9 @@ METHODS: dict[str, Method] = {
             for threshold, skip, retention in (
                 (0.02, 1, 0.2),
                 (0.02, 2, 0.2),
-                (0.04, 2, 0.2),
                 (0.06, 3, 0.2),
                 (0.12, 4, 0.2),
-                (0.24, 6, 0.2),
                 (0.24, 5, 0.1),
-                (0.5, 8, 0.1),
                 (0.8, 10, 0.1),
             )
         ),
@@ -289,12 +279,12 @@ METHODS: dict[str, Method] = {
     "TaylorSeer": _peer(
         "TaylorSeer",
         {"cache_interval": 2, "disable_cache_before_step": 24},
-        *({"cache_interval": n} for n in (2, 3, 4, 5, 6, 8)),
+        *({"cache_interval": n} for n in (2, 3, 4, 5, 8)),
     ),
     "TaylorSeer lite": _peer(
         "TaylorSeer lite",
         {"cache_interval": 2, "disable_cache_before_step": 24},
-        *({"cache_interval": n} for n in (2, 3, 4, 5, 6, 8)),
+        *({"cache_interval": n} for n in (2, 3, 4, 5, 8)),
     ),
     "SeaCache": _peer(
         "SeaCache",
@@ -305,7 +295,6 @@ METHODS: dict[str, Method] = {
                 (0.06, 1),
                 (0.1, 2),
                 (0.15, 4),
-                (0.25, 2),
                 (0.25, 4),
                 (0.5, 5),
                 (1.0, 6),
