@@ -317,6 +317,7 @@ def _bench_parser(commands: Any) -> None:
     _add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
     comparisons.add_quality(benches, _add_model_options)
+    comparisons.add_parity(benches, _add_model_options)
 
 
 def _bench_overhead(arguments: argparse.Namespace) -> None:

@@ -53,6 +53,58 @@ def add_quality(benches: Any, add_model_options: Any) -> None:
     parser.set_defaults(run=_quality)
 
 
+def add_parity(benches: Any, add_model_options: Any) -> None:
+    """Add the parser of `bench parity`."""
+    parser = benches.add_parser(
+        "parity",
+        help="DBCache beside cache-dit's with equal settings: steps reused and results",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
+    parser.add_argument("--prompt", default=EMBEDDED_PROMPTS[0])
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--size", type=size, metavar="WxH", default="32x32", help="of a frame")
+    parser.add_argument("--frames", type=at_least(1), default=9, help="number of frames")
+    parser.add_argument("--steps", type=at_least(8), default=30, help="denoising steps")
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
+    parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    add_model_options(parser)
+    parser.set_defaults(run=_parity)
+
+
+def _parity(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    from vidaccel import generate as g
+    from vidaccel.parity import parity, parity_table
+
+    pipe = _pipeline(arguments)
+    width, height = arguments.size
+    call = dict(g.EMBEDDED_CALL) if arguments.model is None else {}
+    call |= {"prompt": arguments.prompt, "height": height, "width": width}
+    call |= {"num_frames": arguments.frames, "num_inference_steps": arguments.steps}
+    result = parity(pipe, g.call_arguments(pipe, call), seed=arguments.seed)
+    result["settings"] |= {"model": arguments.model or "tiny-wan"}
+    print_result(parity_table(result), arguments.json)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
+
+
+def _pipeline(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from vidaccel.generate import load_pipeline
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    return load_pipeline(
+        arguments.model,
+        device=arguments.device,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        offload=arguments.offload,
+    )
+
+
 def _quality(arguments: argparse.Namespace) -> None:
     from vidaccel.contenders import METHODS
 
@@ -75,22 +127,13 @@ def _quality(arguments: argparse.Namespace) -> None:
     else:
         calibration = list(policy.prompts[:2]) if policy is not None else []
 
-    import torch
-
     from vidaccel import curves
     from vidaccel import generate as g
     from vidaccel.contenders import Contest, variants
     from vidaccel.metrics import load_lpips
     from vidaccel.quality import quality
 
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    pipe = g.load_pipeline(
-        arguments.model,
-        device=arguments.device,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        offload=arguments.offload,
-    )
+    pipe = _pipeline(arguments)
     width, height = arguments.size or (None, None)
     wanted = {"height": height, "width": width, "num_frames": arguments.frames}
     wanted |= {"guidance_scale": arguments.guidance, "num_inference_steps": arguments.steps}
