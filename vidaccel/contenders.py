@@ -233,10 +233,10 @@ Method = Callable[[str, Contest], list[Variant]]
 
 # DBCache: threshold on the relative change of the probe, warm-up steps, longest run of reused steps
 # (-1: any). The one with 0.12 is what cache-dit's own command line starts from.
-DBCACHE = ((0.035, 8, -1), (0.06, 8, -1), (0.12, 8, 3), (0.2, 4, 4), (0.4, 4, -1))
+DBCACHE = ((0.05, 8, -1), (0.12, 8, 3), (0.2, 4, 4), (0.4, 4, -1))
 
 # A plan with a guard: steps over the plan's computed ones, threshold.
-GUARDS = ((1.3, 0.06), (2, 0.12), (3, 0.2), (4, 0.3), (6, 0.5))
+GUARDS = ((1.3, 0.06), (2, 0.12), (3, 0.2), (5, 0.4))
 
 METHODS: dict[str, Method] = {
     "vidaccel plan": _stored,
@@ -260,14 +260,13 @@ METHODS: dict[str, Method] = {
     "fewer sampling steps": _fewer_steps,
     "FirstBlockCache": _peer(
         "FirstBlockCache",
-        *({"threshold": t} for t in (0.03, 0.05, 0.065, 0.08, 0.12, 0.3)),
+        *({"threshold": t} for t in (0.03, 0.05, 0.08, 0.12, 0.3)),
     ),
     "MagCache": _peer(
         "MagCache",
         *(
             {"threshold": threshold, "max_skip_steps": skip, "retention_ratio": retention}
             for threshold, skip, retention in (
-                (0.02, 1, 0.2),
                 (0.02, 2, 0.2),
                 (0.06, 3, 0.2),
                 (0.12, 4, 0.2),
@@ -279,12 +278,12 @@ METHODS: dict[str, Method] = {
     "TaylorSeer": _peer(
         "TaylorSeer",
         {"cache_interval": 2, "disable_cache_before_step": 24},
-        *({"cache_interval": n} for n in (2, 3, 4, 5, 8)),
+        *({"cache_interval": n} for n in (2, 4, 6)),
     ),
     "TaylorSeer lite": _peer(
         "TaylorSeer lite",
         {"cache_interval": 2, "disable_cache_before_step": 24},
-        *({"cache_interval": n} for n in (2, 3, 4, 5, 8)),
+        *({"cache_interval": n} for n in (2, 3, 5, 8)),
     ),
     "SeaCache": _peer(
         "SeaCache",
@@ -295,7 +294,6 @@ METHODS: dict[str, Method] = {
                 (0.06, 1),
                 (0.1, 2),
                 (0.15, 4),
-                (0.25, 4),
                 (0.5, 5),
                 (1.0, 6),
                 (2.0, 8),

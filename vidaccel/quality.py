@@ -30,7 +30,7 @@ from vidaccel.generate import adherence_of, generate, steps_of
 from vidaccel.hosts import find_transformers
 from vidaccel.video import Clip
 
-PLAIN_EVERY = 8  # generations between two plain ones, which the speedups are taken from
+PLAIN_EVERY = 12  # generations between two plain ones, which the speedups are taken from
 _SESSION = time.time_ns()  # timings of one process are compared with each other alone
 CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
 
