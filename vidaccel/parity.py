@@ -159,6 +159,7 @@ def parity(
         blocks = sum(len(getattr(transformer, blocks.name)) for blocks in host.blocks)
         cases = [*sweep(), *differences(blocks)]
     call = {**call, "output_type": "latent"}
+    shown = {name: v for name, v in call.items() if not isinstance(v, torch.Tensor)}
     rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     with without_bar(pipe):
         for case in tqdm(cases, unit="case", disable=not progress):
@@ -177,7 +178,7 @@ def parity(
         },
         "agree": agree,
         "part": rows[False],
-        "settings": {**call, "seed": seed, "dtype": str(pipe.dtype), "device": str(pipe.device)},
+        "settings": {**shown, "seed": seed, "dtype": str(pipe.dtype), "device": str(pipe.device)},
         "environment": environment(),
     }
 
@@ -185,10 +186,11 @@ def parity(
 def parity_table(result: dict[str, Any]) -> str:
     """The result of `parity` for people."""
     summary = result["summary"]
+    largest = summary["largest_difference"]
     lines = [
         f"{summary['same_steps']} of {summary['cases']} cases reuse the same steps, "
-        f"{summary['same_latents']} of them give the same latents within {summary['tolerance']:g} "
-        f"(largest difference {summary['largest_difference']:.2g})",
+        f"{summary['same_latents']} of them give the same latents within {summary['tolerance']:g}"
+        + (f" (largest difference {largest:.2g})" if largest is not None else ""),
         "",
         "reused   difference  setting",
     ]

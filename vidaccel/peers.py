@@ -207,6 +207,8 @@ def _leaving_no_trace(pipe: Any) -> Iterator[None]:
     """
     owners = [pipe, *(module for each in _transformers(pipe) for module in each.modules())]
     before = [dict(vars(owner)) for owner in owners]
+    # A list of blocks that was replaced for a while comes back as the last of its siblings.
+    children = [dict(owner._modules) for owner in owners[1:]]
     cls = type(pipe)
     of_class = dict(vars(cls))
     try:
@@ -215,6 +217,9 @@ def _leaving_no_trace(pipe: Any) -> Iterator[None]:
         for owner, attributes in zip(owners, before, strict=True):
             vars(owner).clear()
             vars(owner).update(attributes)
+        for owner, modules in zip(owners[1:], children, strict=True):
+            owner._modules.clear()
+            owner._modules.update(modules)
         for name in set(vars(cls)) - set(of_class):
             delattr(cls, name)
         for name, value in of_class.items():
