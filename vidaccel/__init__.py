@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from vidaccel.api import accelerate, report, restore
     from vidaccel.dbcache import DBCache
     from vidaccel.errors import VidaccelError
+    from vidaccel.hosts import register_host
+    from vidaccel.hostspec import BlockList, Head, HostSpec
     from vidaccel.lemica.build import build_policy
     from vidaccel.plan import Plan
     from vidaccel.policy import CachePolicy
@@ -41,19 +43,27 @@ _HOME = {
     "accelerate": "api",
     "report": "api",
     "restore": "api",
+    "register_host": "hosts",
+    "BlockList": "hostspec",
+    "Head": "hostspec",
+    "HostSpec": "hostspec",
     "suggest_threshold": "threshold",
     "Plan": "plan",
     "VidaccelError": "errors",
 }
 
 __all__ = [
+    "BlockList",
     "CachePolicy",
     "DBCache",
+    "Head",
+    "HostSpec",
     "Plan",
     "VidaccelError",
     "__version__",
     "accelerate",
     "build_policy",
+    "register_host",
     "report",
     "restore",
     "suggest_threshold",

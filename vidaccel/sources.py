@@ -58,13 +58,13 @@ class CourseSource:
         probe, corrector = self.cache.probe_blocks, self.cache.corrector_blocks
         name = type(transformer).__name__
         first, last = (len(getattr(transformer, host.blocks[i].name)) for i in (0, -1))
-        total = host.block_count(transformer)
+        total = host.block_count(transformer) // host.unit
         if probe + corrector >= total:
             raise PlanError(
                 f"probe_blocks + corrector_blocks is {probe} + {corrector}, but {name} has {total} "
                 f"blocks: leave at least one between them"
             )
-        if probe >= first and len(host.blocks) > 1:
+        if probe >= first and len(host.blocks) > 1 and not host.interleaved:
             raise PlanError(
                 f"probe_blocks is {probe}, but {host.blocks[0].name} of {name} has {first} blocks: "
                 f"probe {first - 1} at most"
@@ -74,11 +74,8 @@ class CourseSource:
                 f"corrector_blocks is {corrector}, but {host.blocks[-1].name} of {name} has "
                 f"{last} blocks: correct {last} at most"
             )
-        if corrector and any(blocks.beside for blocks in host.blocks):
-            raise UnsupportedPipelineError(
-                f"{name} adds control hints between its blocks, which are not computed on reused "
-                "steps, so its last blocks cannot run on them: set corrector_blocks=0"
-            )
+        if corrector and host.no_corrector:
+            raise UnsupportedPipelineError(f"{name} {host.no_corrector}: set corrector_blocks=0")
 
 
 def course_source(policy: Any, cache: Any, preset: str = "balanced") -> CourseSource:
