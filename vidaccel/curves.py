@@ -164,12 +164,13 @@ def table(equal: dict[str, dict[str, Record]], metric: str = "psnr", form: str =
             return "-"
         return f"{qualities[metric]:{form}} ({qualities[f'worst_{metric}']:{form}})"
 
-    def rank(method: str) -> float:
-        found = [equal[method][c][metric] for c in columns if c in equal[method]]
-        known = [value for value in found if value is not None]
-        return fmean(known) if known else float("-inf")
+    def rank(method: str) -> tuple[float, ...]:
+        """By the second column, where most methods are, then the others."""
+        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        found = [equal[method].get(c, {}).get(metric) for c in (columns[1], *columns)]
+        return tuple(float("-inf") if value is None else sign * value for value in found)
 
-    for method in sorted(equal, key=rank, reverse=HIGHER_IS_BETTER[metric]):
+    for method in sorted(equal, key=rank, reverse=True):
         rows.append([method, *(cell(equal[method].get(column)) for column in columns)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
