@@ -233,10 +233,10 @@ Method = Callable[[str, Contest], list[Variant]]
 
 # DBCache: threshold on the relative change of the probe, warm-up steps, longest run of reused steps
 # (-1: any). The one with 0.12 is what cache-dit's own command line starts from.
-DBCACHE = ((0.035, 8, -1), (0.05, 8, -1), (0.12, 8, 3), (0.2, 4, 4), (0.4, 4, -1))
+DBCACHE = ((0.05, 8, -1), (0.12, 8, 3), (0.2, 4, 4), (0.4, 4, -1))
 
 # A plan with a guard: steps over the plan's computed ones, threshold.
-GUARDS = ((1.3, 0.06), (2, 0.12), (3, 0.2), (5, 0.4))
+GUARDS = ((2, 0.12), (3, 0.2), (5, 0.4))
 
 METHODS: dict[str, Method] = {
     "vidaccel plan": _stored,
