@@ -111,8 +111,9 @@ def _accelerated(name: str, setting: Setting, **options: Any) -> Variant:
 
 def _planned(name: str, plan: Plan) -> Variant:
     setting: Setting = {"steps": list(plan.steps)}
-    if any(plan.orders):
-        setting["orders"] = list(plan.orders)
+    for part, values in (("orders", plan.orders), ("scales", getattr(plan, "scales", ()))):
+        if any(values):
+            setting[part] = list(values)
     return _accelerated(name, setting, policy=plan, cache=None)
 
 
@@ -130,7 +131,8 @@ def _solved(objective: str, order: int = 0) -> "Method":
         for step in range(contest.steps - 1):
             errors[step, step + 1] = 0.0
         for edge in policy.edges:
-            if edge.end < contest.steps:
+            held = not getattr(edge, "order", 0)
+            if held and edge.end < contest.steps:
                 errors[edge.start, edge.end] = edge.mean
         plans = search.solve(errors, contest.budgets, objective=objective)
         found = [plans[budget] for budget in contest.budgets if budget in plans]
