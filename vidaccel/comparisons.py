@@ -106,7 +106,7 @@ def _pipeline(arguments: argparse.Namespace) -> Any:
 
 
 def _quality(arguments: argparse.Namespace) -> None:
-    from vidaccel.contenders import METHODS
+    from vidaccel.contenders import METHODS, Contest, check_names, variants
 
     if arguments.list:
         print("\n".join(METHODS))
@@ -118,6 +118,7 @@ def _quality(arguments: argparse.Namespace) -> None:
         raise ModelError("prompts are needed: vidaccel bench quality --model ... --prompts FILE")
 
     names = None if arguments.methods is None else arguments.methods.split(",")
+    check_names(names or ())
     prompts = read_prompts(arguments.prompts) if arguments.prompts else list(EMBEDDED_PROMPTS)
     policy = CachePolicy.from_pretrained(arguments.policy) if arguments.policy else None
     if policy is None and arguments.model is None:
@@ -129,7 +130,6 @@ def _quality(arguments: argparse.Namespace) -> None:
 
     from vidaccel import curves
     from vidaccel import generate as g
-    from vidaccel.contenders import Contest, variants
     from vidaccel.metrics import load_lpips
     from vidaccel.quality import quality
 

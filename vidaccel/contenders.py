@@ -1,9 +1,11 @@
 """The methods that `vidaccel bench quality` compares, each at settings from careful to fast."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -82,9 +84,7 @@ def variants(names: Sequence[str] | None, contest: Contest) -> tuple[list[Varian
         PlanError: no such method.
         PolicyError, UnsupportedPipelineError: a named method needs what is not there.
     """
-    unknown = [name for name in names or () if name not in METHODS]
-    if unknown:
-        raise PlanError(f"methods: found {', '.join(unknown)}, expected {', '.join(METHODS)}")
+    check_names(names or ())
     found: list[Variant] = []
     left_out = {}
     for name in names or METHODS:
@@ -95,6 +95,13 @@ def variants(names: Sequence[str] | None, contest: Contest) -> tuple[list[Varian
                 raise
             left_out[name] = str(error)
     return found, left_out
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise PlanError when one is no method."""
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise PlanError(f"methods: found {', '.join(unknown)}, expected {', '.join(METHODS)}")
 
 
 def _accelerated(name: str, setting: Setting, **options: Any) -> Variant:
@@ -167,8 +174,10 @@ def _peer(peer: str, *settings: Setting) -> "Method":
             if contest.ratios is None:
                 raise UnsupportedPipelineError(f"{peer} was not calibrated on this model")
             needed = {"mag_ratios": list(contest.ratios), "num_inference_steps": contest.steps}
+        # What was calibrated belongs to the setting: shards of another calibration are others.
+        shown = {"mag_ratios": _digest(contest.ratios)} if row.ratios else {}
         return [
-            Variant(name, s, partial(row.enabled, setting={**s, **needed}), foreign=True)
+            Variant(name, s | shown, partial(row.enabled, setting=s | needed), foreign=True)
             for s in settings
         ]
 
@@ -211,6 +220,10 @@ def _guarded(probe: int, corrector: int) -> "Method":
         return found
 
     return made
+
+
+def _digest(ratios: Sequence[float] | None) -> str:
+    return sha256(json.dumps(ratios).encode()).hexdigest()[:8]
 
 
 def _cache_dit(probe: int, corrector: int, order: int) -> "Method":
@@ -269,6 +282,7 @@ METHODS: dict[str, Method] = {
         *(
             {"threshold": threshold, "max_skip_steps": skip, "retention_ratio": retention}
             for threshold, skip, retention in (
+                (0.02, 1, 0.2),
                 (0.02, 2, 0.2),
                 (0.06, 3, 0.2),
                 (0.12, 4, 0.2),
