@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidaccel import __version__
+from vidaccel import __version__, comparisons
 from vidaccel.console import (
     add_cache_options,
     at_least,
@@ -253,6 +253,8 @@ def _bench_parser(commands: Any) -> None:
     _add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
     _bench_kernel_parsers(benches)
+    comparisons.add_quality(benches, _add_model_options)
+    comparisons.add_parity(benches, _add_model_options)
     commands_of_policies.add_benches(benches, _add_model_options, _pipeline)
 
 

@@ -45,3 +45,7 @@ class VideoError(VidaccelError):
 
 class MetricUnavailable(VidaccelError):
     """A metric needs a package or weights that are not there."""
+
+
+class BenchError(VidaccelError):
+    """A benchmark cannot go on, or its work folder belongs to another one."""
