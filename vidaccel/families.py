@@ -80,6 +80,7 @@ _HUNYUAN = (
         guidance="embedded",
         tokens=("video", "text"),
         attention="attn",
+        mask="keys",
         threshold=0.12,
         threshold_origin=_DEMO.format(1),
     ),
@@ -104,6 +105,7 @@ _HUNYUAN = (
         family="HunyuanVideo 1.5",
         tokens=("video", "text"),
         attention="attn",
+        mask="pairs",
     ),
 )
 
@@ -261,7 +263,8 @@ _VIDEO = (
         family="Motif-Video",
         since="0.39",
         tokens=("video", "text"),
-        attention="attn",
+        attention=None,
+        attention_note="the last blocks take the video for their text",
         no_corrector="starts its last blocks from the patches again, with what the others made of "
         "them as their text, so these cannot run without the others",
     ),
