@@ -69,6 +69,7 @@ NO_BATCH = {
     "ltx_condition": _ONE_CLIP,
     "ltx_long": "takes one prompt",
     "ltx2_i2v": _IMAGE_EACH,
+    "ltx2_condition": "draws the noise of a batch as a whole in older versions of diffusers",
     "cosmos_v2w": _IMAGE_EACH,
     "cosmos2_v2w": _IMAGE_EACH,
     "cosmos25_i2w": _IMAGE_EACH,
