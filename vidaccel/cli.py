@@ -1,4 +1,4 @@
-"""The command line: vidaccel generate | build-policy | show | bench | env."""
+"""The command line: vidaccel generate | build-policy | show | bench | compare | demo | env."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from typing import Any
 from vidaccel import __version__
 from vidaccel.console import at_least, check_writable, print_result, read_prompts, size, write_json
 from vidaccel.errors import ModelError, PolicyError, VidaccelError
+from vidaccel.viewing import compare_parser, demo_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,8 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"vidaccel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_generate_parser, _build_parser, _show_parser, _bench_parser, _env_parser):
+    for add in (_generate_parser, _build_parser, _show_parser, _bench_parser, compare_parser):
         add(commands)
+    demo_parser(commands, _add_model_options)
+    _env_parser(commands)
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:

@@ -47,5 +47,9 @@ class VideoError(VidaccelError):
     """A clip has the wrong form, or a video or picture cannot be read or written."""
 
 
+class UnavailableError(VidaccelError):
+    """A part of vidaccel needs a package that is not installed."""
+
+
 class MetricUnavailable(VidaccelError):
     """A metric needs a package or weights that are not there."""
