@@ -37,20 +37,30 @@ SIZES = ["832x480", "480x832", "1280x720", "720x1280"]
 OWNER = re.compile(r"[0-9a-f]{32}")
 
 # Who this browser is, kept in it, and the run that this tab follows, kept in the tab: after a
-# reload the page goes on where it was.
-ARRIVE = """() => {
-  const token = () => Array.from(crypto.getRandomValues(new Uint8Array(16)),
-                                 b => b.toString(16).padStart(2, '0')).join('');
-  try {
-    localStorage.vidaccelOwner ||= token();
-    return [localStorage.vidaccelOwner, sessionStorage.vidaccelJob || ''];
-  } catch { return [token(), '']; }
+# reload the page goes on where it was. Asked with each event, since one can come before `load`.
+ARRIVE = "() => [vidaccel.owner(), vidaccel.job()]"
+SUBMIT = "(_, ...values) => [vidaccel.owner(), ...values]"
+REMEMBER = """(job) => {
+  vidaccel.remember(job);
+  document.querySelector('#status').scrollIntoView({block: 'nearest', behavior: 'smooth'});
 }"""
-REMEMBER = "(job) => { try { sessionStorage.vidaccelJob = job; } catch {} }"
 
 # Two clips in step: what happens to one of them happens to the other.
 HEAD = """<script>
 (() => {
+  let token = Array.from(crypto.getRandomValues(new Uint8Array(16)),
+                         byte => byte.toString(16).padStart(2, '0')).join('');
+  let following = '';
+  try {  // a browser can forbid storage; then the page forgets when it is reloaded
+    token = localStorage.vidaccelOwner ||= token;
+    following = sessionStorage.vidaccelJob || '';
+  } catch {}
+  window.vidaccel = {
+    owner: () => token,
+    job: () => following,
+    remember: (job) => { following = job; try { sessionStorage.vidaccelJob = job; } catch {} },
+  };
+
   const pair = {original: 'accelerated', accelerated: 'original'};
   const partner = (event) => {
     const box = event.target.closest?.('#original, #accelerated');
@@ -81,6 +91,9 @@ CSS = (
 #original video, #accelerated video { image-rendering: pixelated; background: #141414; }
 #pair { flex-wrap: nowrap; gap: 8px; }
 #pair > div { min-width: 0 !important; }
+#examples .grid-container, #history .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
+#examples img, #history img { image-rendering: pixelated; }
 footer { display: none !important; }
 """
 )
@@ -141,7 +154,7 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         shelf = gr.Gallery(
             _thumbnails(shown_first),
             label="Examples, made before",
-            columns=[2, 3, 4],
+            columns=4,
             height="auto",
             allow_preview=False,
             visible=bool(shown_first),
@@ -149,7 +162,7 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         )
         history = gr.Gallery(
             label="Your runs",
-            columns=[2, 3, 4],
+            columns=4,
             height="auto",
             allow_preview=False,
             visible=False,
@@ -160,12 +173,12 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         def present(finished: Finished | None) -> dict[Any, Any]:
             if finished is None:
                 return {}
-            clips, picture = finished.clips, finished.path("-contact-sheet.png")
+            clips = finished.clips
             return {
                 original: _path(clips.get("original")),
                 accelerated: _path(clips.get("accelerated")),
                 numbers: panels.numbers(finished),
-                sheet: _path(picture),
+                sheet: _path(finished.path("contact-sheet.png")),
                 files: [str(path) for path in finished.downloads],
                 shown: finished,
             }
@@ -173,14 +186,14 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         def gallery(token: str) -> dict[Any, Any]:
             runs = studio.runs.of(token)
             return {
-                history: gr.Gallery(_thumbnails(runs), visible=bool(runs)),
+                history: gr.update(value=_thumbnails(runs), visible=bool(runs)),
                 listed: [run.id for run in runs],
             }
 
         def buttons(busy: bool) -> dict[Any, Any]:
             return {
-                controls.generate: gr.Button(interactive=not busy),
-                controls.stop: gr.Button(interactive=busy),
+                controls.generate: gr.update(interactive=not busy),
+                controls.stop: gr.update(interactive=busy),
             }
 
         def arrive(token: str, job_id: str) -> dict[Any, Any]:
@@ -246,9 +259,10 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
             submit,
             [owner, *controls.inputs],
             [job, controls.seed, status, controls.generate, controls.stop],
+            js=SUBMIT,
             **quiet,
-        ).then(None, job, None, js=REMEMBER).then(follow, [owner, job], board, **quiet)
-        controls.stop.click(stop, [owner, job], None, queue=False, **quiet)
+        ).then(None, job, None, js=REMEMBER).then(follow, [owner, job], board, js=ARRIVE, **quiet)
+        controls.stop.click(stop, [owner, job], None, js=ARRIVE, queue=False, **quiet)
         shelf.select(choose_example, None, result, **quiet)
         history.select(choose_run, [owner, listed], [status, history, listed, *result], **quiet)
         reuse.click(use, shown, controls.outputs, **quiet)
@@ -319,8 +333,8 @@ def first_settings(embedded: bool, **given: Any) -> Settings:
 
 
 def _owner(token: str) -> str:
-    if not OWNER.fullmatch(token):
-        raise gr.Error("this browser has no name yet: reload the page")
+    if not OWNER.fullmatch(token or ""):
+        raise gr.Error("this browser has no name: reload the page")
     return token
 
 
@@ -329,5 +343,5 @@ def _path(path: Path | None) -> str | None:
 
 
 def _thumbnails(runs: list[Finished]) -> list[tuple[str, str]]:
-    found = ((run.path("-thumbnail.png"), panels.caption(run)) for run in runs)
+    found = ((run.path("thumbnail.png"), panels.caption(run)) for run in runs)
     return [(str(path), text) for path, text in found if path is not None]

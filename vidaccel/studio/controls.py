@@ -128,7 +128,7 @@ class Controls:
             show_progress="hidden",
         )
         self._file.clear(
-            lambda: (None, gr.Slider(visible=False), ""),
+            lambda: (None, gr.update(visible=False), ""),
             None,
             [self._policy, self._budget, self._curve],
             show_progress="hidden",
@@ -137,7 +137,7 @@ class Controls:
             self._draw, [self._policy, self._budget], self._curve, show_progress="hidden"
         )
         self._acceleration.change(
-            lambda choice: gr.Accordion(open=choice == CUSTOM),
+            lambda choice: gr.update(open=choice == CUSTOM),
             self._acceleration,
             self._custom,
             show_progress="hidden",
@@ -246,17 +246,17 @@ class Controls:
         except PolicyError as error:
             # The message names the file by its place in the upload folder, which says nothing.
             text = str(error).replace(f"policy {path}: ", "")
-            return None, gr.Slider(visible=False), panels.problem(text), gr.skip()
+            return None, gr.update(visible=False), panels.problem(text), gr.skip()
         return policy, self._slider(policy), self._draw(policy, _balanced(policy)), CUSTOM
 
     @staticmethod
-    def _slider(policy: CachePolicy | None) -> gr.Slider:
+    def _slider(policy: CachePolicy | None) -> Any:
         if policy is None:
-            return gr.Slider(visible=False)
+            return gr.update(visible=False)
         known = policy.budgets()
         high = max(known[-1], known[0] + 1)  # a slider needs two ends
-        return gr.Slider(
-            known[0], high, _balanced(policy), visible=len(known) > 1, interactive=True
+        return gr.update(
+            minimum=known[0], maximum=high, value=_balanced(policy), visible=len(known) > 1
         )
 
     @staticmethod

@@ -12,7 +12,7 @@ from vidaccel.studio.runs import Finished
 KINDS = {"C": "computed", "p": "probed", "-": "reused"}
 
 CSS = """
-.va-muted { color: var(--body-text-color-subdued); font-size: .9em; }
+.va-muted { opacity: .72; font-size: .9em; }
 .va-error { border-left: 4px solid #d64545; padding: .4em .8em; }
 .va-status { min-height: 3.2em; }
 .va-bar { height: 8px; border-radius: 4px; background: var(--border-color-primary);
@@ -31,8 +31,10 @@ CSS = """
   border-radius: 8px; padding: .5em .8em; }
 .va-cards b { display: block; font-size: 1.5em; line-height: 1.2; }
 .va-table { width: 100%; border-collapse: collapse; margin: .4em 0; }
-.va-table td, .va-table th { padding: .2em .6em .2em 0; text-align: right; font-weight: normal; }
-.va-table td:first-child, .va-table th:first-child { text-align: left; }
+.va-table, .va-table tr, .va-table td, .va-table th { border: 0 !important; }
+.va-table td, .va-table th { padding: .15em .6em .15em 0 !important; text-align: right !important;
+  font-weight: normal; }
+.va-table td:first-child, .va-table th:first-child { text-align: left !important; }
 .va-curve { width: 100%; max-width: 560px; height: auto; color: var(--body-text-color); }
 """
 

@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from vidaccel.video import Clip
 
 RUN_ID = re.compile(r"[0-9a-z][0-9a-z-]{0,63}")
 
-# Clip of a run -> the end of its file name.
-ENDINGS = {"accelerated": "", "original": "-original"}
+CLIPS = ("accelerated", "original")
+DESCRIPTION = "run.json"
 
 
 @dataclass(frozen=True)
@@ -28,33 +29,36 @@ class Finished:
     """A run as its files tell it.
 
     Attributes:
-        id: names its files.
-        folder: where they are.
+        folder: where they are; its name is the id of the run.
         settings: what was asked for.
-        result: what `vidaccel.studio.jobs` measured, read from JSON.
+        result: what `vidaccel.studio.stage` measured, read from JSON.
     """
 
-    id: str
     folder: Path
     settings: Settings
     result: dict[str, Any]
 
-    def path(self, ending: str) -> Path | None:
-        """The file <id><ending>, if there is one."""
-        path = self.folder / f"{self.id}{ending}"
+    @property
+    def id(self) -> str:
+        """Names the run among those of its owner."""
+        return self.folder.name
+
+    def path(self, name: str) -> Path | None:
+        """A file of the run, if it has it."""
+        path = self.folder / name
         return path if path.is_file() else None
 
     @property
     def clips(self) -> dict[str, Path]:
         """Its clips: "accelerated", "original" or both."""
-        found = {name: self.path(f"{ending}.mp4") for name, ending in ENDINGS.items()}
+        found = {name: self.path(f"{name}.mp4") for name in CLIPS}
         return {name: path for name, path in found.items() if path is not None}
 
     @property
     def downloads(self) -> list[Path]:
         """The files for the user: clips, both beside each other, settings and numbers."""
-        endings = [*(f"{ending}.mp4" for ending in ENDINGS.values()), "-side-by-side.mp4", ".json"]
-        return [path for ending in endings if (path := self.path(ending)) is not None]
+        names = [*(f"{name}.mp4" for name in CLIPS), "side-by-side.mp4", DESCRIPTION]
+        return [path for name in names if (path := self.path(name)) is not None]
 
 
 class Runs:
@@ -95,57 +99,49 @@ class Runs:
         """
         # Sorts by time, and cannot be guessed.
         run = run or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(8)}"
-        folder = self.folder(owner)
+        folder = self.folder(owner) / run
+        files = dict(clips)
+        if len(clips) == len(CLIPS):
+            beside = {name: clips[name] for name in ("original", "accelerated")}
+            files["side-by-side"] = video.side_by_side(beside)
+            video.write_image(folder / "contact-sheet.png", video.contact_sheet(beside))
         comment = settings.to_json()
-        for name, clip in clips.items():
-            video.write_video(
-                folder / f"{run}{ENDINGS[name]}.mp4", clip, settings.fps, comment=comment
-            )
-        if len(clips) == 2:
-            beside = {"original": clips["original"], "accelerated": clips["accelerated"]}
-            video.write_video(
-                folder / f"{run}-side-by-side.mp4",
-                video.side_by_side(beside),
-                settings.fps,
-                comment=comment,
-            )
-            video.write_image(folder / f"{run}-contact-sheet.png", video.contact_sheet(beside))
+        for name, clip in files.items():
+            video.write_video(folder / f"{name}.mp4", clip, settings.fps, comment=comment)
         first = next(iter(clips.values()))
-        video.write_image(folder / f"{run}-thumbnail.png", _enlarged(first[len(first) // 2]))
+        video.write_image(folder / "thumbnail.png", _enlarged(first[len(first) // 2]))
         result = finite(result)
         described = {"settings": settings.model_dump(mode="json"), **result}
         try:
             # Last: a run without it does not exist.
-            write_text(folder / f"{run}.json", json.dumps(described, indent=1) + "\n")
-            self._remove_old(folder)
+            write_text(folder / DESCRIPTION, json.dumps(described, indent=1) + "\n")
+            for old in self._folders(owner)[self.keep :]:
+                shutil.rmtree(old)
         except OSError as error:
             raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
-        return Finished(run, folder, settings, result)
+        return Finished(folder, settings, result)
 
     def load(self, owner: str, run: str) -> Finished | None:
         """One run of an owner; None when there is no such run."""
         if not RUN_ID.fullmatch(run):
             return None
-        path = self.folder(owner) / f"{run}.json"
+        folder = self.folder(owner) / run
         try:
-            text = path.read_text(encoding="utf-8")
+            text = (folder / DESCRIPTION).read_text(encoding="utf-8")
             settings = Settings.from_json(text)
             result = json.loads(text)
         except (OSError, UnicodeDecodeError, SettingsError):
             return None
         result.pop("settings")
-        return Finished(run, path.parent, settings, result)
+        return Finished(folder, settings, result)
 
     def of(self, owner: str) -> list[Finished]:
         """All runs of an owner, the newest first."""
-        files = sorted(self.folder(owner).glob("*.json"), reverse=True)
-        runs = (self.load(owner, file.stem) for file in files)
+        runs = (self.load(owner, folder.name) for folder in self._folders(owner))
         return [run for run in runs if run is not None]
 
-    def _remove_old(self, folder: Path) -> None:
-        for file in sorted(folder.glob("*.json"), reverse=True)[self.keep :]:
-            for old in folder.glob(f"{file.stem}*"):
-                old.unlink(missing_ok=True)
+    def _folders(self, owner: str) -> list[Path]:
+        return sorted((f.parent for f in self.folder(owner).glob(f"*/{DESCRIPTION}")), reverse=True)
 
 
 def _enlarged(frame: Clip) -> Clip:
