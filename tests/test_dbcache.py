@@ -401,6 +401,37 @@ def test_a_warm_up_as_long_as_the_run_stops_before_any_block():
     assert counts["blocks"] == 0
 
 
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts how often a tensor is read on the host, which on a GPU waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "cache", "reads"),
+    [
+        ([0, 1, 4], None, 0),
+        ([0, 1, 4], DBCache(threshold=1e9), STEPS - 3),
+        (None, replace(EAGER, warmup_steps=2), STEPS - 2),
+        (None, replace(EAGER, warmup_steps=2, branches="separate"), 2 * (STEPS - 2)),
+    ],
+)
+def test_a_decision_reads_one_number_and_a_plan_none(policy, cache, reads):
+    def count(case):
+        with Reads() as counted:
+            case.run()
+        return counted.count
+
+    case = wan()
+    plain = count(case)
+    accelerate(case.pipe, policy=policy, cache=cache)
+    assert count(case) - plain == reads
+
+
 def test_blocks_compiled_with_fullgraph_stay_one_graph():
     case = wan()
     accelerate(case.pipe, policy=None, cache=replace(EAGER, max_consecutive=1))

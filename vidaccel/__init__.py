@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vidaccel.lemica.build import build_policy
     from vidaccel.plan import Plan
     from vidaccel.policy import CachePolicy
+    from vidaccel.threshold import suggest_threshold
 
 # Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
 # and a mistyped option do not wait for torch.
@@ -40,6 +41,7 @@ _HOME = {
     "accelerate": "api",
     "report": "api",
     "restore": "api",
+    "suggest_threshold": "threshold",
     "Plan": "plan",
     "VidaccelError": "errors",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "build_policy",
     "report",
     "restore",
+    "suggest_threshold",
 ]
 
 

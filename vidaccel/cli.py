@@ -1,4 +1,4 @@
-"""The command line: vidaccel generate | build-policy | show | bench | compare | demo | env."""
+"""The command line: vidaccel COMMAND; --help lists them."""
 
 import argparse
 import json
@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel import __version__
-from vidaccel.console import at_least, check_writable, print_result, read_prompts, size, write_json
+from vidaccel.console import (
+    add_cache_options,
+    add_model_options,
+    at_least,
+    cache_of,
+    check_writable,
+    print_result,
+    read_prompts,
+    size,
+    write_json,
+)
 from vidaccel.errors import ModelError, PolicyError, VidaccelError
 from vidaccel.viewing import compare_parser, demo_parser
 
@@ -21,10 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"vidaccel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_generate_parser, _build_parser, _show_parser, _bench_parser, compare_parser):
+    for add in (
+        _generate_parser,
+        _build_parser,
+        _show_parser,
+        _suggest_parser,
+        _bench_parser,
+        compare_parser,
+        demo_parser,
+        _env_parser,
+    ):
         add(commands)
-    demo_parser(commands, _add_model_options)
-    _env_parser(commands)
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
@@ -67,29 +84,30 @@ def _generate_parser(commands: Any) -> None:
     wish.add_argument("--budget", type=at_least(1), help="of a policy file: computed steps")
     wish.add_argument("--speedup", type=float, help="of a policy file: computed steps alone")
     wish.add_argument("--max-error", type=float, help="of a policy file: of any segment")
+    parser.add_argument(
+        "--cache",
+        default="auto",
+        metavar="THRESHOLD",
+        help='the block cache: "auto", "none", "model" (the threshold of the model\'s row), or a '
+        "threshold; with a plan it can only have more steps computed",
+    )
+    add_cache_options(parser)
     parser.add_argument("--compare", action="store_true", help="also run without acceleration")
     parser.add_argument("--fps", type=at_least(1), default=16, help="of the files")
     parser.add_argument("--out", type=Path, default=Path("out/video.mp4"), help="an .mp4 file")
     parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.set_defaults(run=_generate)
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cuda, cpu, ...; the GPU if there is one")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU"
-    )
-    parser.add_argument("--offload", action="store_true", help="keep idle parts in host memory")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     from vidaccel import video
     from vidaccel.plan import Setting
-    from vidaccel.sources import policy_source
+    from vidaccel.sources import course_source, policy_source
 
     # Everything that can be wrong is found before the first second of work.
-    policy = _policy(arguments)
+    policy, cache = _policy(arguments), cache_of(arguments)
+    course_source(policy, cache, arguments.preset)
     source = policy_source(policy, arguments.preset)
     out: Path = arguments.out
     video.check_writable(out)
@@ -123,7 +141,12 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     if arguments.compare:
         plain, fast, result = g.compare(
-            pipe, call, policy=policy, preset=arguments.preset, seed=arguments.seed
+            pipe,
+            call,
+            policy=policy,
+            cache=cache,
+            preset=arguments.preset,
+            seed=arguments.seed,
         )
         clips = {"plain": plain.frames, f"vidaccel {result['speedup']:.2f}x": fast.frames}
         written = g.write_comparison(out, clips, arguments.fps)
@@ -131,7 +154,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     else:
         from vidaccel.api import accelerate, report
 
-        accelerate(pipe, policy=policy, preset=arguments.preset)
+        accelerate(pipe, policy=policy, cache=cache, preset=arguments.preset)
         fast = g.generate(pipe, call, seed=arguments.seed, label="vidaccel")
         result = {
             "seconds": fast.seconds,
@@ -167,7 +190,7 @@ def _build_parser(commands: Any) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--no-validate", action="store_true", help="skip the end-to-end check")
     parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.set_defaults(run=_build)
 
 
@@ -217,6 +240,61 @@ def _show(arguments: argparse.Namespace) -> None:
     print(CachePolicy.from_pretrained(arguments.policy).table())
 
 
+def _suggest_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "suggest-threshold",
+        help="find the threshold of the block cache from recorded runs",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("prompt", nargs="*", help="one or a few; the embedded model has its own")
+    parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
+    parser.add_argument("--steps", type=at_least(2), default=50, help="denoising steps")
+    wish = parser.add_mutually_exclusive_group(required=True)
+    wish.add_argument("--speedup", type=float, help="how many times fewer blocks are to run")
+    wish.add_argument("--max-error", type=float, help="of the final latents, as a fraction")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
+    parser.add_argument("--frames", type=at_least(1), help="number of frames")
+    add_cache_options(parser)
+    parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    add_model_options(parser)
+    parser.set_defaults(run=_suggest)
+
+
+def _suggest(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    if arguments.model is not None and not arguments.prompt:
+        raise ModelError("a prompt is needed: vidaccel suggest-threshold --model ... PROMPT")
+    cache = cache_of(arguments)
+
+    from dataclasses import asdict
+
+    from vidaccel import generate as g
+    from vidaccel.environment import environment
+    from vidaccel.threshold import suggest_threshold
+
+    pipe = _pipeline(arguments)
+    pipe.set_progress_bar_config(disable=True)
+    width, height = arguments.size or (None, None)
+    wanted = {"height": height, "width": width, "num_frames": arguments.frames}
+    defaults = g.EMBEDDED_CALL if arguments.model is None else {}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    found = suggest_threshold(
+        pipe,
+        arguments.prompt or [g.EMBEDDED_PROMPT],
+        num_inference_steps=arguments.steps,
+        speedup=arguments.speedup,
+        max_error=arguments.max_error,
+        cache=cache,
+        call_kwargs=g.call_arguments(pipe, defaults | given),
+        seed=arguments.seed,
+    )
+    print_result(str(found), arguments.json)
+    if arguments.json is not None:
+        write_json({**asdict(found), "environment": environment()}, arguments.json)
+
+
 def _bench_parser(commands: Any) -> None:
     parser = commands.add_parser("bench", help="measure, and write the numbers as JSON")
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
@@ -232,7 +310,7 @@ def _bench_parser(commands: Any) -> None:
     overhead.add_argument("--rounds", type=at_least(1), default=9, help="medians are over these")
     overhead.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
     overhead.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    _add_model_options(overhead)
+    add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
 
 

@@ -99,17 +99,37 @@ class Clock:
         self._value, self._counter = timestep, counter
         return Tick(step, len(table), branch, restarted)
 
+    def value(self, schedulers: Iterable[Any], timestep: Any) -> float:
+        """The time of a call, without waiting for the device where that can be helped.
+
+        Most pipelines pass a view of one entry of their scheduler's table, which is known on the
+        host. Anything else is read from the device.
+
+        Args:
+            schedulers: as `tick`.
+            timestep: tensor of any shape. Image conditioning gives its clean frames time 0; the
+                step is that of the noisy ones, so the largest counts.
+        """
+        for scheduler in schedulers:
+            index = _index_of_view(scheduler.timesteps, timestep)
+            if index is not None:
+                return self._table(scheduler)[index]
+        return float(timestep.max())
+
+    def _table(self, scheduler: Any) -> list[float]:
+        """The scheduler's timesteps on the host."""
+        known = self._tables.get(id(scheduler))
+        if known is None or known[0] is not scheduler.timesteps:
+            known = (scheduler.timesteps, [float(t) for t in scheduler.timesteps.tolist()])
+            self._tables[id(scheduler)] = known
+        return known[1]
+
     def _locate(self, schedulers: Iterable[Any], timestep: float) -> tuple[Any, list[float], int]:
         """The scheduler that is running, its table on the host, and the nearest entry."""
         tables = []
         for scheduler in schedulers:
-            if scheduler.timesteps is None:
-                continue
-            known = self._tables.get(id(scheduler))
-            if known is None or known[0] is not scheduler.timesteps:
-                known = (scheduler.timesteps, [float(t) for t in scheduler.timesteps.tolist()])
-                self._tables[id(scheduler)] = known
-            tables.append((scheduler, known[1]))
+            if scheduler.timesteps is not None:
+                tables.append((scheduler, self._table(scheduler)))
         # The scheduler of the previous call keeps the clock while it still fits.
         tables.sort(key=lambda entry: entry[0].timesteps is not self._timesteps)
         for scheduler, table in tables:
@@ -121,6 +141,20 @@ class Clock:
             f"{len(tables[0][1]) if tables else 0} timesteps of the accelerated pipeline's "
             "scheduler; if another scheduler or pipeline drives it, accelerate that pipeline too"
         )
+
+
+def _index_of_view(table: Any, timestep: Any) -> int | None:
+    """The entry of a scheduler's table that all of `timestep` is a view of; None if it is not."""
+    if not hasattr(table, "untyped_storage") or table.dtype != timestep.dtype:
+        return None
+    if table.untyped_storage().data_ptr() != timestep.untyped_storage().data_ptr():
+        return None
+    index = int(timestep.storage_offset() - table.storage_offset())
+    one_entry = all(
+        stride == 0 or size == 1
+        for stride, size in zip(timestep.stride(), timestep.shape, strict=True)
+    )
+    return index if one_entry and table.is_contiguous() and 0 <= index < len(table) else None
 
 
 def _close(table: list[float], index: int, timestep: float) -> bool:

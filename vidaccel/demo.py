@@ -93,6 +93,7 @@ CSS = (
 #pair > div { min-width: 0 !important; }
 #examples .grid-container, #history .grid-container {
   grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
+#examples .grid-wrap, #history .grid-wrap { height: auto; min-height: 0; max-height: none; }
 #examples img, #history img { image-rendering: pixelated; }
 footer { display: none !important; }
 """
@@ -192,13 +193,12 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
 
         def buttons(busy: bool) -> dict[Any, Any]:
             return {
-                controls.generate: gr.update(interactive=not busy),
-                controls.stop: gr.update(interactive=busy),
+                controls.generate: gr.update(value="Generate", interactive=not busy),
+                controls.stop: gr.update(value="Stop", interactive=busy),
             }
 
         def arrive(token: str, job_id: str) -> dict[Any, Any]:
-            first = present(shown_first[0] if shown_first else None)
-            return {owner: _owner(token), job: job_id, **gallery(token), **first}
+            return {owner: _owner(token), job: job_id, **gallery(token)}
 
         def submit(token: str, *values: Any) -> dict[Any, Any]:
             try:
@@ -216,6 +216,7 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         def follow(token: str, job_id: str) -> Iterator[dict[Any, Any]]:
             followed = studio.job(_owner(token), job_id)
             if followed is None:
+                yield buttons(busy=False)
                 return
             last: Finished | None = None
             for progress in studio.follow(followed):
@@ -252,9 +253,9 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         board = [status, controls.generate, controls.stop, *result, history, listed]
-        page.load(
-            arrive, [owner, job], [owner, job, history, listed, *result], js=ARRIVE, **quiet
-        ).then(follow, [owner, job], board, **quiet)
+        page.load(arrive, [owner, job], [owner, job, history, listed], js=ARRIVE, **quiet).then(
+            follow, [owner, job], board, **quiet
+        )
         controls.generate.click(
             submit,
             [owner, *controls.inputs],

@@ -15,7 +15,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -25,12 +24,12 @@ import torch
 from torch import nn
 
 from vidaccel.clock import Clock, Tick, noise_grid
-from vidaccel.dbcache import FIRST, PLANNED, DBCache, Decider
+from vidaccel.dbcache import DBCache
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
+from vidaccel.generation import Generation, RunningCall
 from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
 from vidaccel.plan import Plan, Setting
-from vidaccel.residuals import Residuals
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
 from vidaccel.tape import Tape
@@ -66,10 +65,6 @@ class Engine:
         self._transformer = weakref.ref(transformer)
         self.host = host
         self.source = source
-        self.setting: Setting | None = None  # of the running or last generation, as are these two
-        self.plan: Plan | None = None
-        self.cache: DBCache | None = None
-        self._origin = ""
         self.tape: Tape | None = None  # set while a generation is recorded or run again
         self.on_probe: ProbeListener | None = None  # is told every probe residual
         self.ledger = Ledger(host.block_count(transformer))
@@ -77,13 +72,10 @@ class Engine:
         self._clock = Clock(host.branch)
         self._context: str | None = None
         self._handles: list[Any] = []
-        self._residuals = Residuals()
-        self._probes: dict[str, torch.Tensor] = {}  # of the last computed step, by branch
-        self._deciders: dict[str, Decider] = {}
-        self._sigmas: tuple[float, ...] = ()
         self._sample = Argument.of_forward(type(transformer), host.sample)
         self._timestep = Argument.of_forward(type(transformer), host.timestep)
-        self._call: _RunningCall | None = None
+        self._generation: Generation | None = None  # the running or last one
+        self._call: RunningCall | None = None
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise UnsupportedPipelineError(
@@ -101,11 +93,23 @@ class Engine:
     @property
     def description(self) -> str:
         """What decides, and what that came to in the last generation."""
-        return (
-            f"{self.source.description}: {self._origin}"
-            if self._origin
-            else self.source.description
-        )
+        origin = "" if self._generation is None else self._generation.origin
+        return ": ".join(filter(None, (self.source.description, origin)))
+
+    @property
+    def setting(self) -> Setting | None:
+        """The run that the last generation was."""
+        return None if self._generation is None else self._generation.setting
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last generation."""
+        return None if self._generation is None else self._generation.plan
+
+    @property
+    def cache(self) -> DBCache | None:
+        """The block cache of the last generation."""
+        return None if self._generation is None else self._generation.cache
 
     @property
     def step(self) -> int | None:
@@ -115,7 +119,7 @@ class Engine:
     @property
     def bytes_held(self) -> int:
         """Bytes of the cached tensors that are kept at this moment."""
-        return self._residuals.bytes_held + sum(probe.nbytes for probe in self._probes.values())
+        return 0 if self._generation is None else self._generation.bytes_held
 
     def attach(self) -> None:
         """Start intercepting. Touches the instance `__dict__` and torch's own hook lists only."""
@@ -144,7 +148,7 @@ class Engine:
         shadowed = ("cache_context", "_reset_stateful_cache", _ATTRIBUTE)
         for name in (*(spec.name for spec in self.host.blocks), *shadowed):
             vars(self.transformer).pop(name, None)
-        self._forget()
+        self._generation = None
 
     def serve(self, pipe: Any) -> None:
         """Follow the scheduler of `pipe`, which runs this transformer."""
@@ -170,12 +174,8 @@ class Engine:
         """Stands in for the method that pipelines call when a generation has ended."""
         model = self.transformer
         type(model)._reset_stateful_cache(model, *args, **kwargs)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._residuals.clear()
-        self._probes.clear()
-        self._deciders.clear()
+        if self._generation is not None:
+            self._generation.forget()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -190,75 +190,27 @@ class Engine:
                     f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
                     "vidaccel.accelerate(pipe) again after replacing it"
                 )
-        # Image conditioning gives its clean frames time 0; the step is that of the noisy ones.
-        timestep = float(self._timestep.value(args, kwargs).max())
         sample = self._sample.value(args, kwargs)
         schedulers = [scheduler for _, scheduler in self._pipelines]
+        timestep = self._clock.value(schedulers, self._timestep.value(args, kwargs))
         tick = self._clock.tick(schedulers, timestep, self._context, tuple(sample.shape))
-        if tick.restarted:
-            self._restart(tick)
-        call = _RunningCall(tick, sample.device, _mark(sample.device))
+        generation = self._generation
+        if tick.restarted or generation is None:
+            generation = self._restart(tick)
+        call = RunningCall(tick, sample.device, _mark(sample.device))
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
-            self._propose(call)
+            generation.propose(call)
         self._call = call
 
-    def _restart(self, tick: Tick) -> None:
+    def _restart(self, tick: Tick) -> Generation:
         """Begin a generation: nothing that was kept belongs to it."""
-        self._forget()
+        # What is no longer wanted is freed before anything can be refused.
+        self._generation = None
         self.ledger.restart()
-        self.setting = self._setting(tick)
-        self._sigmas = self.setting.sigmas or ()
-        course = self.source.resolve(self.setting, self.host)
-        self.plan, self.cache, self._origin = course.plan, course.cache, course.origin
-        self._residuals = Residuals("device" if self.cache is None else self.cache.store)
-
-    @property
-    def _probe_blocks(self) -> int:
-        return 0 if self.cache is None else self.cache.probe_blocks
-
-    @property
-    def _corrector_blocks(self) -> int:
-        return 0 if self.cache is None else self.cache.corrector_blocks
-
-    def _decider(self, branch: str) -> Decider | None:
-        if self.cache is None or not self.cache.probe_blocks:
-            return None
-        key = "" if self.cache.branches == "together" else branch
-        if key not in self._deciders:
-            self._deciders[key] = Decider(self.cache, guards=self.plan is not None)
-        return self._deciders[key]
-
-    def _propose(self, call: "_RunningCall") -> None:
-        """What is known about a call before its first block: reused, computed, or to be decided."""
-        step, branch = call.tick.step, call.tick.branch
-        decider = self._decider(branch)
-        decided = None if decider is None else decider.decided(step)
-        if self.plan is not None and self.plan.computes(step):
-            call.compute(PLANNED)
-        elif decided is False:
-            call.compute(decider.reason)
-        elif not self._fits(branch, step):
-            call.compute(FIRST)
-        elif decider is None or decided:
-            call.reused = True
-        elif (obstacle := decider.obstacle(step)) is not None:
-            call.compute(obstacle)
-        else:
-            call.undecided = True
-            return
-        if decider is not None and decided is None:
-            decider.settle(step, call.reason)
-
-    def _fits(self, branch: str, step: int) -> bool:
-        """Whether the branch has a residual that a reused step may use."""
-        last = self._residuals.last_step(branch)
-        if last is None:
-            return False
-        # A branch that sat out the last computed step has nothing that belongs here.
-        decider = self._decider(branch)
-        anchor = -1 if self.plan is None else self.plan.anchor(step)
-        return last >= max(anchor, -1 if decider is None else decider.computed_at)
+        setting = self._setting(tick)
+        self._generation = Generation(setting, self.source.resolve(setting, self.host))
+        return self._generation
 
     def _setting(self, tick: Tick) -> Setting:
         """The running generation, for policies that are made for a certain one."""
@@ -280,55 +232,41 @@ class Engine:
         self, block: nn.Module, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one block, or give its streams back unchanged in the middle of a reused step."""
-        call = self._call
-        if call is None:
+        call, generation = self._call, self._generation
+        if call is None or generation is None:
             return block(*args, **kwargs)
         index, call.position = call.position, call.position + 1
         if call.playing:
             return named.passed_through(args, kwargs)
-        corrector = self.ledger.blocks - self._corrector_blocks
-        if index == 0 and self._probe_blocks:
+        probe, corrector = generation.probe_blocks, self.ledger.blocks - generation.corrector_blocks
+        if index == 0 and probe:
             call.probed = named.main(args, kwargs)
-        if index == self._probe_blocks:
+        if index == probe:
             call.entry = named.streams(args, kwargs)
             if call.undecided:
-                self._decide(call)
+                generation.decide(call)
         if index == corrector:
-            args, kwargs = self._at_corrector(call, named, args, kwargs)
-        elif call.reused and self._probe_blocks <= index < corrector:
+            args, kwargs = self._at_corrector(call, generation, named, args, kwargs)
+        elif call.reused and probe <= index < corrector:
             return named.passed_through(args, kwargs)
         call.blocks_run += 1
         output = block(*args, **kwargs)
-        if index == self._probe_blocks - 1:
-            self._probe(call, named.main_of(output))
+        if index == probe - 1:
+            self._after_probe(call, generation, named.main_of(output))
         return output
 
-    def _probe(self, call: "_RunningCall", output: torch.Tensor) -> None:
-        """After the last probe block: how much its residual has changed."""
-        assert self.cache is not None
-        branch, stride = call.tick.branch, self.cache.probe_stride
-        probe = (output - call.probed.to(output.device))[:, ::stride]
+    def _after_probe(self, call: RunningCall, generation: Generation, output: torch.Tensor) -> None:
+        """After the last probe block: what it and those before it added to the main stream."""
+        assert generation.cache is not None
+        residual = (output - call.probed.to(output.device))[:, :: generation.cache.probe_stride]
         if self.on_probe is not None:
-            self.on_probe(call.tick, probe)
-        last = self._probes.get(branch)
-        if last is not None and last.shape == probe.shape:
-            change = (last.float() - probe.float()).abs().mean()
-            call.difference = change / last.float().abs().mean()
-        call.probed = probe
-
-    def _decide(self, call: "_RunningCall") -> None:
-        """Hold the difference of an undecided step against the threshold."""
-        decider = self._decider(call.tick.branch)
-        assert decider is not None
-        difference = float("nan") if call.difference is None else float(call.difference)
-        call.undecided, call.reused = False, True
-        if (objection := decider.objection(difference)) is not None:
-            call.compute(objection)
-        decider.settle(call.tick.step, call.reason, difference)
+            self.on_probe(call.tick, residual)
+        generation.compare(call, residual)
 
     def _at_corrector(
         self,
-        call: "_RunningCall",
+        call: RunningCall,
+        generation: Generation,
         named: BlockArguments,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -338,9 +276,9 @@ class Engine:
             given = named.value(name, args, kwargs)
             start = call.entry[name].to(given.device)
             if call.reused:
-                filled = start + self._forecast(call, index, given.device)
+                filled = start + generation.forecast(call, index, given.device)
                 args, kwargs = named.replaced(name, filled.to(given.dtype), args, kwargs)
-            elif self._keeps(call.tick.step):
+            elif generation.keeps(call.tick.step):
                 call.fresh.append(given - start)
         return args, kwargs
 
@@ -348,10 +286,10 @@ class Engine:
         self, index: int, head: Head, module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
-        call = self._call
-        if call is None or not call.entry or call.playing or self._corrector_blocks:
+        call, generation = self._call, self._generation
+        if call is None or generation is None or not call.entry or generation.corrector_blocks:
             return None
-        if not (call.reused or self._keeps(call.tick.step)):
+        if not (call.reused or generation.keeps(call.tick.step)):
             return None
         given = args[0]
         streams = [call.entry[name].to(given.device) for name in head.streams]
@@ -363,35 +301,14 @@ class Engine:
                 "supported yet: restore(pipe) before enabling it"
             )
         if call.reused:
-            filled = start + self._forecast(call, index, given.device)
+            filled = start + generation.forecast(call, index, given.device)
             return (filled.to(given.dtype), *args[1:])
         call.fresh.append((given - start).to(start.dtype))
         return None
 
-    def _forecast(self, call: "_RunningCall", index: int, device: torch.device) -> torch.Tensor:
-        step, branch = call.tick.step, call.tick.branch
-        if self.plan is not None:
-            order = self.plan.order(step)
-        else:
-            assert self.cache is not None
-            order = self.cache.forecast_order
-        return self._residuals.forecast(branch, index, self._sigmas[step], order, device)
-
-    def _keeps(self, step: int) -> int:
-        """How many of the last residuals, that of `step` included, later steps may ask for."""
-        if self.plan is not None:
-            return self.plan.keeps(step)
-        if self.cache is None or self._is_last(step):
-            return 0
-        return self.cache.forecast_order + 1
-
-    def _is_last(self, step: int) -> bool:
-        assert self.setting is not None
-        return step == self.setting.num_inference_steps - 1
-
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        call, tape = self._call, self.tape
-        if call is None:
+        call, generation, tape = self._call, self._generation, self.tape
+        if call is None or generation is None:
             return None
         tick = call.tick
         self._call = None
@@ -399,65 +316,22 @@ class Engine:
             return tape.played(tick.step, tick.branch, call.device)
         if tape is not None and tape.recording:
             tape.record(tick.step, tick.branch, output)
-        if call.fresh:
-            self._residuals.add(tick.branch, tick.step, self._sigmas[tick.step], call.fresh)
-        self._residuals.trim(tick.branch, self._keeps(tick.step))
-        if self._probe_blocks and not call.reused:
-            self._probes[tick.branch] = call.probed
-        if self._is_last(tick.step):
-            self._probes.pop(tick.branch, None)
+        generation.finish(call)
         self.ledger.add(
             Call(
                 step=tick.step,
                 branch=tick.branch,
                 reused=call.reused,
-                planned=self.plan is None or self.plan.computes(tick.step),
+                planned=generation.plan is None or generation.plans(tick.step),
                 blocks=call.blocks_run,
                 started=call.started,
                 ended=_mark(call.device),
-                reason="" if call.reused else call.reason,
+                reason=call.reason,
                 difference=call.difference,
             ),
-            self.bytes_held,
+            generation.bytes_held,
         )
         return None
-
-
-@dataclass
-class _RunningCall:
-    """One call of the transformer while it runs.
-
-    Attributes:
-        tick, device, started: its place, and when and where it began.
-        playing: a recorded output is given back, and nothing runs.
-        reused: the middle blocks do not run.
-        undecided: the difference of the probe blocks will say which of the two.
-        reason: why it is computed.
-        position: blocks reached so far.
-        blocks_run: of them, those that ran.
-        probed: the main stream at the first block, then the residual of the probe blocks.
-        difference: relative change of that residual, a scalar tensor.
-        entry: the streams at the first middle block.
-        fresh: the residual of this step, one tensor per head or stream.
-    """
-
-    tick: Tick
-    device: torch.device
-    started: Any
-    playing: bool = False
-    reused: bool = False
-    undecided: bool = False
-    reason: str = ""
-    position: int = 0
-    blocks_run: int = 0
-    probed: Any = None
-    difference: torch.Tensor | None = None
-    entry: dict[str, torch.Tensor] = field(default_factory=dict)
-    fresh: list[torch.Tensor] = field(default_factory=list)
-
-    def compute(self, reason: str) -> None:
-        """Have every block run."""
-        self.reused, self.reason = False, reason
 
 
 def _mark(device: torch.device) -> Any:

@@ -6,7 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vidaccel.console import at_least, check_writable, print_result, size, write_json
+from vidaccel.console import (
+    add_model_options,
+    at_least,
+    check_writable,
+    print_result,
+    size,
+    write_json,
+)
 from vidaccel.errors import ModelError, UnavailableError
 
 
@@ -39,7 +46,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         write_json(result, arguments.json)
 
 
-def demo_parser(commands: Any, add_model_options: Any) -> None:
+def demo_parser(commands: Any) -> None:
     """Add `vidaccel demo`."""
     parser = commands.add_parser(
         "demo",

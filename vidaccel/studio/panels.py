@@ -181,8 +181,7 @@ def caption(finished: Finished) -> str:
     parts = [f"{result['speedup']:.2f}x"] if "speedup" in result else []
     if "closeness" in result:
         parts.append(in_words("psnr", result["closeness"]["mean"]["psnr"]))
-    prompt = finished.settings.prompt
-    return " - ".join([*parts, prompt if len(prompt) <= 60 else f"{prompt[:57]}..."])
+    return ", ".join(parts) or finished.settings.acceleration
 
 
 def curve(policy: CachePolicy, budget: int) -> str:
