@@ -115,22 +115,26 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
     """
     shown_first = examples.of("")
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        first = shown_first[0] if shown_first else None
         gr.Markdown(
             f"# {TITLE}\nThe same prompt and the same noise, as the model makes it and accelerated "
             f"without training. Model: {studio.stage.model}."
         )
         owner = gr.Textbox(visible=False)
         job = gr.Textbox(visible=False)
-        shown = gr.State(shown_first[0] if shown_first else None)
+        shown = gr.State(first)
         listed = gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 controls = Controls(defaults, studio.limits, sizes)
             with gr.Column(scale=3, min_width=320):
-                status = gr.HTML("", elem_id="status")
+                status = gr.HTML(
+                    panels.note("An example, made before.") * bool(first), elem_id="status"
+                )
                 with gr.Row(elem_id="pair"):
                     original, accelerated = (
                         gr.Video(
+                            _path(first and first.clips.get(name)),
                             label=name.capitalize(),
                             elem_id=name,
                             autoplay=True,
@@ -140,7 +144,7 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
                         )
                         for name in ("original", "accelerated")
                     )
-                numbers = gr.HTML(elem_id="numbers")
+                numbers = gr.HTML(panels.numbers(first) if first else "", elem_id="numbers")
                 with gr.Row():
                     reuse = gr.Button("Use the settings of this run", size="sm", elem_id="reuse")
                     upload = gr.UploadButton(
@@ -151,7 +155,12 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
                     )
                 with gr.Accordion("Frames and difference", open=False):
                     sheet = gr.Image(show_label=False, interactive=False, elem_id="sheet")
-                files = gr.Files(label="Downloads", interactive=False, elem_id="files")
+                files = gr.Files(
+                    [str(path) for path in first.downloads] if first else None,
+                    label="Downloads",
+                    interactive=False,
+                    elem_id="files",
+                )
         shelf = gr.Gallery(
             _thumbnails(shown_first),
             label="Examples, made before",
@@ -210,6 +219,9 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
                 job: started.id,
                 controls.seed: settings.seed,
                 status: panels.status(started.progress),
+                original: None,
+                accelerated: None,
+                numbers: "",
                 **buttons(busy=True),
             }
 
@@ -259,7 +271,7 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         controls.generate.click(
             submit,
             [owner, *controls.inputs],
-            [job, controls.seed, status, controls.generate, controls.stop],
+            [job, controls.seed, status, controls.generate, controls.stop, *result],
             js=SUBMIT,
             **quiet,
         ).then(None, job, None, js=REMEMBER).then(follow, [owner, job], board, js=ARRIVE, **quiet)
@@ -290,7 +302,8 @@ def serve(
         defaults: what the controls show at first.
         limits: the largest run.
         queue_size: runs that may wait.
-        out: folder of the runs. Of all files, only these and the examples can be read.
+        out: folder of the runs. Of all files, only these, the examples and what was uploaded can
+            be read, and of the runs only one's own: their folders have names nobody can guess.
         options: of `gr.Blocks.launch`, such as server_name, server_port and share.
 
     Raises:
@@ -303,13 +316,14 @@ def serve(
     examples = Runs(embedded_model().parent / "demo")
     studio = Studio(stage, Runs(out), limits, queue_size)
     sizes = EMBEDDED_SIZES if small else SIZES
+    # Shown from where they are; Gradio would copy each of them into a folder of its own.
+    gr.set_static_paths([studio.runs.root, examples.root])
     try:
         page = create_demo(studio, defaults or first_settings(small), sizes, examples)
         page.launch(
             theme=THEME,
             css=CSS,
             head=HEAD,
-            allowed_paths=[str(studio.runs.root), str(examples.root)],
             max_file_size="64mb",
             footer_links=[],
             run_history=False,

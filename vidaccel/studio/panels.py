@@ -14,7 +14,7 @@ KINDS = {"C": "computed", "p": "probed", "-": "reused"}
 CSS = """
 .va-muted { opacity: .72; font-size: .9em; }
 .va-error { border-left: 4px solid #d64545; padding: .4em .8em; }
-.va-status { min-height: 3.2em; }
+.va-status { min-height: 2em; }
 .va-bar { height: 8px; border-radius: 4px; background: var(--border-color-primary);
   overflow: hidden; margin: .4em 0; }
 .va-bar > div { height: 100%; background: var(--color-accent); }
@@ -26,7 +26,7 @@ CSS = """
 .va-- { background: var(--border-color-primary); }
 .va-key { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
   margin: 0 .35em 0 .9em; vertical-align: -1px; }
-.va-cards { display: flex; flex-wrap: wrap; gap: .5em; margin-bottom: .6em; }
+.va-cards { display: flex; flex-wrap: wrap; gap: .5em; margin: .6em 0; }
 .va-cards > div { flex: 1 1 7em; border: 1px solid var(--border-color-primary);
   border-radius: 8px; padding: .5em .8em; }
 .va-cards b { display: block; font-size: 1.5em; line-height: 1.2; }
@@ -42,6 +42,11 @@ CSS = """
 def problem(message: str) -> str:
     """An error in words."""
     return f'<div class="va-error" role="alert">{escape(message)}</div>'
+
+
+def note(message: str) -> str:
+    """What there is to see, in words."""
+    return f'<div class="va-status va-muted">{escape(message)}</div>'
 
 
 def status(progress: Progress) -> str:
@@ -123,7 +128,8 @@ def numbers(finished: Finished) -> str:
                     (in_words(name, near["mean"][name]), f"{name.upper()}, worst frame {worst}")
                 )
     tiles = "".join(f"<div><b>{a}</b><span class='va-muted'>{b}</span></div>" for a, b in cards)
-    parts = [f'<div class="va-cards">{tiles}</div>' if cards else ""]
+    parts = [f'<div class="va-muted">{escape(_asked(finished))}</div>']
+    parts += [f'<div class="va-cards">{tiles}</div>'] if cards else []
     report = result.get("report")
     if report is not None:
         parts.append(strip(_timeline(report), _details(report)))
@@ -138,6 +144,20 @@ def numbers(finished: Finished) -> str:
         words += [f"{name.upper()} is not available here" for name in near["unavailable"]]
     parts += [f'<div class="va-muted">{escape(line)}</div>' for line in words]
     return f'<div class="va-numbers">{"".join(parts)}</div>'
+
+
+def _asked(finished: Finished) -> str:
+    settings = finished.settings
+    size = f"{settings.width}x{settings.height}" if settings.width else None
+    told = [
+        finished.result.get("model"),
+        f"seed {settings.seed}",
+        size,
+        settings.frames and f"{settings.frames} frames",
+        settings.steps and f"{settings.steps} steps",
+        settings.acceleration,
+    ]
+    return f"{settings.prompt} ({', '.join(str(part) for part in told if part)})"
 
 
 def _seconds_table(
