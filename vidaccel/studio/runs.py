@@ -98,7 +98,9 @@ class Runs:
             OutputError, VideoError: the folder cannot be written.
         """
         # Sorts by time, and cannot be guessed.
-        run = run or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(8)}"
+        now = time.time_ns() // 1_000_000
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now // 1000))
+        run = run or f"{stamp}-{now % 1000:03d}-{secrets.token_hex(8)}"
         folder = self.folder(owner) / run
         files = dict(clips)
         if len(clips) == len(CLIPS):

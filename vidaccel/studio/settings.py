@@ -13,6 +13,7 @@ from vidaccel.errors import PlanError, SettingsError
 from vidaccel.plan import EVERY, PRESETS
 from vidaccel.policy import CachePolicy
 from vidaccel.schema import Pixels, Record, Steps, Text
+from vidaccel.sources import course_source
 from vidaccel.video import read_comment
 
 MAX_BYTES = 4 * 2**20  # of a settings file
@@ -131,15 +132,21 @@ class Settings(Record):
         return self.model_copy(update={**plain, "compare": False})
 
     def acceleration_arguments(self) -> dict[str, Any]:
-        """What `accelerate` takes for these settings.
+        """What `accelerate` takes for these settings; for "off", nothing should be accelerated.
 
         Raises:
             PlanError, PolicyError: the policy is none.
         """
-        if self.acceleration != CUSTOM:
-            return {"policy": "auto", "preset": self.acceleration}
-        cache = None if self.cache is None else DBCache(**self.cache.model_dump())
-        return {"policy": policy_argument(self.policy), "cache": cache}
+        arguments: dict[str, Any] = {"policy": "auto", "cache": "auto", "preset": "balanced"}
+        if self.acceleration in PRESETS:
+            arguments["preset"] = self.acceleration
+        elif self.acceleration == CUSTOM:
+            arguments["policy"] = policy_argument(self.policy)
+            arguments["cache"] = None
+            if self.cache is not None:
+                arguments["cache"] = DBCache(**self.cache.model_dump())
+        course_source(**arguments)  # says what is wrong with them
+        return arguments
 
 
 def policy_argument(text: str) -> Any:

@@ -23,7 +23,7 @@ class Stopwatch:
     def lap(self, letter: str) -> None:
         """A step has ended that was computed ("C") or reused (another letter)."""
         now = time.perf_counter()
-        self._laps.append((letter, now - (self._last or now)))
+        self._laps.append((letter, 0.0 if self._last is None else now - self._last))
         self._last = now
 
     def left(self, computed: list[bool] | None = None) -> float:
