@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from vidaccel.errors import QueueFullError
+from vidaccel.errors import QueueFullError, VidaccelError
 from vidaccel.studio.runs import Finished, Runs
 from vidaccel.studio.settings import Limits, Settings
 from vidaccel.studio.stage import Stage, Stopped, in_words
@@ -180,6 +180,9 @@ class Studio:
                 at = job.progress
                 where = f"stopped at step {at.step} of {at.steps}" if at.steps else "stopped"
                 self._publish(job, state="stopped", message=str(stopped) or where)
+            except VidaccelError as error:
+                logger.warning("a run was refused: %s", error)
+                self._publish(job, state="failed", message=in_words(error, job.settings))
             # Whatever a pipeline raises ends that run, not the page.
             except Exception as error:
                 logger.exception("a run failed")
