@@ -32,5 +32,5 @@ $(VENV)/installed-demo: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(INSTALL) -e ".[metrics,dev]"
+	$(INSTALL) -e ".[metrics,demo,dev]"
 	@touch $@ $(VENV)/installed-demo

@@ -1,4 +1,4 @@
-"""The command line: generate, build-policy, show, suggest-threshold, bench, hosts, env."""
+"""The command line: vidaccel COMMAND; --help lists them."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from typing import Any
 from vidaccel import __version__, comparisons
 from vidaccel.console import (
     add_cache_options,
+    add_model_options,
     at_least,
     cache_of,
     check_writable,
@@ -20,6 +21,7 @@ from vidaccel.console import (
 )
 from vidaccel.errors import ModelError, PolicyError, VidaccelError
 from vidaccel.lemica import commands as commands_of_policies
+from vidaccel.viewing import compare_parser, demo_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _suggest_parser,
         _bench_parser,
         _hosts_parser,
+        compare_parser,
+        demo_parser,
         _env_parser,
     ):
         add(commands)
@@ -92,16 +96,8 @@ def _generate_parser(commands: Any) -> None:
     parser.add_argument("--fps", type=at_least(1), default=16, help="of the files")
     parser.add_argument("--out", type=Path, default=Path("out/video.mp4"), help="an .mp4 file")
     parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.set_defaults(run=_generate)
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cuda, cpu, ...; the GPU if there is one")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU"
-    )
-    parser.add_argument("--offload", action="store_true", help="keep idle parts in host memory")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -176,7 +172,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _policy_parsers(commands: Any) -> None:
-    commands_of_policies.add_build(commands, _add_model_options, _pipeline)
+    commands_of_policies.add_build(commands, add_model_options, _pipeline)
     commands_of_policies.add_show(commands)
 
 
@@ -197,7 +193,7 @@ def _suggest_parser(commands: Any) -> None:
     parser.add_argument("--frames", type=at_least(1), help="number of frames")
     add_cache_options(parser)
     parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.set_defaults(run=_suggest)
 
 
@@ -250,12 +246,12 @@ def _bench_parser(commands: Any) -> None:
     overhead.add_argument("--rounds", type=at_least(1), default=9, help="medians are over these")
     overhead.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
     overhead.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    _add_model_options(overhead)
+    add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
     _bench_kernel_parsers(benches)
-    comparisons.add_quality(benches, _add_model_options)
-    comparisons.add_parity(benches, _add_model_options)
-    commands_of_policies.add_benches(benches, _add_model_options, _pipeline)
+    comparisons.add_quality(benches, add_model_options)
+    comparisons.add_parity(benches, add_model_options)
+    commands_of_policies.add_benches(benches, add_model_options, _pipeline)
 
 
 def _bench_kernel_parsers(benches: Any) -> None:
