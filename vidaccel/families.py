@@ -59,8 +59,6 @@ _WAN = (
         ),
         (BlockList("blocks"),),
         family="SkyReels V2",
-        threshold=0.12,
-        threshold_origin=_DEMO.format(8),
     ),
 )
 
@@ -164,8 +162,6 @@ _VIDEO = (
         family="Mochi",
         guidance="batched",
         tokens=("video", "text"),
-        threshold=0.08,
-        threshold_origin=_DEMO.format(8),
     ),
     HostSpec(
         "AllegroTransformer3DModel",
@@ -173,8 +169,6 @@ _VIDEO = (
         (BlockList("transformer_blocks"),),
         family="Allegro",
         guidance="batched",
-        threshold=0.26,
-        threshold_origin=_DEMO.format(8),
     ),
     HostSpec(
         "LatteTransformer3DModel",

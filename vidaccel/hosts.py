@@ -92,7 +92,7 @@ def markdown_table() -> str:
         "pipelines tested",
         "step plans",
         "block cache",
-        "video attention",
+        "SVG2",
         "diffusers",
     )
     rows = [head, ("---",) * len(head)]
@@ -103,7 +103,7 @@ def markdown_table() -> str:
         else:
             threshold = "yes" if row.threshold is None else f"yes, threshold {row.threshold:g}"
             cache = threshold + ("; no corrector blocks" if row.no_corrector else "")
-            attention = f"`{row.attention}`" if row.attention else f"no: {row.attention_note}"
+            attention = "yes" if row.attention else f"no: {row.attention_note}"
             cells = ("yes", cache, attention)
         rows.append((row.family or row.transformer, pipelines, *cells, f"≥ {row.since}"))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
