@@ -59,8 +59,8 @@ class SVG2:
     cluster_while_dense: bool = False
     recluster_every: int = 1
     reselect_every: int = 1
-    mass_averaging: bool = False
-    compensation: bool = False
+    mass_averaging: bool = True
+    compensation: bool = True
     query_metric: bool = False
     refresh_top_p: float | None = None
     min_tokens: int = 16_384
