@@ -253,3 +253,38 @@ def _averaged(clips: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _clip(pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> Any:
     return generate(pipe, {**call, "prompt": prompt}, seed=seed, progress=False).frames
+
+
+def attention_table(result: dict[str, Any]) -> str:
+    """The result of `attention` for people."""
+    lines = [f"{'method':30s}  top_p  density  recall   PSNR"]
+    for point in result["points"]:
+        recall = "-" if point["recall"] is None else f"{point['recall']:.1%}"
+        lines.append(
+            f"{point['method']:30s}  {point['settings']['top_p']:5.2f}  {point['density']:7.1%}  "
+            f"{recall:>6s}  {point['psnr']:5.2f}"
+        )
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """PSNR against density of every method, and the recall of the layers at the highest top_p."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in METHODS:
+        points = [point for point in result["points"] if point["method"] == name]
+        points.sort(key=lambda point: point["density"])
+        densities = [point["density"] for point in points]
+        left.plot(densities, [point["psnr"] for point in points], marker="o", label=name)
+        right.plot(points[-1]["recall_of_layers"], marker="o", label=f"{densities[-1]:.0%} {name}")
+    left.set(xlabel="density of sparse calls", ylabel="PSNR against dense attention (dB)")
+    right.set(xlabel="layer", ylabel="recall of attention mass", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
