@@ -19,6 +19,7 @@ def accelerate(
     cache: Any = "auto",
     attention: Any = "auto",
     preset: str = "balanced",
+    allow_transfer: bool = False,
 ) -> Pipeline:
     """Make a Diffusers video pipeline skip denoising steps whose result it can reuse.
 
@@ -44,6 +45,9 @@ def accelerate(
             `SVG2()` on a GPU, where sequences are long enough to gain; None: not at all.
         preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or
             the plan of a policy that is as fast as that.
+        allow_transfer: let a given policy run with another number of steps, scheduler or noise
+            grid than it was measured with, by carrying its errors over to the new noise levels; a
+            report marks it. Without it such a run is refused.
 
     Returns:
         The same `pipe`.
@@ -67,7 +71,7 @@ def accelerate(
             f"{type(scheduler).__name__} calls the model {scheduler.order} times per step; use a "
             "first-order or multistep scheduler, such as UniPCMultistepScheduler"
         )
-    source = course_source(policy, cache, preset)
+    source = course_source(policy, cache, preset, allow_transfer=allow_transfer)
     engines = [
         Engine(transformer, host, source, attention_of(attention, transformer, host))
         for transformer, host in found.values()

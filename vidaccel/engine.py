@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import nn
 
 from vidaccel.clock import Clock, Tick, noise_grid
@@ -126,6 +127,11 @@ class Engine:
         return None if self._call is None else self._call.tick.step
 
     @property
+    def playing(self) -> bool:
+        """Whether the running call gives back what was recorded."""
+        return self._call is not None and self._call.playing
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of the cached tensors that are kept at this moment."""
         return 0 if self._generation is None else self._generation.bytes_held
@@ -216,7 +222,7 @@ class Engine:
         elif tick.reshaped:
             generation.forget_tensors()
         device = samples[0].device
-        call = RunningCall(tick, device, _mark(device))
+        call = RunningCall(tick, device, _mark(device), _group_of(model))
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             generation.propose(call)
@@ -261,18 +267,19 @@ class Engine:
         if call.playing:
             return named.passed_through(args, kwargs)
         probe, corrector = generation.probe_blocks, self.ledger.blocks - generation.corrector_blocks
+        seen = _as_split(block, args, kwargs) if call.group is not None else (args, kwargs)
         if index == 0 and probe:
-            call.probed = named.main(args, kwargs)
+            call.probed = named.main(*seen)
         if index == probe:
             if probe:
-                self._after_probe(call, generation, named.main(args, kwargs))
-            call.entry = named.streams(args, kwargs)
+                self._after_probe(call, generation, named.main(*seen))
+            call.entry = named.streams(*seen)
             if call.undecided:
                 generation.decide(call)
         if index == corrector:
             args, kwargs = self._at_corrector(call, generation, named, args, kwargs)
         if call.reused and probe <= index < corrector:
-            output = named.passed_through(args, kwargs)
+            output = named.passed_through(*seen)
         else:
             call.blocks_run += 1
             with self.attention.block(index, named, args, kwargs):
@@ -340,7 +347,8 @@ class Engine:
                 None where the model runs without that stream, sound say.
             head: the module that it goes into, if it is one.
         """
-        if given is None or not (call.reused or generation.keeps(call.tick.step)):
+        recording = self.tape is not None and self.tape.recording
+        if given is None or not (call.reused or recording or generation.keeps(call.tick.step)):
             return None
         parts = [call.entry[name].to(given.device) for name in streams]
         start = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -349,8 +357,8 @@ class Engine:
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
                 f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}; context "
-                "parallelism is not supported yet: restore(pipe) before enabling it"
+                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}, so what "
+                "they add is not known: restore(pipe)"
             )
         if not call.reused:
             call.fresh.append((given - start).to(start.dtype))
@@ -366,9 +374,12 @@ class Engine:
         self._call = None
         self.attention.end()
         if tape is not None and call.playing:
+            if generation.plans(tick.step) and generation.keeps(tick.step):
+                call.fresh = tape.residual(tick.step, tick.branch, call.device)
+            generation.finish(call)
             return tape.played(tick.step, tick.branch, call.device)
         if tape is not None and tape.recording:
-            tape.record(tick.step, tick.branch, output)
+            tape.record(tick.step, tick.branch, output, call.fresh)
         generation.finish(call)
         self.ledger.add(
             Call(
@@ -385,6 +396,23 @@ class Engine:
             generation.bytes_held,
         )
         return None
+
+
+def _group_of(model: nn.Module) -> Any:
+    """The processes that a model's tokens are spread over; None when it has them all."""
+    parallel = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    return None if parallel is None else parallel._flattened_mesh.get_group()
+
+
+def _as_split(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as a block sees them that context parallelism splits at its door."""
+    registry = getattr(block, "_diffusers_hook", None)
+    for hook in () if registry is None else registry.hooks.values():
+        if isinstance(hook, ContextParallelSplitHook):
+            args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return args, kwargs
 
 
 def _mark(device: torch.device) -> Any:
@@ -411,7 +439,3 @@ def _refuse_unsupported(transformer: nn.Module) -> None:
         raise UnsupportedPipelineError(_WHOLE_MODEL)
     if getattr(transformer, "_cache_config", None) is not None:
         raise UnsupportedPipelineError(_NATIVE_CACHE)
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise UnsupportedPipelineError(
-            "context parallelism is not supported yet: accelerate a pipeline that runs on one GPU"
-        )

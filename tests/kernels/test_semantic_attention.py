@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from vidaccel.kernels import fused, reference
+from vidaccel.kernels import reference
 from vidaccel.kernels.common import KernelError, density
 from vidaccel.kernels.semantic_attention import SemanticConfig, SemanticState, semantic_attention
+
+# What makes no launch on a GPU, and the poison of the tests.
+VIEWS = {"empty", "empty_like", "view", "slice", "select", "detach", "_unsafe_view", "fill_"}
 
 
 def tokens(batch=1, heads=1, size=80, width=64, seed=0, dtype=torch.float32):
@@ -124,7 +127,7 @@ def test_planted_clusters_are_cheap_and_nearly_exact():
     group = torch.arange(400) % 8
     q, k = ((centres[group] + 0.3 * torch.randn(400, 64))[None, None] for _ in range(2))
     v = torch.randn(1, 1, 400, 64)
-    state, config = SemanticState(), SemanticConfig(40, 40, min_ratio=0.0, init_iters=20)
+    state, config = SemanticState(), SemanticConfig(40, 40, top_p=0.99, min_ratio=0.0)
     out = semantic_attention(q, k, v, state, config)
     dense = scaled_dot_product_attention(q, k, v)
     assert state.density().item() < 0.3
@@ -195,39 +198,43 @@ def test_clustering_alone_prepares_the_next_call():
 def test_a_layer_takes_at_most_12_launches(monkeypatch, device):
     """Counted with two rounds of k-means; torch itself must launch nothing."""
     from torch.utils._python_dispatch import TorchDispatchMode
-
-    count, silent = [], {"empty", "view", "slice", "as_strided", "select", "_unsafe_view", "detach"}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            name = function.__name__.partition(".")[0]
-            if name not in silent and not name.startswith(("empty", "new_empty")):
-                count.append(name)
-            return function(*args, **(kwargs or {}))
-
     from vidaccel.kernels import block_sparse_attention, kmeans, select, sort
 
-    q, k, v = (x.to(device) for x in tokens(size=40))
-    state, config = SemanticState(), SemanticConfig(2, 3, init_iters=1, iters=2)
-    semantic_attention(q, k, v, state, config, impl="triton")
+    seen, inside = [], []
+    names = ("_prepare", "_assign", "_update", "_scan", "_rank", "_threshold", "_lists", "_attend")
+
+    class Watch(TorchDispatchMode):
+        """Notes what torch would launch; the interpreter's own work does not count."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.__name__.partition(".")[0]
+            if not inside and name not in VIEWS:
+                seen.append(name)
+            return function(*args, **(kwargs or {}))
 
     class Counted:
         def __init__(self, kernel):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            count.append("kernel")
-            return self.kernel[grid]
+            def launch(*args, **kwargs):
+                seen.append("kernel")
+                inside.append(True)
+                self.kernel[grid](*args, **kwargs)
+                inside.pop()
 
-    for module in (block_sparse_attention, kmeans, select, sort, fused):
-        for name, kernel in list(vars(module).items()):
-            if name in ("_prepare", "_assign", "_update", "_scan", "_rank", "_threshold",
-                        "_lists", "_attend"):  # fmt: skip
-                monkeypatch.setattr(module, name, Counted(kernel))
+            return launch
+
+    q, k, v = (x.to(device) for x in tokens(size=40))
+    state, config = SemanticState(), SemanticConfig(2, 3, init_iters=1, iters=2)
+    semantic_attention(q, k, v, state, config, impl="triton")
+    for module in (block_sparse_attention, kmeans, select, sort):
+        for name in names:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     with Watch():
         semantic_attention(q, k, v, state, config, impl="triton")
-    launches = [name for name in count if name != "fill_"]  # that is the poison of the tests
-    assert launches == ["kernel"] * 12
+    assert seen == ["kernel"] * 12
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
