@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, LAYERS, STEPS, Case, embeds, transformers_of, wan, wan_i2v
+from conftest import CASES, STEPS, Case, embeds, transformers_of
 from test_engine import snapshot
+from tiny import CORE
+from tiny.base import LAYERS
+from tiny.wan import wan, wan_i2v
 
 from vidaccel import SVG2, accelerate, report, restore
 from vidaccel.api import engines_of
@@ -188,7 +191,7 @@ def compiled(case: Case) -> Case:
     return case
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("mochi", "wan_vace")])
+@pytest.mark.parametrize("name", [name for name in CORE if name not in ("mochi", "wan_vace")])
 def test_blocks_compiled_with_fullgraph_need_no_more_graphs(name):
     """Mochi reads its mask on the host, with or without this; VACE differs between its blocks."""
     plain = compiled(CASES[name]())

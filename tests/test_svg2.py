@@ -1,32 +1,30 @@
 """SVG2: its settings, and what it does in the blocks that run."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    CASES,
-    LAYERS,
-    STEPS,
-    Case,
-    embeds,
-    generator,
-    hunyuan,
-    hunyuan15,
-    mochi,
-    transformers_of,
-    wan,
-    wan22,
-    wan_v2v,
-)
+from conftest import CASES, STEPS, Case, embeds, generator, transformers_of
+from tiny.base import LAYERS
+from tiny.hunyuan import hunyuan, hunyuan15
+from tiny.others import mochi
+from tiny.wan import wan, wan22, wan_v2v
 from vidaccel.kernels.semantic_attention import semantic_attention
 
 from vidaccel import SVG2, DBCache, accelerate, report, restore
 from vidaccel.api import engines_of
 from vidaccel.errors import AttentionError
+from vidaccel.hosts import find_transformers
 
-SMALL = {"query_clusters": 4, "key_clusters": 8, "min_tokens": 0}
+SMALL = {
+    "query_clusters": 4,
+    "key_clusters": 8,
+    "min_tokens": 0,
+    "mass_averaging": False,
+    "compensation": False,
+}
 ALWAYS = {"dense_steps": 0, "dense_layers": 0}
 SIZE = {"height": 64, "width": 64}
 
@@ -154,6 +152,21 @@ def test_top_p_of_one_is_as_exact_as_dense_attention(case: Case):
     assert not torch.equal(out, baseline) or len(errors) == 0
 
 
+def test_every_family_is_dense_at_top_p_one_or_says_why_not(family: Case):
+    """Families beyond those of the other tests, with the settings that are on by default."""
+    baseline = family.run()
+    config = SVG2(top_p=1.0, query_clusters=2, key_clusters=3, min_tokens=0, **ALWAYS)
+    rows = [row for _, row in find_transformers(family.pipe).values()]
+    if any(row.attention is None for row in rows):
+        with pytest.raises(AttentionError, match=re.escape(rows[0].attention_note)):
+            attend(family, config)
+        return
+    attend(family, config)
+    torch.testing.assert_close(family.run(), baseline, rtol=1e-3, atol=1e-3)
+    for part in report(family.pipe).transformers:
+        assert part.attention.sparse_calls and not part.attention.dense_calls
+
+
 def test_sparse_attention_changes_the_result_a_little(case: Case):
     baseline = case.run(**SIZE)
     attend(case, SVG2(top_p=0.5, **SMALL, **ALWAYS))
@@ -250,7 +263,9 @@ def test_a_model_whose_attention_cannot_be_sparse_is_refused(monkeypatch):
 
     from vidaccel.hosts import HOSTS
 
-    row = dataclasses.replace(HOSTS["WanTransformer3DModel"], dense_only="it is linear")
+    row = dataclasses.replace(
+        HOSTS["WanTransformer3DModel"], attention=None, attention_note="it is linear"
+    )
     monkeypatch.setitem(HOSTS, "WanTransformer3DModel", row)
     case = wan()
     with pytest.raises(AttentionError, match="cannot be made sparse: it is linear"):

@@ -29,7 +29,16 @@ from vidaccel.metrics import psnr
 from vidaccel.svg2 import SVG2
 
 # As many clusters as leave a few tokens in each at the size of the embedded model.
-BASE = SVG2(min_tokens=0, dense_layers=0, query_clusters=24, key_clusters=64, min_ratio=0.05)
+BASE = SVG2(
+    min_tokens=0,
+    dense_layers=0,
+    query_clusters=24,
+    key_clusters=64,
+    min_ratio=0.05,
+    mass_averaging=False,
+    compensation=False,
+    query_metric=False,
+)
 
 PROMPTS = (
     "a magenta striped square moving down on a charcoal checkered background",
@@ -54,8 +63,7 @@ def fixed_blocks(
         place = torch.arange(x.shape[2], device=x.device, dtype=torch.int32)
         labels = (place * count // x.shape[2]).expand(*x.shape[:3]).contiguous()
         means = reference.cluster_means(x, labels, count)
-        counts = reference.cluster_counts(labels, count)
-        sides.append(Clustering(means, labels, counts, *reference.sort_by_label(labels, count)))
+        sides.append(Clustering(means, labels, *reference.sort_by_label(labels, count)))
     state.query, state.key = sides
     state.selection = reference.select_top_p(
         state.query.centroids,
@@ -109,6 +117,10 @@ METHODS: dict[str, tuple[SVG2, Callable[..., torch.Tensor]]] = {
     "mass averaging": (replace(BASE, mass_averaging=True), semantic_attention),
     "compensation": (replace(BASE, compensation=True), semantic_attention),
     "query metric": (replace(BASE, query_metric=True), semantic_attention),
+    "averaging, compensation": (
+        replace(BASE, mass_averaging=True, compensation=True),
+        semantic_attention,
+    ),
     "all three": (
         replace(BASE, mass_averaging=True, compensation=True, query_metric=True),
         semantic_attention,
@@ -159,8 +171,9 @@ def attention(
         partial: a file that keeps what is measured, so that a run that was stopped goes on.
 
     Returns:
-        "settings", "points" (a dict each: method, top_p, psnr in dB of each prompt and on average,
-        density of sparse calls and of all, recall in all and by layer) and "environment".
+        "settings", "points" (a dict each: method, its settings, psnr in dB on average and of each
+        prompt, density of the sparse calls and of all, recall, both also by layer) and
+        "environment".
     """
     runs = [
         (name, replace(config, top_p=top_p, recall_rows=32), method)
@@ -173,9 +186,9 @@ def attention(
     done = json.loads(partial.read_text()) if partial is not None and partial.exists() else {}
     units = [(seed, prompt, *run) for seed, prompt in enumerate(prompts) for run in runs]
     plain: dict[int, Any] = {}
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[tuple[str, SVG2], list[dict[str, Any]]] = {}
     for seed, prompt, name, config, method in tqdm(units, unit="clip", disable=not progress):
-        key = f"{prompt}: {name}, {config}"
+        key = f"{prompt}: {name}: {json.dumps(asdict(config))}"
         if key not in done:
             if seed not in plain:
                 restore(pipe)
@@ -183,7 +196,7 @@ def attention(
             done[key] = _measure(pipe, call, prompt, seed, plain[seed], config, method)
             if partial is not None:
                 write_text(partial, json.dumps(done))
-        found.setdefault(f"{name}, {config}", []).append(done[key])
+        found.setdefault((name, config), []).append(done[key])
     restore(pipe)
     return {
         "settings": {
@@ -194,8 +207,7 @@ def attention(
             "device": str(pipe.device),
         },
         "points": [
-            {"method": name, "settings": str(config), "top_p": config.top_p}
-            | _averaged(found[f"{name}, {config}"])
+            {"method": name, "settings": asdict(config)} | _averaged(found[name, config])
             for name, config, _ in runs
         ],
         "environment": environment(),
@@ -241,3 +253,38 @@ def _averaged(clips: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _clip(pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> Any:
     return generate(pipe, {**call, "prompt": prompt}, seed=seed, progress=False).frames
+
+
+def attention_table(result: dict[str, Any]) -> str:
+    """The result of `attention` for people."""
+    lines = [f"{'method':30s}  top_p  density  recall   PSNR"]
+    for point in result["points"]:
+        recall = "-" if point["recall"] is None else f"{point['recall']:.1%}"
+        lines.append(
+            f"{point['method']:30s}  {point['settings']['top_p']:5.2f}  {point['density']:7.1%}  "
+            f"{recall:>6s}  {point['psnr']:5.2f}"
+        )
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """PSNR against density of every method, and the recall of the layers at the highest top_p."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in METHODS:
+        points = [point for point in result["points"] if point["method"] == name]
+        points.sort(key=lambda point: point["density"])
+        densities = [point["density"] for point in points]
+        left.plot(densities, [point["psnr"] for point in points], marker="o", label=name)
+        right.plot(points[-1]["recall_of_layers"], marker="o", label=f"{densities[-1]:.0%} {name}")
+    left.set(xlabel="density of sparse calls", ylabel="PSNR against dense attention (dB)")
+    right.set(xlabel="layer", ylabel="recall of attention mass", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -252,6 +252,18 @@ def _bench_parser(commands: Any) -> None:
     comparisons.add_quality(benches, add_model_options)
     comparisons.add_parity(benches, add_model_options)
     commands_of_policies.add_benches(benches, add_model_options, _pipeline)
+    attention = benches.add_parser(
+        "attention",
+        help="PSNR against density of sparse attention, on the embedded model",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    attention.add_argument("--steps", type=at_least(2), default=12)
+    attention.add_argument("--prompts", type=int, choices=(1, 2), default=1)
+    attention.add_argument("--partial", type=Path, help="keep what is measured, to go on from it")
+    attention.add_argument("--figure", type=Path, help="draw it there; needs matplotlib")
+    attention.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    add_model_options(attention)
+    attention.set_defaults(run=_bench_attention, model=None)
 
 
 def _bench_kernel_parsers(benches: Any) -> None:
@@ -302,6 +314,28 @@ def _bench_codegen(arguments: argparse.Namespace) -> None:
         write_json(result, arguments.json)
     if result["problems"]:
         raise VidaccelError(f"{len(result['problems'])} problems in generated code")
+
+
+def _bench_attention(arguments: argparse.Namespace) -> None:
+    for path in (arguments.json, arguments.figure):
+        if path is not None and str(path) != "-":
+            check_writable(path)
+    from vidaccel import bench_attention as bench
+    from vidaccel import generate as g
+
+    pipe = _pipeline(arguments)
+    result = bench.attention(
+        pipe,
+        {**g.EMBEDDED_CALL, "num_inference_steps": arguments.steps},
+        prompts=bench.PROMPTS[: arguments.prompts],
+        partial=arguments.partial,
+    )
+    result["settings"] |= {"model": "tiny-wan"}
+    print_result(bench.attention_table(result), arguments.json)
+    if arguments.figure is not None:
+        bench.draw(result, arguments.figure)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
 
 
 def _bench_overhead(arguments: argparse.Namespace) -> None:

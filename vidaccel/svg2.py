@@ -42,7 +42,6 @@ class SVG2:
         min_tokens: video sequences shorter than this stay dense, since they gain nothing.
         recall_rows: query rows per head and call whose kept share of the true attention mass is
             measured; 0 measures none. It costs as much as dense attention of these rows.
-        timing: measure the time of clustering, selection and attention.
 
     Raises:
         AttentionError: a value is out of its range.
@@ -59,13 +58,12 @@ class SVG2:
     cluster_while_dense: bool = False
     recluster_every: int = 1
     reselect_every: int = 1
-    mass_averaging: bool = False
-    compensation: bool = False
+    mass_averaging: bool = True
+    compensation: bool = True
     query_metric: bool = False
     refresh_top_p: float | None = None
     min_tokens: int = 16_384
     recall_rows: int = 0
-    timing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("top_p", "refresh_top_p"):
