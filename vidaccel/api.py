@@ -6,12 +6,20 @@ from vidaccel.engine import Engine, engine_of
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts import find_transformers
 from vidaccel.ledger import Report, TransformerReport
-from vidaccel.sources import policy_source
+from vidaccel.sources import course_source
+from vidaccel.sparse import attention_of
 
 Pipeline = TypeVar("Pipeline")
 
 
-def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced") -> Pipeline:
+def accelerate(
+    pipe: Pipeline,
+    *,
+    policy: Any = "auto",
+    cache: Any = "auto",
+    attention: Any = "auto",
+    preset: str = "balanced",
+) -> Pipeline:
     """Make a Diffusers video pipeline skip denoising steps whose result it can reuse.
 
     On a computed step the transformer runs as always and the residual of its whole block stack is
@@ -28,6 +36,12 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
             step in runs of fewer than 8; None: every step; "every N"; a list of step indices that
             starts with 0; a `Plan`; or a policy, as a `CachePolicy`, a file or a hub id. It is held
             against the run at the first call of each generation, before any block runs.
+        cache: the block cache, which probes a few blocks of a step and decides by their change. A
+            `DBCache` decides alone with policy=None, and where policy="auto" has no policy that
+            fits; beside a plan it can only have more steps computed. "auto": a `DBCache` where no
+            policy fits and the model has a known threshold; None: none.
+        attention: how the self-attention of the blocks that run is made sparse: an `SVG2`; "auto":
+            `SVG2()` on a GPU, where sequences are long enough to gain; None: not at all.
         preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or
             the plan of a policy that is as fast as that.
 
@@ -38,8 +52,11 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
         UnsupportedPipelineError: no supported transformer; one that is compiled as a whole, has a
             Diffusers cache enabled or runs in context parallel; a scheduler that calls the model
             more than once per step. The pipeline is unchanged then.
-        PlanError: `policy` or `preset` is none of the above.
+        PlanError: `policy`, `cache` or `preset` is none of the above, or the block cache asks for
+            more blocks than the transformer has.
         PolicyError: the policy file is malformed.
+        AttentionError: `attention` is none of the above, or the attention of this model cannot be
+            made sparse.
     """
     found = find_transformers(pipe)
     scheduler = getattr(pipe, "scheduler", None)
@@ -50,8 +67,11 @@ def accelerate(pipe: Pipeline, *, policy: Any = "auto", preset: str = "balanced"
             f"{type(scheduler).__name__} calls the model {scheduler.order} times per step; use a "
             "first-order or multistep scheduler, such as UniPCMultistepScheduler"
         )
-    source = policy_source(policy, preset)
-    engines = [Engine(transformer, host, source) for transformer, host in found.values()]
+    source = course_source(policy, cache, preset)
+    engines = [
+        Engine(transformer, host, source, attention_of(attention, transformer, host))
+        for transformer, host in found.values()
+    ]
     for engine in engines:
         previous = engine_of(engine.transformer)
         if previous is not None:
@@ -97,6 +117,8 @@ def report(pipe: Any) -> Report:
                 engine.description,
                 engine.ledger,
                 engine.bytes_held,
+                engine.cache.threshold if engine.cache is not None else None,
+                engine.attention.report(),
             )
             for name, engine in engines.items()
         ),

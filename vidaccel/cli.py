@@ -1,4 +1,4 @@
-"""The command line: vidaccel generate | build-policy | show | bench | env."""
+"""The command line: generate, build-policy, show, suggest-threshold, bench, hosts, env."""
 
 import argparse
 import json
@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel import __version__
-from vidaccel.console import at_least, check_writable, print_result, read_prompts, size, write_json
+from vidaccel.console import (
+    add_cache_options,
+    at_least,
+    cache_of,
+    check_writable,
+    print_result,
+    read_prompts,
+    size,
+    write_json,
+)
 from vidaccel.errors import ModelError, PolicyError, VidaccelError
 
 
@@ -20,7 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"vidaccel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_generate_parser, _build_parser, _show_parser, _bench_parser, _env_parser):
+    for add in (
+        _generate_parser,
+        _build_parser,
+        _show_parser,
+        _suggest_parser,
+        _bench_parser,
+        _hosts_parser,
+        _env_parser,
+    ):
         add(commands)
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
@@ -64,6 +81,14 @@ def _generate_parser(commands: Any) -> None:
     wish.add_argument("--budget", type=at_least(1), help="of a policy file: computed steps")
     wish.add_argument("--speedup", type=float, help="of a policy file: computed steps alone")
     wish.add_argument("--max-error", type=float, help="of a policy file: of any segment")
+    parser.add_argument(
+        "--cache",
+        default="auto",
+        metavar="THRESHOLD",
+        help='the block cache: "auto", "none", "model" (the threshold of the model\'s row), or a '
+        "threshold; with a plan it can only have more steps computed",
+    )
+    add_cache_options(parser)
     parser.add_argument("--compare", action="store_true", help="also run without acceleration")
     parser.add_argument("--fps", type=at_least(1), default=16, help="of the files")
     parser.add_argument("--out", type=Path, default=Path("out/video.mp4"), help="an .mp4 file")
@@ -83,10 +108,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from vidaccel import video
     from vidaccel.plan import Setting
-    from vidaccel.sources import policy_source
+    from vidaccel.sources import course_source, policy_source
 
     # Everything that can be wrong is found before the first second of work.
-    policy = _policy(arguments)
+    policy, cache = _policy(arguments), cache_of(arguments)
+    course_source(policy, cache, arguments.preset)
     source = policy_source(policy, arguments.preset)
     out: Path = arguments.out
     video.check_writable(out)
@@ -120,7 +146,12 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     if arguments.compare:
         plain, fast, result = g.compare(
-            pipe, call, policy=policy, preset=arguments.preset, seed=arguments.seed
+            pipe,
+            call,
+            policy=policy,
+            cache=cache,
+            preset=arguments.preset,
+            seed=arguments.seed,
         )
         clips = {"plain": plain.frames, f"vidaccel {result['speedup']:.2f}x": fast.frames}
         written = g.write_comparison(out, clips, arguments.fps)
@@ -128,7 +159,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     else:
         from vidaccel.api import accelerate, report
 
-        accelerate(pipe, policy=policy, preset=arguments.preset)
+        accelerate(pipe, policy=policy, cache=cache, preset=arguments.preset)
         fast = g.generate(pipe, call, seed=arguments.seed, label="vidaccel")
         result = {
             "seconds": fast.seconds,
@@ -212,6 +243,61 @@ def _show(arguments: argparse.Namespace) -> None:
     from vidaccel.policy import CachePolicy
 
     print(CachePolicy.from_pretrained(arguments.policy).table())
+
+
+def _suggest_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "suggest-threshold",
+        help="find the threshold of the block cache from recorded runs",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("prompt", nargs="*", help="one or a few; the embedded model has its own")
+    parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
+    parser.add_argument("--steps", type=at_least(2), default=50, help="denoising steps")
+    wish = parser.add_mutually_exclusive_group(required=True)
+    wish.add_argument("--speedup", type=float, help="how many times fewer blocks are to run")
+    wish.add_argument("--max-error", type=float, help="of the final latents, as a fraction")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
+    parser.add_argument("--frames", type=at_least(1), help="number of frames")
+    add_cache_options(parser)
+    parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    _add_model_options(parser)
+    parser.set_defaults(run=_suggest)
+
+
+def _suggest(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    if arguments.model is not None and not arguments.prompt:
+        raise ModelError("a prompt is needed: vidaccel suggest-threshold --model ... PROMPT")
+    cache = cache_of(arguments)
+
+    from dataclasses import asdict
+
+    from vidaccel import generate as g
+    from vidaccel.environment import environment
+    from vidaccel.threshold import suggest_threshold
+
+    pipe = _pipeline(arguments)
+    pipe.set_progress_bar_config(disable=True)
+    width, height = arguments.size or (None, None)
+    wanted = {"height": height, "width": width, "num_frames": arguments.frames}
+    defaults = g.EMBEDDED_CALL if arguments.model is None else {}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    found = suggest_threshold(
+        pipe,
+        arguments.prompt or [g.EMBEDDED_PROMPT],
+        num_inference_steps=arguments.steps,
+        speedup=arguments.speedup,
+        max_error=arguments.max_error,
+        cache=cache,
+        call_kwargs=g.call_arguments(pipe, defaults | given),
+        seed=arguments.seed,
+    )
+    print_result(str(found), arguments.json)
+    if arguments.json is not None:
+        write_json({**asdict(found), "environment": environment()}, arguments.json)
 
 
 def _bench_parser(commands: Any) -> None:
@@ -305,6 +391,17 @@ def _bench_overhead(arguments: argparse.Namespace) -> None:
     print_result(bench.overhead_table(result), arguments.json)
     if arguments.json is not None:
         write_json(result, arguments.json)
+
+
+def _hosts_parser(commands: Any) -> None:
+    parser = commands.add_parser("hosts", help="print the table of supported models")
+    parser.set_defaults(run=_hosts)
+
+
+def _hosts(arguments: argparse.Namespace) -> None:
+    from vidaccel.hosts import markdown_table
+
+    print(markdown_table())
 
 
 def _env_parser(commands: Any) -> None:

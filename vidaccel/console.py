@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vidaccel.errors import OutputError, PolicyError
+from vidaccel.dbcache import DBCache
+from vidaccel.errors import OutputError, PlanError, PolicyError
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -25,6 +26,51 @@ def at_least(low: int) -> Callable[[str], int]:
         return value
 
     return whole_number
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that sets a block cache; `cache_of` reads them."""
+    defaults = DBCache()
+    group = parser.add_argument_group("block cache")
+    for name, low, text in (
+        ("probe_blocks", 0, "blocks that always run first"),
+        ("corrector_blocks", 0, "blocks that always run last"),
+        ("warmup_steps", 0, "first steps that are computed"),
+        ("max_consecutive", 0, "reused steps in a row"),
+        ("forecast_order", 0, "0 holds the residual, 1 and 2 extend it over the noise level"),
+    ):
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=at_least(low),
+            default=getattr(defaults, name),
+            metavar="N",
+            help=text,
+        )
+
+
+def cache_of(arguments: argparse.Namespace) -> Any:
+    """What the options say, as `accelerate(cache=...)` takes it.
+
+    Raises:
+        PlanError: they are no such settings.
+    """
+    text = getattr(arguments, "cache", "model")
+    if text in ("auto", "none"):
+        return None if text == "none" else "auto"
+    try:
+        threshold = None if text == "model" else float(text)
+    except ValueError:
+        raise PlanError(
+            f"--cache is auto, none, model or a threshold such as 0.08, found {text!r}"
+        ) from None
+    return DBCache(
+        threshold,
+        probe_blocks=arguments.probe_blocks,
+        corrector_blocks=arguments.corrector_blocks,
+        warmup_steps=arguments.warmup_steps,
+        max_consecutive=arguments.max_consecutive,
+        forecast_order=arguments.forecast_order,
+    )
 
 
 def size(text: str) -> tuple[int, int]:

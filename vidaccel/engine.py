@@ -1,8 +1,11 @@
 """Attaches to one transformer, skips its blocks on reused steps, and undoes itself exactly.
 
-On a computed step the blocks run untouched and the engine keeps the residual of the whole stack,
-head input minus first block input, per guidance branch. On a reused step no block runs, and the
-head gets the new first block input plus that residual, or a forecast of it. Taking it at the head
+The blocks are counted in the order in which they run, over all block lists: `probe_blocks` first,
+the middle, `corrector_blocks` last; without a block cache the middle is all of them. On a computed
+step they run untouched, and the engine keeps what the middle added, per guidance branch: the input
+of the first corrector block, or of the head, minus that of the first middle block. On a reused step
+the middle does not run, and the first corrector block, or the head, gets the new input of the
+middle plus that residual, or a forecast of it. Putting it there instead of adding it up on the way
 means that whatever a model adds between its blocks is inside the residual once, and never added
 again.
 """
@@ -10,25 +13,31 @@ again.
 import json
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import nn
 
 from vidaccel.clock import Clock, Tick, noise_grid
+from vidaccel.dbcache import DBCache
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
-from vidaccel.forecast import weights
+from vidaccel.generation import Generation, RunningCall
 from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
-from vidaccel.plan import Plan, PlanSource, Setting
+from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
+from vidaccel.sources import CourseSource
+from vidaccel.sparse import Attention
 from vidaccel.tape import Tape
+
+# The place of a call and the residual of its probe blocks.
+ProbeListener = Callable[[Tick, torch.Tensor], None]
 
 _ATTRIBUTE = "_vidaccel_engine"
 
@@ -45,39 +54,38 @@ class Engine:
         transformer: an instance of the class that `host` describes.
         host: its row of the table.
         source: the plan, resolved at the first call of each generation.
+        attention: what `accelerate(attention=...)` came to; None leaves attention alone.
 
     Raises:
         UnsupportedPipelineError: when the transformer is in a state that the engine cannot work
             with; nothing has been changed then.
     """
 
-    def __init__(self, transformer: nn.Module, host: HostSpec, source: PlanSource) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        host: HostSpec,
+        source: CourseSource,
+        attention: Attention | None = None,
+    ) -> None:
         _refuse_unsupported(transformer)
+        source.check(transformer, host)
+        self.attention = attention or Attention()
         # Weak: a cycle would keep the weights of a dropped pipeline until the collector finds it.
         self._transformer = weakref.ref(transformer)
         self.host = host
         self.source = source
-        self.setting: Setting | None = None  # of the running or last generation, as is the plan
-        self.plan: Plan | None = None
         self.tape: Tape | None = None  # set while a generation is recorded or run again
-        self.ledger = Ledger(sum(len(getattr(transformer, b.name)) for b in host.blocks))
+        self.on_probe: ProbeListener | None = None  # is told every probe residual
+        self.ledger = Ledger(host.block_count(transformer))
         self._pipelines: list[tuple[weakref.ref[Any], Any]] = []
-        self._clock = Clock(host.branch)
+        self._clock = Clock(host.branch, host.times)
         self._context: str | None = None
         self._handles: list[Any] = []
-        self._history: dict[str, list[Residual]] = {}  # by branch, oldest first
-        self._sigmas: tuple[float, ...] = ()
         self._sample = Argument.of_forward(type(transformer), host.sample)
         self._timestep = Argument.of_forward(type(transformer), host.timestep)
-        # Of the running call:
-        self._tick: Tick | None = None
-        self._device = torch.device("cpu")
-        self._started: Any = None
-        self._entry: dict[str, torch.Tensor] | None = None
-        self._fresh: list[torch.Tensor] = []
-        self.reusing = False
-        self.playing = False
-        self.blocks_run = 0
+        self._generation: Generation | None = None  # the running or last one
+        self._call: RunningCall | None = None
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise UnsupportedPipelineError(
@@ -94,14 +102,34 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """What decides, and where the plan of the last generation came from."""
-        origin = self.plan.origin if self.plan is not None else ""
-        return f"{self.source.description}: {origin}" if origin else self.source.description
+        """What decides, and what that came to in the last generation."""
+        origin = "" if self._generation is None else self._generation.origin
+        return ": ".join(filter(None, (self.source.description, origin)))
+
+    @property
+    def setting(self) -> Setting | None:
+        """The run that the last generation was."""
+        return None if self._generation is None else self._generation.setting
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last generation."""
+        return None if self._generation is None else self._generation.plan
+
+    @property
+    def cache(self) -> DBCache | None:
+        """The block cache of the last generation."""
+        return None if self._generation is None else self._generation.cache
 
     @property
     def step(self) -> int | None:
         """The denoising step of the running call; None between calls."""
-        return None if self._tick is None else self._tick.step
+        return None if self._call is None else self._call.tick.step
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the cached tensors that are kept at this moment."""
+        return 0 if self._generation is None else self._generation.bytes_held
 
     def attach(self) -> None:
         """Start intercepting. Touches the instance `__dict__` and torch's own hook lists only."""
@@ -109,27 +137,32 @@ class Engine:
         heads = [(head, model.get_submodule(head.module)) for head in self.host.heads]
         for spec in self.host.blocks:
             blocks = getattr(model, spec.name)
-            streams = {name for head in self.host.heads for name in head.streams}
-            arguments = BlockArguments(type(blocks[0]), streams, spec.returns)
+            arguments = BlockArguments(
+                type(blocks[0]), self.host.streams, self.host.main, spec.returns, spec.joins
+            )
             vars(model)[spec.name] = ShadowList(blocks, arguments, self._run_block)
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end),
         ]
-        for index, (head, module) in enumerate(heads):
-            hook = partial(self._at_head, index, head)
+        for head, module in heads:
+            hook = partial(self._at_head, head)
             self._handles.append(module.register_forward_pre_hook(hook))
         if hasattr(model, "cache_context"):
             vars(model)["cache_context"] = self._cache_context
+            vars(model)["_reset_stateful_cache"] = self._reset_stateful_cache
+        self.attention.attach()
         vars(model)[_ATTRIBUTE] = self
 
     def detach(self) -> None:
         """Leave the transformer as it was before `attach`."""
         for handle in self._handles:
             handle.remove()
-        for name in (*(spec.name for spec in self.host.blocks), "cache_context", _ATTRIBUTE):
+        shadowed = ("cache_context", "_reset_stateful_cache", _ATTRIBUTE)
+        for name in (*(spec.name for spec in self.host.blocks), *shadowed):
             vars(self.transformer).pop(name, None)
-        self._history.clear()
+        self.attention.detach()
+        self._generation = None
 
     def serve(self, pipe: Any) -> None:
         """Follow the scheduler of `pipe`, which runs this transformer."""
@@ -141,12 +174,6 @@ class Engine:
         """The pipelines that were accelerated with this transformer and still exist."""
         return [pipe for ref, _ in self._pipelines if (pipe := ref()) is not None]
 
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of the residuals that are kept at this moment."""
-        held = [residual for history in self._history.values() for residual in history]
-        return sum(tensor.nbytes for residual in held for tensor in residual.tensors)
-
     @contextmanager
     def _cache_context(self, name: str, **fields: Any) -> Iterator[None]:
         """Stands in for `CacheMixin.cache_context` to learn the name of the guidance branch."""
@@ -156,6 +183,14 @@ class Engine:
                 yield
         finally:
             self._context = outer
+
+    def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Stands in for the method that pipelines call when a generation has ended."""
+        model = self.transformer
+        type(model)._reset_stateful_cache(model, *args, **kwargs)
+        self.attention.forget()
+        if self._generation is not None:
+            self._generation.forget()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -170,26 +205,35 @@ class Engine:
                     f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
                     "vidaccel.accelerate(pipe) again after replacing it"
                 )
-        # Image conditioning gives its clean frames time 0; the step is that of the noisy ones.
-        timestep = float(self._timestep.value(args, kwargs).max())
-        sample = self._sample.value(args, kwargs)
+        samples = self._sample.value(args, kwargs)
+        samples = [samples] if isinstance(samples, torch.Tensor) else samples
+        shape = tuple(size for sample in samples for size in sample.shape)
         schedulers = [scheduler for _, scheduler in self._pipelines]
-        tick = self._clock.tick(schedulers, timestep, self._context, tuple(sample.shape))
-        if tick.restarted:
-            self._history.clear()
-            self.ledger.restart()
-            self.setting = self._setting(tick)
-            self._sigmas = self.setting.sigmas or ()
-            self.plan = self.source.resolve(self.setting)
-        assert self.plan is not None
-        history = self._history.get(tick.branch)
-        self.playing = self.tape is not None and self.tape.plays(tick.step)
-        # A branch that sat out the last computed step has nothing that belongs here.
-        fits = bool(history) and history[-1].step >= self.plan.anchor(tick.step)
-        self.reusing = fits and not self.plan.computes(tick.step)
-        self._tick, self._entry, self._fresh, self.blocks_run = tick, None, [], 0
-        self._device = sample.device
-        self._started = _mark(self._device)
+        times = self._clock.values(schedulers, self._timestep.value(args, kwargs))
+        tick = self._clock.tick(schedulers, times, self._context, shape)
+        generation = self._generation
+        if tick.restarted or generation is None:
+            generation = self._restart(tick)
+        elif tick.reshaped:
+            generation.forget_tensors()
+        device = samples[0].device
+        call = RunningCall(tick, device, _mark(device), _group_of(model))
+        call.playing = self.tape is not None and self.tape.plays(tick.step)
+        if not call.playing:
+            generation.propose(call)
+        self.attention.begin(tick, refreshes=generation.keeps(tick.step) > 0)
+        self._call = call
+
+    def _restart(self, tick: Tick) -> Generation:
+        """Begin a generation: nothing that was kept belongs to it."""
+        # What is no longer wanted is freed before anything can be refused.
+        self._generation = None
+        self.attention.restart()
+        self.ledger.restart()
+        setting = self._setting(tick)
+        course = self.source.resolve(setting, self.host)
+        self._generation = Generation(setting, course, self.host.unit)
+        return self._generation
 
     def _setting(self, tick: Tick) -> Setting:
         """The running generation, for policies that are made for a certain one."""
@@ -210,93 +254,156 @@ class Engine:
     def _run_block(
         self, block: nn.Module, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run one block, or give its streams back unchanged on a reused step."""
-        if self._entry is None:
-            # The first block of a forward: what it is given is where the residual starts.
-            self._entry = {
-                name: named.value(name, args, kwargs)
-                for head in self.host.heads
-                for name in head.streams
-            }
-        if self.reusing or self.playing:
+        """Run one block, or give its streams back unchanged in the middle of a reused step."""
+        call, generation = self._call, self._generation
+        if call is None or generation is None:
+            return block(*args, **kwargs)
+        index, call.position = call.position, call.position + 1
+        if call.playing:
             return named.passed_through(args, kwargs)
-        self.blocks_run += 1
-        return block(*args, **kwargs)
+        probe, corrector = generation.probe_blocks, self.ledger.blocks - generation.corrector_blocks
+        seen = _as_split(block, args, kwargs) if call.group is not None else (args, kwargs)
+        if index == 0 and probe:
+            call.probed = named.main(*seen)
+        if index == probe:
+            if probe:
+                self._after_probe(call, generation, named.main(*seen))
+            call.entry = named.streams(*seen)
+            if call.undecided:
+                generation.decide(call)
+        if index == corrector:
+            args, kwargs = self._at_corrector(call, generation, named, args, kwargs)
+        if call.reused and probe <= index < corrector:
+            output = named.passed_through(*seen)
+        else:
+            call.blocks_run += 1
+            with self.attention.block(index, named, args, kwargs):
+                output = block(*args, **kwargs)
+        if index + 1 == corrector == self.ledger.blocks and not self.host.heads:
+            return self._after_last(call, generation, named, output)
+        return output
+
+    def _after_probe(self, call: RunningCall, generation: Generation, main: torch.Tensor) -> None:
+        """After the probe blocks: what they added to the main stream."""
+        assert generation.cache is not None
+        residual = (main - call.probed.to(main.device))[..., :: generation.cache.probe_stride, :]
+        if self.on_probe is not None:
+            self.on_probe(call.tick, residual)
+        generation.compare(call, residual)
+
+    def _at_corrector(
+        self,
+        call: RunningCall,
+        generation: Generation,
+        named: BlockArguments,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the first corrector block: keep the residual, or put the kept one in its place."""
+        for name in named.returned:
+            given = named.value(name, args, kwargs)
+            if (filled := self._fill(call, generation, named.origin(name), given)) is not None:
+                args, kwargs = named.replaced(name, filled, args, kwargs)
+        return args, kwargs
+
+    def _after_last(
+        self, call: RunningCall, generation: Generation, named: BlockArguments, output: Any
+    ) -> Any:
+        """After the last block of a model whose head gets its result in another layout."""
+        streams = named.outputs(output)
+        for name, given in streams.items():
+            if (filled := self._fill(call, generation, named.origin(name), given)) is not None:
+                streams[name] = filled
+        return named.output(streams)
 
     def _at_head(
-        self, index: int, head: Head, module: nn.Module, args: tuple[Any, ...]
+        self, head: Head, module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
-        if self._entry is None or self._tick is None or self.plan is None or self.playing:
+        call, generation = self._call, self._generation
+        if call is None or generation is None or not call.entry or generation.corrector_blocks:
             return None
-        if not (self.reusing or self.plan.keeps(self._tick.step)):
+        filled = self._fill(call, generation, head.streams, args[0], head)
+        return None if filled is None else (filled, *args[1:])
+
+    def _fill(
+        self,
+        call: RunningCall,
+        generation: Generation,
+        streams: tuple[str, ...],
+        given: torch.Tensor | None,
+        head: Head | None = None,
+    ) -> torch.Tensor | None:
+        """At the end of the middle: keep what it added, or on a reused step what goes on instead.
+
+        Args:
+            streams: those at the entry of the middle that `given` continues.
+            given: what has come out of the middle, which a reused step has only passed through;
+                None where the model runs without that stream, sound say.
+            head: the module that it goes into, if it is one.
+        """
+        if given is None or not (call.reused or generation.keeps(call.tick.step)):
             return None
-        given = args[0]
-        streams = [self._entry[name].to(given.device) for name in head.streams]
-        start = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
+        parts = [call.entry[name].to(given.device) for name in streams]
+        start = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if head is not None and head.tail:
+            start = start[:, -given.shape[1] :]
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
                 f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"its {head.module} gets {tuple(given.shape)}; context parallelism is not "
-                "supported yet: restore(pipe) before enabling it"
+                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}, so what "
+                "they add is not known: restore(pipe)"
             )
-        if self.reusing:
-            return ((start + self._forecast(index).to(given.device)).to(given.dtype), *args[1:])
-        self._fresh.append((given - start).to(start.dtype))
-        return None
-
-    def _forecast(self, index: int) -> torch.Tensor:
-        """The residual at head `index` of a reused step, from those of the computed ones."""
-        assert self._tick is not None and self.plan is not None
-        history, step = self._history[self._tick.branch], self._tick.step
-        known = [self._sigmas[residual.step] for residual in history]
-        coefficients = weights(known, self._sigmas[step], self.plan.order(step))
-        *older, last = [
-            (coefficient, residual.tensors[index])
-            for coefficient, residual in zip(coefficients, history, strict=True)
-            if coefficient
-        ]
-        if not older and last[0] == 1.0:
-            return last[1]
-        # Slopes are differences of nearly equal tensors: summed in float32.
-        total = last[1].float() * last[0]
-        for coefficient, tensor in older:
-            total = total.add(tensor.float(), alpha=coefficient)
-        return total
+        if not call.reused:
+            call.fresh.append((given - start).to(start.dtype))
+            return None
+        index, call.filled = call.filled, call.filled + 1
+        return (start + generation.forecast(call, index, given.device)).to(given.dtype)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        tick, plan, tape = self._tick, self.plan, self.tape
-        if tick is None or plan is None:
+        call, generation, tape = self._call, self._generation, self.tape
+        if call is None or generation is None:
             return None
-        if tape is not None and self.playing:
-            return tape.played(tick.step, tick.branch, self._device)
+        tick = call.tick
+        self._call = None
+        self.attention.end()
+        if tape is not None and call.playing:
+            return tape.played(tick.step, tick.branch, call.device)
         if tape is not None and tape.recording:
             tape.record(tick.step, tick.branch, output)
-        history = self._history.setdefault(tick.branch, [])
-        if self._fresh:
-            history.append(Residual(tick.step, self._fresh))
-        del history[: max(0, len(history) - plan.keeps(tick.step))]
+        generation.finish(call)
         self.ledger.add(
             Call(
                 step=tick.step,
                 branch=tick.branch,
-                reused=self.reusing,
-                planned=plan.computes(tick.step),
-                blocks=self.blocks_run,
-                started=self._started,
-                ended=_mark(self._device),
-            )
+                reused=call.reused,
+                planned=generation.plan is None or generation.plans(tick.step),
+                blocks=call.blocks_run,
+                started=call.started,
+                ended=_mark(call.device),
+                reason=call.reason,
+                difference=call.difference,
+            ),
+            generation.bytes_held,
         )
-        self._tick, self._entry, self._fresh, self.reusing = None, None, [], False
         return None
 
 
-@dataclass(frozen=True)
-class Residual:
-    """Head input minus first block input of one computed step, one tensor per head."""
+def _group_of(model: nn.Module) -> Any:
+    """The processes that a model's tokens are spread over; None when it has them all."""
+    parallel = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    return None if parallel is None else parallel._flattened_mesh.get_group()
 
-    step: int
-    tensors: list[torch.Tensor]
+
+def _as_split(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as a block sees them that context parallelism splits at its door."""
+    registry = getattr(block, "_diffusers_hook", None)
+    for hook in () if registry is None else registry.hooks.values():
+        if isinstance(hook, ContextParallelSplitHook):
+            args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return args, kwargs
 
 
 def _mark(device: torch.device) -> Any:
@@ -323,7 +430,3 @@ def _refuse_unsupported(transformer: nn.Module) -> None:
         raise UnsupportedPipelineError(_WHOLE_MODEL)
     if getattr(transformer, "_cache_config", None) is not None:
         raise UnsupportedPipelineError(_NATIVE_CACHE)
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise UnsupportedPipelineError(
-            "context parallelism is not supported yet: accelerate a pipeline that runs on one GPU"
-        )

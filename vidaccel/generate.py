@@ -187,14 +187,20 @@ def compare(
     pipe: Any,
     call: dict[str, Any],
     *,
-    policy: Any,
-    preset: str,
     seed: int = 0,
     progress: bool = True,
+    **acceleration: Any,
 ) -> tuple[Run, Run, dict[str, Any]]:
     """Run a pipeline plain and accelerated on the same noise, after a warm-up of two steps.
 
     Leaves the pipeline accelerated.
+
+    Args:
+        pipe: the pipeline.
+        call: arguments of its call.
+        seed: of the noise.
+        progress: show a bar for each run.
+        acceleration: arguments of `accelerate`.
 
     Returns:
         The plain run, the accelerated run, and a dict of plain numbers: "steps", "steps_computed",
@@ -205,12 +211,12 @@ def compare(
     Raises:
         UnsupportedPipelineError, PlanError: as `accelerate` does, before anything runs.
     """
-    accelerate(pipe, policy=policy, preset=preset)
+    accelerate(pipe, **acceleration)
     restore(pipe)
     warm_up = {**call, "num_inference_steps": 2}
     generate(pipe, warm_up, seed=seed, label="warm-up ", progress=progress)
     plain = generate(pipe, call, seed=seed, label="plain   ", progress=progress)
-    accelerate(pipe, policy=policy, preset=preset)
+    accelerate(pipe, **acceleration)
     fast = generate(pipe, call, seed=seed, label="vidaccel", progress=progress)
     assert fast.report is not None
     parts = fast.report["transformers"]

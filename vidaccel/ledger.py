@@ -1,7 +1,8 @@
 """What was computed, what was reused, and what it saved. No torch, no diffusers."""
 
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+import math
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -11,10 +12,13 @@ class Call:
 
     Attributes:
         step, branch: its place in the generation.
-        reused: no block ran.
-        planned: the plan asked for this step to be computed.
+        reused: the middle blocks did not run.
+        planned: nothing but the plan, where there is one, had the step computed.
         blocks: blocks that ran.
         started, ended: seconds on the host's clock, or CUDA events.
+        reason: why it was computed; "" when it was reused.
+        difference: relative change of the probe blocks' residual since the last computed step, a
+            number or a scalar on the device; None without probe blocks.
     """
 
     step: int
@@ -24,6 +28,15 @@ class Call:
     blocks: int
     started: Any
     ended: Any
+    reason: str = ""
+    difference: Any = None
+
+    @property
+    def letter(self) -> str:
+        """C computed, p reused around probe or corrector blocks, - reused without any block."""
+        if not self.reused:
+            return "C"
+        return "p" if self.blocks else "-"
 
     @property
     def seconds(self) -> float:
@@ -76,6 +89,7 @@ class Ledger:
         self.blocks = blocks
         self.generations = 0
         self.calls: list[Call] = []
+        self.peak_bytes = 0
         self._past: dict[str, Totals] = defaultdict(Totals)
 
     def restart(self) -> None:
@@ -85,21 +99,22 @@ class Ledger:
         self.calls = []
         self.generations += 1
 
-    def add(self, call: Call) -> None:
-        """Record a call of the running generation."""
+    def add(self, call: Call, bytes_held: int = 0) -> None:
+        """Record a call of the running generation and the bytes that are kept after it."""
         self.calls.append(call)
+        self.peak_bytes = max(self.peak_bytes, bytes_held)
 
     @property
     def steps_reused(self) -> int:
-        """Steps of the running or last generation in which no branch ran a block."""
-        return self.timeline().count("-")
+        """Steps of the running or last generation that no branch computed."""
+        return len(self.timeline().replace("C", ""))
 
     def timeline(self) -> str:
-        """The running or last generation, a letter per step: C computed, - reused."""
-        kinds: dict[int, bool] = {}
+        """The running or last generation, a letter per step: that of its most computed branch."""
+        kinds: dict[int, str] = {}
         for call in self.calls:
-            kinds[call.step] = kinds.get(call.step, True) and call.reused
-        return "".join("-" if reused else "C" for _, reused in sorted(kinds.items()))
+            kinds[call.step] = min(kinds.get(call.step, call.letter), call.letter, key="Cp-".index)
+        return "".join(kind for _, kind in sorted(kinds.items()))
 
     def totals(self) -> dict[str, Totals]:
         """Sums by branch over all generations."""
@@ -107,6 +122,46 @@ class Ledger:
         for call in self.calls:
             sums.setdefault(call.branch, Totals()).add(call)
         return sums
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """What sparse attention did in one transformer since `accelerate`.
+
+    Attributes:
+        settings: of the sparse attention, or why there is none.
+        sparse_calls: calls of self-attention that were sparse.
+        dense_calls: those that were not, by reason.
+        density: mean share of the query-key pairs that the sparse calls computed.
+        density_with_dense: the same over all calls, a dense one counting as 1.
+        empty_query_clusters, empty_key_clusters: mean share of clusters without tokens.
+        recall: mean share of the attention mass that sampled rows kept; None: not measured.
+        layers: by position of the block, its own mean density and recall.
+        bytes_held: bytes of clusters at this moment.
+    """
+
+    settings: str
+    sparse_calls: int = 0
+    dense_calls: dict[str, int] = field(default_factory=dict)
+    density: float | None = None
+    density_with_dense: float | None = None
+    empty_query_clusters: float | None = None
+    empty_key_clusters: float | None = None
+    recall: float | None = None
+    layers: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    bytes_held: int = 0
+
+    def __str__(self) -> str:
+        dense = ", ".join(f"{calls} {reason}" for reason, calls in self.dense_calls.items())
+        if self.density is None:
+            ran = f", all dense ({dense})" if dense else ""
+            return f"attention: {self.settings}{ran}"
+        line = (
+            f"attention: {self.settings}, density {self.density:.1%} in {self.sparse_calls} calls, "
+            f"{self.density_with_dense:.1%} with {sum(self.dense_calls.values())} dense ones"
+        )
+        line += f" ({dense})" if dense else ""
+        return line + (f", recall {self.recall:.1%}" if self.recall is not None else "")
 
 
 @dataclass(frozen=True)
@@ -123,6 +178,32 @@ class BranchReport:
     seconds_reused: float
     seconds_saved: float
 
+    @property
+    def hit_rate(self) -> float:
+        """Share of the steps that were reused."""
+        steps = self.steps_computed + self.steps_reused
+        return self.steps_reused / steps if steps else 0.0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One call of the last generation.
+
+    Attributes:
+        step, branch: its place.
+        kind: "computed", "probed" (reused around probe or corrector blocks) or "reused".
+        reason: why it was computed; "" when it was not.
+        difference: of the probe blocks' residual; None without them or without one to compare.
+        seconds: that it took.
+    """
+
+    step: int
+    branch: str
+    kind: str
+    reason: str
+    difference: float | None
+    seconds: float
+
 
 @dataclass(frozen=True)
 class TransformerReport:
@@ -133,8 +214,13 @@ class TransformerReport:
         transformer: its class.
         policy: what decides, as resolved by `accelerate`.
         generations: generations since `accelerate`; a chunked pipeline counts each chunk.
-        timeline: last generation, a letter per step: C computed, - reused.
-        bytes_held: bytes of cached tensors at this moment.
+        timeline: last generation, a letter per step: C computed, p reused around probe or
+            corrector blocks, - reused without any block.
+        bytes_held, peak_bytes: bytes of cached tensors at this moment, and the most so far.
+        branches: sums over all generations, by guidance branch.
+        steps: the calls of the last generation.
+        notes: what a reader should know, such as why nothing was reused.
+        attention: what was sparse; None when attention is left alone.
     """
 
     component: str
@@ -143,11 +229,22 @@ class TransformerReport:
     generations: int
     timeline: str
     bytes_held: int
+    peak_bytes: int
     branches: tuple[BranchReport, ...]
+    steps: tuple[StepReport, ...]
+    notes: tuple[str, ...]
+    attention: AttentionReport | None = None
 
     @classmethod
     def of(
-        cls, component: str, transformer: str, policy: str, ledger: Ledger, bytes_held: int
+        cls,
+        component: str,
+        transformer: str,
+        policy: str,
+        ledger: Ledger,
+        bytes_held: int,
+        threshold: float | None = None,
+        attention: AttentionReport | None = None,
     ) -> "TransformerReport":
         """The report of one ledger."""
         branches = tuple(
@@ -164,6 +261,7 @@ class TransformerReport:
             )
             for branch, sums in ledger.totals().items()
         )
+        steps = tuple(_step(call) for call in ledger.calls)
         return cls(
             component,
             transformer,
@@ -171,8 +269,36 @@ class TransformerReport:
             ledger.generations,
             ledger.timeline(),
             bytes_held,
+            ledger.peak_bytes,
             branches,
+            steps,
+            _notes(steps, threshold),
+            attention,
         )
+
+
+_KINDS = {"C": "computed", "p": "probed", "-": "reused"}
+
+
+def _step(call: Call) -> StepReport:
+    difference = None if call.difference is None else float(call.difference)
+    return StepReport(
+        call.step, call.branch, _KINDS[call.letter], call.reason, difference, call.seconds
+    )
+
+
+def _notes(steps: tuple[StepReport, ...], threshold: float | None) -> tuple[str, ...]:
+    """Why a block cache reused nothing in the last generation."""
+    if threshold is None or not steps or any(step.kind != "computed" for step in steps):
+        return ()
+    reasons = Counter(step.reason for step in steps)
+    told = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+    seen = [s.difference for s in steps if s.difference is not None and math.isfinite(s.difference)]
+    smallest = f"; the smallest difference was {min(seen):.3g}" if seen else ""
+    return (
+        f"nothing was reused at threshold {threshold:g}: the calls were computed for {told}"
+        f"{smallest}",
+    )
 
 
 @dataclass(frozen=True)
@@ -192,9 +318,12 @@ class Report:
             lines += [
                 f"{self.pipeline}.{part.component} ({part.transformer})  policy: {part.policy}",
                 f"  {part.generations} generations, {part.bytes_held / 2**20:.1f} MiB held, "
+                f"{part.peak_bytes / 2**20:.1f} MiB at most, "
                 f"last: {part.timeline or 'nothing has run yet'}",
             ]
             lines += [f"  {line}" for line in _table(part.branches)] if part.branches else []
+            lines += [f"  {part.attention}"] if part.attention is not None else []
+            lines += [f"  note: {note}" for note in part.notes]
         return "\n".join(lines)
 
 
