@@ -26,7 +26,7 @@ from vidaccel.kernels.common import (
 from vidaccel.kernels.schedule import LISTS, Schedule, list_tiles, write_table
 
 COUNTS = ["rows", "columns", "names_q", "names_k"]
-THRESHOLD = {"ROWS": 16, "SCORES": 32, "COLUMNS": 256, "num_warps": 4}
+THRESHOLD = {"ROWS": 16, "SCORES": 32, "COLUMNS": 256, "num_warps": 8}
 
 
 def select_top_p(
