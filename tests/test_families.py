@@ -159,7 +159,9 @@ def test_the_same_input_twice_gives_the_same_output(family: Case, decides: str):
         accelerate(family.pipe, policy=None, cache=with_corrector(family))
     steps = iter((Tick(0, 2, "cond", True), Tick(1, 2, "cond", False)))
     engine = engines_of(family.pipe)["transformer"]
-    engine._clock = SimpleNamespace(tick=lambda *args: next(steps), scheduler=family.pipe.scheduler)
+    engine._clock = SimpleNamespace(
+        values=lambda *args: (), tick=lambda *args: next(steps), scheduler=family.pipe.scheduler
+    )
     first, second = call.again(model), call.again(model)
     assert report(family.pipe).transformers[0].timeline in ("C-", "Cp")
     for expected, computed, reused in zip(plain, first, second, strict=True):

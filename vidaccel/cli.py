@@ -1,4 +1,4 @@
-"""The command line: vidaccel generate | build-policy | show | suggest-threshold | bench | env."""
+"""The command line: generate, build-policy, show, suggest-threshold, bench, hosts, env."""
 
 import argparse
 import json
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _policy_parsers,
         _suggest_parser,
         _bench_parser,
+        _hosts_parser,
         _env_parser,
     ):
         add(commands)
@@ -252,6 +253,57 @@ def _bench_parser(commands: Any) -> None:
     _add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
     commands_of_policies.add_benches(benches, _add_model_options, _pipeline)
+    _bench_kernel_parsers(benches)
+
+
+def _bench_kernel_parsers(benches: Any) -> None:
+    kernels = benches.add_parser(
+        "kernels", help="check the attention kernels on a CUDA GPU, then measure them"
+    )
+    kernels.add_argument("--shapes", help="part of a model's name, such as Wan; all if left out")
+    kernels.add_argument("--check-only", action="store_true", help="measure nothing")
+    kernels.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    kernels.set_defaults(run=_bench_kernels)
+    codegen = benches.add_parser(
+        "codegen", help="compile every kernel without a GPU: registers, spills, instruction mix"
+    )
+    codegen.add_argument("--chips", default="80,90,100,120", help="compute capabilities")
+    codegen.add_argument("--kernels", default="", help="part of a kernel's name")
+    codegen.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    codegen.set_defaults(run=_bench_codegen)
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    from vidaccel import kernel_bench
+
+    names = [name for name in kernel_bench.SHAPES if (arguments.shapes or "") in name]
+    if not names:
+        known = ", ".join(kernel_bench.SHAPES)
+        raise VidaccelError(f"no shape is called {arguments.shapes!r}; there are {known}")
+    if arguments.check_only:
+        names = []
+    result = kernel_bench.kernels(names, report=lambda line: print(line, file=sys.stderr))
+    print_result(kernel_bench.kernels_table(result), arguments.json)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
+
+
+def _bench_codegen(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    from vidaccel import codegen
+
+    chips = [int(chip) for chip in arguments.chips.split(",") if chip.strip().isdigit()]
+    if not chips or not set(chips) <= set(codegen.CHIPS):
+        raise VidaccelError(f"--chips takes some of 80,90,100,120, found {arguments.chips!r}")
+    result = codegen.codegen(chips, wanted=lambda shipped: arguments.kernels in shipped.name)
+    print_result(codegen.codegen_table(result), arguments.json)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
+    if result["problems"]:
+        raise VidaccelError(f"{len(result['problems'])} problems in generated code")
 
 
 def _bench_overhead(arguments: argparse.Namespace) -> None:
@@ -275,6 +327,17 @@ def _bench_overhead(arguments: argparse.Namespace) -> None:
     print_result(bench.overhead_table(result), arguments.json)
     if arguments.json is not None:
         write_json(result, arguments.json)
+
+
+def _hosts_parser(commands: Any) -> None:
+    parser = commands.add_parser("hosts", help="print the table of supported models")
+    parser.set_defaults(run=_hosts)
+
+
+def _hosts(arguments: argparse.Namespace) -> None:
+    from vidaccel.hosts import markdown_table
+
+    print(markdown_table())
 
 
 def _env_parser(commands: Any) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import nn
 
 from vidaccel.clock import Clock, Tick, noise_grid
@@ -32,6 +33,7 @@ from vidaccel.ledger import Call, Ledger
 from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
+from vidaccel.sparse import Attention
 from vidaccel.tape import Tape
 
 # The place of a call and the residual of its probe blocks.
@@ -52,15 +54,23 @@ class Engine:
         transformer: an instance of the class that `host` describes.
         host: its row of the table.
         source: the plan, resolved at the first call of each generation.
+        attention: what `accelerate(attention=...)` came to; None leaves attention alone.
 
     Raises:
         UnsupportedPipelineError: when the transformer is in a state that the engine cannot work
             with; nothing has been changed then.
     """
 
-    def __init__(self, transformer: nn.Module, host: HostSpec, source: CourseSource) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        host: HostSpec,
+        source: CourseSource,
+        attention: Attention | None = None,
+    ) -> None:
         _refuse_unsupported(transformer)
         source.check(transformer, host)
+        self.attention = attention or Attention()
         # Weak: a cycle would keep the weights of a dropped pipeline until the collector finds it.
         self._transformer = weakref.ref(transformer)
         self.host = host
@@ -146,6 +156,7 @@ class Engine:
         if hasattr(model, "cache_context"):
             vars(model)["cache_context"] = self._cache_context
             vars(model)["_reset_stateful_cache"] = self._reset_stateful_cache
+        self.attention.attach()
         vars(model)[_ATTRIBUTE] = self
 
     def detach(self) -> None:
@@ -155,6 +166,7 @@ class Engine:
         shadowed = ("cache_context", "_reset_stateful_cache", _ATTRIBUTE)
         for name in (*(spec.name for spec in self.host.blocks), *shadowed):
             vars(self.transformer).pop(name, None)
+        self.attention.detach()
         self._generation = None
 
     def serve(self, pipe: Any) -> None:
@@ -181,6 +193,7 @@ class Engine:
         """Stands in for the method that pipelines call when a generation has ended."""
         model = self.transformer
         type(model)._reset_stateful_cache(model, *args, **kwargs)
+        self.attention.forget()
         if self._generation is not None:
             self._generation.forget()
 
@@ -209,16 +222,18 @@ class Engine:
         elif tick.reshaped:
             generation.forget_tensors()
         device = samples[0].device
-        call = RunningCall(tick, device, _mark(device))
+        call = RunningCall(tick, device, _mark(device), _group_of(model))
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             generation.propose(call)
+        self.attention.begin(tick, refreshes=generation.keeps(tick.step) > 0)
         self._call = call
 
     def _restart(self, tick: Tick) -> Generation:
         """Begin a generation: nothing that was kept belongs to it."""
         # What is no longer wanted is freed before anything can be refused.
         self._generation = None
+        self.attention.restart()
         self.ledger.restart()
         setting = self._setting(tick)
         course = self.source.resolve(setting, self.host)
@@ -252,21 +267,23 @@ class Engine:
         if call.playing:
             return named.passed_through(args, kwargs)
         probe, corrector = generation.probe_blocks, self.ledger.blocks - generation.corrector_blocks
+        seen = _as_split(block, args, kwargs) if call.group is not None else (args, kwargs)
         if index == 0 and probe:
-            call.probed = named.main(args, kwargs)
+            call.probed = named.main(*seen)
         if index == probe:
             if probe:
-                self._after_probe(call, generation, named.main(args, kwargs))
-            call.entry = named.streams(args, kwargs)
+                self._after_probe(call, generation, named.main(*seen))
+            call.entry = named.streams(*seen)
             if call.undecided:
                 generation.decide(call)
         if index == corrector:
             args, kwargs = self._at_corrector(call, generation, named, args, kwargs)
         if call.reused and probe <= index < corrector:
-            output = named.passed_through(args, kwargs)
+            output = named.passed_through(*seen)
         else:
             call.blocks_run += 1
-            output = block(*args, **kwargs)
+            with self.attention.block(index, named, args, kwargs):
+                output = block(*args, **kwargs)
         if index + 1 == corrector == self.ledger.blocks and not self.host.heads:
             return self._after_last(call, generation, named, output)
         return output
@@ -340,8 +357,8 @@ class Engine:
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
                 f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}; context "
-                "parallelism is not supported yet: restore(pipe) before enabling it"
+                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}, so what "
+                "they add is not known: restore(pipe)"
             )
         if not call.reused:
             call.fresh.append((given - start).to(start.dtype))
@@ -355,6 +372,7 @@ class Engine:
             return None
         tick = call.tick
         self._call = None
+        self.attention.end()
         if tape is not None and call.playing:
             if generation.plans(tick.step) and generation.keeps(tick.step):
                 call.fresh = tape.residual(tick.step, tick.branch, call.device)
@@ -378,6 +396,23 @@ class Engine:
             generation.bytes_held,
         )
         return None
+
+
+def _group_of(model: nn.Module) -> Any:
+    """The processes that a model's tokens are spread over; None when it has them all."""
+    parallel = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    return None if parallel is None else parallel._flattened_mesh.get_group()
+
+
+def _as_split(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as a block sees them that context parallelism splits at its door."""
+    registry = getattr(block, "_diffusers_hook", None)
+    for hook in () if registry is None else registry.hooks.values():
+        if isinstance(hook, ContextParallelSplitHook):
+            args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return args, kwargs
 
 
 def _mark(device: torch.device) -> Any:
@@ -404,7 +439,3 @@ def _refuse_unsupported(transformer: nn.Module) -> None:
         raise UnsupportedPipelineError(_WHOLE_MODEL)
     if getattr(transformer, "_cache_config", None) is not None:
         raise UnsupportedPipelineError(_NATIVE_CACHE)
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise UnsupportedPipelineError(
-            "context parallelism is not supported yet: accelerate a pipeline that runs on one GPU"
-        )

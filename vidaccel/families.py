@@ -1,4 +1,4 @@
-"""The table of supported transformer classes: a row of data each.
+"""The table of supported video transformer classes: a row of data each.
 
 A row says where the transformer's blocks are, what they return, and which module reads the result
 after the last block. The engine needs nothing else to know about a model.
@@ -6,12 +6,9 @@ after the last block. The engine needs nothing else to know about a model.
 
 from vidaccel.hostspec import BlockList, Head, HostSpec
 
-# Blocks of joint attention return both of their streams, some the text first.
+# Blocks of joint attention return both of their streams.
 _JOINT = ("hidden_states", "encoder_hidden_states")
-_TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 _DEMO = "cache-dit's demo video, {} probe blocks"
-_IMAGE = {"tokens": ("image", "text"), "attention": None, "attention_note": "a single frame"}
-_IMAGE_TEXT_FIRST = _IMAGE | {"tokens": ("text", "image")}
 
 _WAN = (
     HostSpec(
@@ -83,6 +80,7 @@ _HUNYUAN = (
         guidance="embedded",
         tokens=("video", "text"),
         attention="attn",
+        mask="keys",
         threshold=0.12,
         threshold_origin=_DEMO.format(1),
     ),
@@ -107,6 +105,7 @@ _HUNYUAN = (
         family="HunyuanVideo 1.5",
         tokens=("video", "text"),
         attention="attn",
+        mask="pairs",
     ),
 )
 
@@ -131,7 +130,7 @@ _VIDEO = (
         "ConsisIDTransformer3DModel",
         ("ConsisIDPipeline",),
         (BlockList("transformer_blocks", _JOINT),),
-        (Head("norm_final", _TEXT_FIRST),),
+        (Head("norm_final", ("encoder_hidden_states", "hidden_states")),),
         family="ConsisID",
         guidance="batched",
         tokens=("text", "video"),
@@ -216,6 +215,7 @@ _VIDEO = (
         (BlockList("layers", ("und_seq", "gen_seq")),),
         (Head("norm_moe_gen", ("gen_seq",)),),
         family="Cosmos 3",
+        since="0.39",
         tokens=("text", "video"),
         attention=None,
         attention_note="one packed sequence of several modalities",
@@ -249,6 +249,7 @@ _VIDEO = (
         (BlockList("visual_transformer_blocks", ("vis", "aud")),),
         (),
         family="Kandinsky 6",
+        since="0.42",
         attention="video_dec_block.self_attention",
         main="vis",
     ),
@@ -260,8 +261,10 @@ _VIDEO = (
             BlockList("single_transformer_blocks", _JOINT),
         ),
         family="Motif-Video",
+        since="0.39",
         tokens=("video", "text"),
-        attention="attn",
+        attention=None,
+        attention_note="the last blocks take the video for their text",
         no_corrector="starts its last blocks from the patches again, with what the others made of "
         "them as their text, so these cannot run without the others",
     ),
@@ -279,12 +282,14 @@ _VIDEO = (
         ("AnyFlowPipeline",),
         (BlockList("blocks"),),
         family="AnyFlow",
+        since="0.39",
         guidance="batched",
     ),
     HostSpec(
         "AnyFlowFARTransformer3DModel",
         ("AnyFlowFARPipeline",),
         family="AnyFlow FAR",
+        since="0.39",
         unsupported="fills a key-value cache in the blocks of every chunk, which blocks that do "
         "not run would leave stale; use AnyFlowPipeline, or run it without vidaccel",
     ),

@@ -18,6 +18,7 @@ class RunningCall:
 
     Attributes:
         tick, device, started: its place, and when and where it began.
+        group: processes that the tokens are spread over (context parallelism), or None.
         playing: a recorded output is given back, and nothing runs.
         reused: the middle blocks do not run.
         undecided: the difference of the probe blocks will say which of the two.
@@ -34,6 +35,7 @@ class RunningCall:
     tick: Tick
     device: torch.device
     started: Any
+    group: Any = None
     playing: bool = False
     reused: bool = False
     undecided: bool = False
@@ -117,8 +119,13 @@ class Generation:
         call.probed = residual
         last = self._probes.get(call.tick.branch)
         if last is not None and last.shape == residual.shape:
-            change = (last.float() - residual.float()).abs().mean()
-            call.difference = change / last.float().abs().mean()
+            sums = torch.stack(
+                [(last.float() - residual.float()).abs().sum(), last.float().abs().sum()]
+            )
+            if call.group is not None:
+                # Every process of the model takes the same decision; no other process is asked.
+                torch.distributed.all_reduce(sums, group=call.group)
+            call.difference = sums[0] / sums[1]
 
     def forecast(self, call: RunningCall, index: int, device: torch.device) -> torch.Tensor:
         """The residual of head or stream `index` for a reused call."""

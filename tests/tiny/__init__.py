@@ -1,11 +1,11 @@
 """Tiny random pipelines of every supported family, built from a configuration, no download."""
 
-from tiny import cogvideo, cosmos, hunyuan, ltx, others, wan
+from tiny import cogvideo, cosmos, hunyuan, images, ltx, others, wan
 from tiny.base import LAYERS, STEPS, Build, Case, embeds, generator
 
 __all__ = ["CASES", "CORE", "LAYERS", "SINCE", "STEPS", "Build", "Case", "embeds", "generator"]
 
-_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others)
+_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others, images)
 
 CASES: dict[str, Build] = {build.__name__: build for module in _MODULES for build in module.CASES}
 
@@ -26,4 +26,11 @@ CORE = (
 )
 
 # Families that need a later diffusers than the oldest supported one: name of the case -> version.
-SINCE: dict[str, str] = {}
+SINCE = {
+    "cosmos3": "0.39",
+    "motif": "0.39",
+    "motif_decoder": "0.39",
+    "anyflow": "0.39",
+    "kandinsky6": "0.42",
+    "kandinsky6_silent": "0.42",
+}
