@@ -1,7 +1,9 @@
 """Building policies: durable, resumable, and equal however often it was interrupted."""
 
 import json
+import os
 import re
+import signal
 from inspect import signature
 
 import pytest
@@ -147,6 +149,30 @@ def test_a_killed_build_goes_on_and_gives_the_same_policy(case, tmp_path, monkey
     measured.clear()
     assert build_for(case, workdir=tmp_path) == expected
     assert measured == []
+
+
+def test_kill_minus_nine_in_the_middle_changes_nothing(case, tmp_path, monkeypatch):
+    expected = build_for(case)
+    save = work.WorkFolder.save
+    child = os.fork()
+    if child == 0:  # a process of its own, which ends without any chance to tidy up
+        monkeypatch.setattr(
+            work.WorkFolder,
+            "save",
+            lambda folder, sample, unit, errors: (
+                os.kill(os.getpid(), signal.SIGKILL)
+                if (sample, unit) == (1, 1)
+                else save(folder, sample, unit, errors)
+            ),
+        )
+        build_for(case, workdir=tmp_path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    shards = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("sample-*.json")}
+    assert len(shards) == 5
+    assert build_for(case, workdir=tmp_path) == expected
+    for name, time in shards.items():
+        assert (tmp_path / name).stat().st_mtime_ns == time
 
 
 @pytest.mark.parametrize(

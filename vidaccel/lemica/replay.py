@@ -228,7 +228,7 @@ class Replayer:
         output_type: str = "latent",
     ) -> Any:
         """What comes out of a run; `look` sees the input of each step's first call."""
-        accelerate(self.pipe, policy=plan)
+        accelerate(self.pipe, policy=plan, cache=None, attention=None)
         tape = tape or self.reference.tape
         tape.play_until = play_until
         seen: set[int] = set()

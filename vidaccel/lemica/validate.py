@@ -113,7 +113,7 @@ def scores(
             bar.update()
             for name, (plan, steps) in variants.items():
                 if plan is not None:
-                    accelerate(pipe, policy=plan)
+                    accelerate(pipe, policy=plan, cache=None, attention=None)
                 asked = {**call, "num_inference_steps": steps}
                 run = generate(pipe, asked, seed=seed, progress=False)
                 restore(pipe)
