@@ -42,7 +42,7 @@ def accelerate(
 
     Raises:
         UnsupportedPipelineError: no supported transformer; one that is compiled as a whole, has a
-            Diffusers cache enabled or runs in context parallel; a scheduler that calls the model
+            Diffusers cache enabled or runs in tensor parallel; a scheduler that calls the model
             more than once per step. The pipeline is unchanged then.
         PlanError: `policy`, `cache` or `preset` is none of the above, or the block cache asks for
             more blocks than the transformer has.

@@ -29,6 +29,7 @@ from vidaccel.errors import ScheduleError, UnsupportedPipelineError
 from vidaccel.generation import Generation, RunningCall
 from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
+from vidaccel.parallel import group_of, refuse_unsupported, seen_by
 from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
@@ -184,6 +185,7 @@ class Engine:
             raise UnsupportedPipelineError(_WHOLE_MODEL)
         if getattr(model, "_cache_config", None) is not None:
             raise UnsupportedPipelineError(_NATIVE_CACHE)
+        refuse_unsupported(model)
         for ref, scheduler in self._pipelines:
             pipe = ref()
             if pipe is not None and pipe.scheduler is not scheduler:
@@ -244,21 +246,22 @@ class Engine:
         if call is None or generation is None:
             return block(*args, **kwargs)
         index, call.position = call.position, call.position + 1
+        seen, seen_by_name = seen_by(block, args, kwargs)
         if call.playing:
-            return named.passed_through(args, kwargs)
+            return named.passed_through(seen, seen_by_name)
         probe, corrector = generation.probe_blocks, self.ledger.blocks - generation.corrector_blocks
         if index == 0 and probe:
-            call.probed = named.main(args, kwargs)
+            call.probed = named.main(seen, seen_by_name)
         if index == probe:
             if probe:
-                self._after_probe(call, generation, named.main(args, kwargs))
-            call.entry = named.streams(args, kwargs)
+                self._after_probe(call, generation, named.main(seen, seen_by_name))
+            call.entry = named.streams(seen, seen_by_name)
             if call.undecided:
                 generation.decide(call)
         if index == corrector:
             args, kwargs = self._at_corrector(call, generation, named, args, kwargs)
         if call.reused and probe <= index < corrector:
-            output = named.passed_through(args, kwargs)
+            output = named.passed_through(seen, seen_by_name)
         else:
             call.blocks_run += 1
             output = block(*args, **kwargs)
@@ -272,7 +275,7 @@ class Engine:
         residual = (main - call.probed.to(main.device))[..., :: generation.cache.probe_stride, :]
         if self.on_probe is not None:
             self.on_probe(call.tick, residual)
-        generation.compare(call, residual)
+        generation.compare(call, residual, group_of(self.transformer))
 
     def _at_corrector(
         self,
@@ -334,8 +337,7 @@ class Engine:
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
                 f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}; context "
-                "parallelism is not supported yet: restore(pipe) before enabling it"
+                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}"
             )
         if not call.reused:
             call.fresh.append((given - start).to(start.dtype))
@@ -395,7 +397,4 @@ def _refuse_unsupported(transformer: nn.Module) -> None:
         raise UnsupportedPipelineError(_WHOLE_MODEL)
     if getattr(transformer, "_cache_config", None) is not None:
         raise UnsupportedPipelineError(_NATIVE_CACHE)
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise UnsupportedPipelineError(
-            "context parallelism is not supported yet: accelerate a pipeline that runs on one GPU"
-        )
+    refuse_unsupported(transformer)

@@ -7,6 +7,7 @@ import torch
 
 from vidaccel.clock import Tick
 from vidaccel.dbcache import FIRST, PLANNED, DBCache, Decider
+from vidaccel.parallel import relative_change
 from vidaccel.plan import Plan, Setting
 from vidaccel.residuals import Residuals
 from vidaccel.sources import Course
@@ -112,13 +113,12 @@ class Generation:
             call.compute(objection)
         decider.settle(call.tick.step, call.reason, difference)
 
-    def compare(self, call: RunningCall, residual: torch.Tensor) -> None:
-        """Take the residual of the probe blocks, and how much it has changed."""
+    def compare(self, call: RunningCall, residual: torch.Tensor, group: Any = None) -> None:
+        """Take the residual of the probe blocks, and how much it has changed in all of `group`."""
         call.probed = residual
         last = self._probes.get(call.tick.branch)
         if last is not None and last.shape == residual.shape:
-            change = (last.float() - residual.float()).abs().mean()
-            call.difference = change / last.float().abs().mean()
+            call.difference = relative_change(last, residual, group)
 
     def forecast(self, call: RunningCall, index: int, device: torch.device) -> torch.Tensor:
         """The residual of head or stream `index` for a reused call."""
