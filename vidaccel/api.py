@@ -105,6 +105,7 @@ def report(pipe: Any) -> Report:
                 engine.ledger,
                 engine.bytes_held,
                 engine.cache.threshold if engine.cache is not None else None,
+                notes=engine.notes,
             )
             for name, engine in engines.items()
         ),

@@ -316,6 +316,40 @@ def _bench_parser(commands: Any) -> None:
     overhead.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
     _add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
+    soak = benches.add_parser(
+        "soak",
+        help="memory and equal outputs over many generations of the embedded model",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    soak.add_argument("--generations", type=at_least(1), default=200)
+    soak.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
+    soak.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    soak.set_defaults(run=_bench_soak)
+
+
+def _bench_soak(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    import torch
+    from diffusers import WanPipeline
+
+    from vidaccel.environment import embedded_model, environment
+    from vidaccel.soak import soak
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    pipe = WanPipeline.from_pretrained(embedded_model())
+    pipe.set_progress_bar_config(disable=True)
+    result = {"kind": "soak", "model": "tiny-wan", **soak(pipe, arguments.generations)}
+    result["environment"] = environment()
+    line = (
+        f"{result['generations']} generations of {result['kinds']} requests: "
+        f"{result['different']} differ from their first, resident memory "
+        f"{result['growth_bytes'] / 2**20:+.1f} MiB, {result['held_bytes']} bytes of cache held"
+    )
+    print_result(line, arguments.json)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
 
 
 def _bench_overhead(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from vidaccel.adapters import active_adapters
 from vidaccel.clock import Clock, Tick, noise_grid
 from vidaccel.dbcache import DBCache
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
@@ -96,6 +97,18 @@ class Engine:
         """What decides, and what that came to in the last generation."""
         origin = "" if self._generation is None else self._generation.origin
         return ": ".join(filter(None, (self.source.description, origin)))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the last generation's report should know besides its numbers."""
+        setting = self.setting
+        if setting is None or not setting.adapters or not (self.plan or self.cache):
+            return ()
+        names = ", ".join(setting.adapters)
+        return (
+            f"adapters were active ({names}), which no policy and no threshold that comes with "
+            "vidaccel was measured with; compare a clip with one of policy=None",
+        )
 
     @property
     def setting(self) -> Setting | None:
@@ -236,6 +249,7 @@ class Engine:
             config_hash=sha256(text.encode()).hexdigest(),
             scheduler=type(scheduler).__name__,
             sigmas=noise_grid(scheduler, tick.num_inference_steps),
+            adapters=active_adapters(self.transformer),
         )
 
     def _run_block(

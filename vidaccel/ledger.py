@@ -202,6 +202,7 @@ class TransformerReport:
         ledger: Ledger,
         bytes_held: int,
         threshold: float | None = None,
+        notes: tuple[str, ...] = (),
     ) -> "TransformerReport":
         """The report of one ledger."""
         branches = tuple(
@@ -229,7 +230,7 @@ class TransformerReport:
             ledger.peak_bytes,
             branches,
             steps,
-            _notes(steps, threshold),
+            (*_notes(steps, threshold), *notes),
         )
 
 

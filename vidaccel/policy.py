@@ -18,7 +18,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.files import write_text
-from vidaccel.plan import PRESETS, Plan, Setting
+from vidaccel.plan import FEW_STEPS, PRESETS, Plan, Setting
 from vidaccel.schema import (
     MAX_STEPS,
     Budget,
@@ -291,7 +291,13 @@ class CachePolicy(Record):
             ("scheduler.name", self.scheduler.name, setting.scheduler),
         ):
             if mine is not None and theirs is not None and mine != theirs:
-                raise PolicyError(f"{field}: the policy is for {mine}, this run has {theirs}")
+                message = f"{field}: the policy is for {mine}, this run has {theirs}"
+                if setting.adapters and setting.num_inference_steps < FEW_STEPS:
+                    message += (
+                        f" and the adapters {', '.join(setting.adapters)}: a few-step model has "
+                        "no step to spare, use policy=None"
+                    )
+                raise PolicyError(message)
         grid, other = self.scheduler.sigmas, setting.sigmas
         if grid is None or other is None:
             return
