@@ -104,13 +104,8 @@ SINGLE = [
     (tiled,),
     (cast,),
 ]
-COMBINED = [
-    order
-    for offload in (model_offload, block_offload)
-    for order in itertools.permutations((adapted, compiled, offload))
-    # An adapter changes the modules of blocks: Diffusers wants it before both others.
-    if order[0] is adapted
-]
+# An adapter changes the modules of blocks: Diffusers wants it before both others.
+COMBINED = [(adapted, compiled, model_offload), (adapted, block_offload, compiled)]
 
 
 def _name(actions: Any) -> str:
@@ -124,11 +119,10 @@ def test_accelerate_commutes_with(actions, build, name):
     equal_in_every_order(build, name, actions)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("build", [wan, hunyuan], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("actions", COMBINED, ids=_name)
-def test_accelerate_stands_anywhere_among(actions, build, name):
-    equal_in_every_order(build, name, actions)
+def test_accelerate_stands_anywhere_among(actions, build):
+    equal_in_every_order(build, "cache", actions)
 
 
 @pytest.mark.parametrize("build", [wan, hunyuan], ids=lambda build: build.__name__)

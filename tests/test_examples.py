@@ -27,7 +27,7 @@ def test_torchrun_runs_on_two_ranks(tmp_path):
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     result = subprocess.run(
-        [*launch, "--master-port", "0", str(runner)],
+        [*launch, "--standalone", str(runner)],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,
