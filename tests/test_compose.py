@@ -31,10 +31,6 @@ def model_offload(pipe: Any) -> None:
     pipe.enable_model_cpu_offload(device="cpu")
 
 
-def sequential_offload(pipe: Any) -> None:
-    pipe.enable_sequential_cpu_offload(device="cpu")
-
-
 def group_offload(level: str, pipe: Any) -> None:
     options = {"num_blocks_per_group": 1} if level == "block_level" else {}
     pipe.transformer.enable_group_offload(
@@ -97,7 +93,6 @@ def equal_in_every_order(build: Any, name: str, actions: tuple[Any, ...]) -> Non
 SINGLE = [
     (compiled,),
     (model_offload,),
-    (sequential_offload,),
     (block_offload,),
     (leaf_offload,),
     (adapted,),
