@@ -107,3 +107,16 @@ def test_the_space_is_what_its_read_me_says(tmp_path):
     finally:
         server.kill()
         server.wait()
+
+
+def test_torchrun_on_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--size", "64", "--frames", "5", "--steps", "8", "--out", "clip.mp4"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "torchrun.py"), *options],
+        cwd=tmp_path, env=os.environ | QUIET | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("WanPipeline.transformer") == 1  # one of them tells
+    assert video.read_video(tmp_path / "clip.mp4")[0].shape == (5, 64, 64, 3)

@@ -54,7 +54,7 @@ def accelerate(
 
     Raises:
         UnsupportedPipelineError: no supported transformer; one that is compiled as a whole, has a
-            Diffusers cache enabled or runs in context parallel; a scheduler that calls the model
+            Diffusers cache enabled or runs in tensor parallel; a scheduler that calls the model
             more than once per step. The pipeline is unchanged then.
         PlanError: `policy`, `cache` or `preset` is none of the above, or the block cache asks for
             more blocks than the transformer has.
@@ -123,6 +123,7 @@ def report(pipe: Any) -> Report:
                 engine.bytes_held,
                 engine.cache.threshold if engine.cache is not None else None,
                 engine.attention.report(),
+                notes=engine.notes,
             )
             for name, engine in engines.items()
         ),

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import nn
 
+from vidaccel.adapters import active_adapters
 from vidaccel.clock import Clock, Tick, noise_grid
 from vidaccel.dbcache import DBCache
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
 from vidaccel.generation import Generation, RunningCall
 from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
+from vidaccel.parallel import group_of, refuse_unsupported, seen_by
 from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
@@ -105,6 +106,18 @@ class Engine:
         """What decides, and what that came to in the last generation."""
         origin = "" if self._generation is None else self._generation.origin
         return ": ".join(filter(None, (self.source.description, origin)))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the last generation's report should know besides its numbers."""
+        setting = self.setting
+        if setting is None or not setting.adapters or not (self.plan or self.cache):
+            return ()
+        names = ", ".join(setting.adapters)
+        return (
+            f"adapters were active ({names}), which no policy and no threshold that comes with "
+            "vidaccel was measured with; compare a clip with one of policy=None",
+        )
 
     @property
     def setting(self) -> Setting | None:
@@ -202,6 +215,7 @@ class Engine:
             raise UnsupportedPipelineError(_WHOLE_MODEL)
         if getattr(model, "_cache_config", None) is not None:
             raise UnsupportedPipelineError(_NATIVE_CACHE)
+        refuse_unsupported(model)
         for ref, scheduler in self._pipelines:
             pipe = ref()
             if pipe is not None and pipe.scheduler is not scheduler:
@@ -222,7 +236,7 @@ class Engine:
         elif tick.reshaped:
             generation.forget_tensors()
         device = samples[0].device
-        call = RunningCall(tick, device, _mark(device), _group_of(model))
+        call = RunningCall(tick, device, _mark(device))
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             generation.propose(call)
@@ -254,6 +268,7 @@ class Engine:
             config_hash=sha256(text.encode()).hexdigest(),
             scheduler=type(scheduler).__name__,
             sigmas=noise_grid(scheduler, tick.num_inference_steps),
+            adapters=active_adapters(self.transformer),
         )
 
     def _run_block(
@@ -264,22 +279,22 @@ class Engine:
         if call is None or generation is None:
             return block(*args, **kwargs)
         index, call.position = call.position, call.position + 1
+        seen, seen_by_name = seen_by(block, args, kwargs)
         if call.playing:
-            return named.passed_through(args, kwargs)
+            return named.passed_through(seen, seen_by_name)
         probe, corrector = generation.probe_blocks, self.ledger.blocks - generation.corrector_blocks
-        seen = _as_split(block, args, kwargs) if call.group is not None else (args, kwargs)
         if index == 0 and probe:
-            call.probed = named.main(*seen)
+            call.probed = named.main(seen, seen_by_name)
         if index == probe:
             if probe:
-                self._after_probe(call, generation, named.main(*seen))
-            call.entry = named.streams(*seen)
+                self._after_probe(call, generation, named.main(seen, seen_by_name))
+            call.entry = named.streams(seen, seen_by_name)
             if call.undecided:
                 generation.decide(call)
         if index == corrector:
             args, kwargs = self._at_corrector(call, generation, named, args, kwargs)
         if call.reused and probe <= index < corrector:
-            output = named.passed_through(*seen)
+            output = named.passed_through(seen, seen_by_name)
         else:
             call.blocks_run += 1
             with self.attention.block(index, named, args, kwargs):
@@ -294,7 +309,7 @@ class Engine:
         residual = (main - call.probed.to(main.device))[..., :: generation.cache.probe_stride, :]
         if self.on_probe is not None:
             self.on_probe(call.tick, residual)
-        generation.compare(call, residual)
+        generation.compare(call, residual, group_of(self.transformer))
 
     def _at_corrector(
         self,
@@ -357,8 +372,7 @@ class Engine:
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
                 f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}, so what "
-                "they add is not known: restore(pipe)"
+                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}"
             )
         if not call.reused:
             call.fresh.append((given - start).to(start.dtype))
@@ -398,23 +412,6 @@ class Engine:
         return None
 
 
-def _group_of(model: nn.Module) -> Any:
-    """The processes that a model's tokens are spread over; None when it has them all."""
-    parallel = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
-    return None if parallel is None else parallel._flattened_mesh.get_group()
-
-
-def _as_split(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments as a block sees them that context parallelism splits at its door."""
-    registry = getattr(block, "_diffusers_hook", None)
-    for hook in () if registry is None else registry.hooks.values():
-        if isinstance(hook, ContextParallelSplitHook):
-            args, kwargs = hook.pre_forward(block, *args, **kwargs)
-    return args, kwargs
-
-
 def _mark(device: torch.device) -> Any:
     """A moment on the device's own time line, without waiting for the device."""
     if device.type != "cuda":
@@ -439,3 +436,4 @@ def _refuse_unsupported(transformer: nn.Module) -> None:
         raise UnsupportedPipelineError(_WHOLE_MODEL)
     if getattr(transformer, "_cache_config", None) is not None:
         raise UnsupportedPipelineError(_NATIVE_CACHE)
+    refuse_unsupported(transformer)

@@ -7,6 +7,7 @@ import torch
 
 from vidaccel.clock import Tick
 from vidaccel.dbcache import FIRST, PLANNED, DBCache, Decider
+from vidaccel.parallel import relative_change
 from vidaccel.plan import Plan, Setting
 from vidaccel.residuals import Residuals
 from vidaccel.sources import Course
@@ -18,7 +19,6 @@ class RunningCall:
 
     Attributes:
         tick, device, started: its place, and when and where it began.
-        group: processes that the tokens are spread over (context parallelism), or None.
         playing: a recorded output is given back, and nothing runs.
         reused: the middle blocks do not run.
         undecided: the difference of the probe blocks will say which of the two.
@@ -35,7 +35,6 @@ class RunningCall:
     tick: Tick
     device: torch.device
     started: Any
-    group: Any = None
     playing: bool = False
     reused: bool = False
     undecided: bool = False
@@ -114,18 +113,12 @@ class Generation:
             call.compute(objection)
         decider.settle(call.tick.step, call.reason, difference)
 
-    def compare(self, call: RunningCall, residual: torch.Tensor) -> None:
-        """Take the residual of the probe blocks, and how much it has changed."""
+    def compare(self, call: RunningCall, residual: torch.Tensor, group: Any = None) -> None:
+        """Take the residual of the probe blocks, and how much it has changed in all of `group`."""
         call.probed = residual
         last = self._probes.get(call.tick.branch)
         if last is not None and last.shape == residual.shape:
-            sums = torch.stack(
-                [(last.float() - residual.float()).abs().sum(), last.float().abs().sum()]
-            )
-            if call.group is not None:
-                # Every process of the model takes the same decision; no other process is asked.
-                torch.distributed.all_reduce(sums, group=call.group)
-            call.difference = sums[0] / sums[1]
+            call.difference = relative_change(last, residual, group)
 
     def forecast(self, call: RunningCall, index: int, device: torch.device) -> torch.Tensor:
         """The residual of head or stream `index` for a reused call."""

@@ -245,6 +245,7 @@ class TransformerReport:
         bytes_held: int,
         threshold: float | None = None,
         attention: AttentionReport | None = None,
+        notes: tuple[str, ...] = (),
     ) -> "TransformerReport":
         """The report of one ledger."""
         branches = tuple(
@@ -272,7 +273,7 @@ class TransformerReport:
             ledger.peak_bytes,
             branches,
             steps,
-            _notes(steps, threshold),
+            (*_notes(steps, threshold), *notes),
             attention,
         )
 

@@ -162,6 +162,7 @@ class Setting:
         config_hash: SHA-256 of the transformer's config.
         scheduler: class name.
         sigmas: noise level of each step, T of them.
+        adapters: names of the adapters (LoRA) that are at work.
     """
 
     num_inference_steps: int
@@ -170,6 +171,7 @@ class Setting:
     config_hash: str | None = None
     scheduler: str | None = None
     sigmas: tuple[float, ...] | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

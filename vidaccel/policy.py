@@ -19,7 +19,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.files import write_text
 from vidaccel.lemica.segments import Move
-from vidaccel.plan import PRESETS, Plan, Setting
+from vidaccel.plan import FEW_STEPS, PRESETS, Plan, Setting
 from vidaccel.schema import (
     MAX_STEPS,
     Budget,
@@ -361,6 +361,7 @@ class CachePolicy(Record):
         """
         self.check_model(setting)
         self._check_fields(
+            setting,
             ("num_inference_steps", self.num_inference_steps, setting.num_inference_steps),
             ("scheduler.name", self.scheduler.name, setting.scheduler),
         )
@@ -377,15 +378,22 @@ class CachePolicy(Record):
     def check_model(self, setting: Setting) -> None:
         """Hold the model alone against a run; raises PolicyError as `check` does."""
         self._check_fields(
+            setting,
             ("model.transformer", self.model.transformer, setting.transformer),
             ("model.id", self.model.id, setting.model_id),
             ("model.config_hash", self.model.config_hash, setting.config_hash),
         )
 
-    def _check_fields(self, *fields: tuple[str, Any, Any]) -> None:
+    def _check_fields(self, setting: Setting, *fields: tuple[str, Any, Any]) -> None:
         for field, mine, theirs in fields:
             if mine is not None and theirs is not None and mine != theirs:
-                raise PolicyError(f"{field}: the policy is for {mine}, this run has {theirs}")
+                message = f"{field}: the policy is for {mine}, this run has {theirs}"
+                if setting.adapters and setting.num_inference_steps < FEW_STEPS:
+                    message += (
+                        f" and the adapters {', '.join(setting.adapters)}: a few-step model has "
+                        "no step to spare, use policy=None"
+                    )
+                raise PolicyError(message)
 
 
 # start, end, order, scale, previous step: what an edge's error holds for
