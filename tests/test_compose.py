@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny.base import STEPS, Case, embeds, generator
+from tiny.base import STEPS, Case, generator
 from tiny.hunyuan import hunyuan
 from tiny.wan import wan, wan_v2v
 
