@@ -40,7 +40,9 @@ def sequential_offload(pipe: Any) -> None:
     """The hooks of enable_sequential_cpu_offload, which fails on a CPU: it moves buffers too."""
     from accelerate import cpu_offload
 
-    cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=False)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            cpu_offload(module, torch.device("cpu"), offload_buffers=False)
 
 
 def casting(pipe: Any) -> None:
