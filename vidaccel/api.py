@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from vidaccel.engine import Engine, engine_of
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
-from vidaccel.hosts import find_transformers
+from vidaccel.hosts import active_adapters, find_transformers
 from vidaccel.ledger import Report, TransformerReport
 from vidaccel.sources import course_source
 
@@ -105,6 +105,7 @@ def report(pipe: Any) -> Report:
                 engine.ledger,
                 engine.bytes_held,
                 engine.cache.threshold if engine.cache is not None else None,
+                active_adapters(engine.transformer),
             )
             for name, engine in engines.items()
         ),

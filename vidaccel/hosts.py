@@ -6,7 +6,15 @@ from vidaccel.errors import UnsupportedPipelineError
 from vidaccel.families import ROWS
 from vidaccel.hostspec import BlockList, Head, HostSpec
 
-__all__ = ["HOSTS", "BlockList", "Head", "HostSpec", "find_transformers", "register_host"]
+__all__ = [
+    "HOSTS",
+    "BlockList",
+    "Head",
+    "HostSpec",
+    "active_adapters",
+    "find_transformers",
+    "register_host",
+]
 
 # By the name of the class; a subclass is found under the name of its base.
 HOSTS: dict[str, HostSpec] = {row.transformer: row for row in ROWS}
@@ -74,6 +82,21 @@ def find_transformers(pipe: Any) -> dict[str, tuple[Any, HostSpec]]:
             "vidaccel.register_host adds another"
         )
     return found
+
+
+def active_adapters(transformer: Any) -> tuple[str, ...]:
+    """Names of the LoRA adapters at work in a transformer, fused ones included, sorted."""
+    if not getattr(transformer, "_hf_peft_config_loaded", False):
+        return ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names: set[str] = set()
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            # A layer that is switched off still names its active adapters.
+            names |= set(module.merged_adapters)
+            names |= set() if module.disable_adapters else set(module.active_adapters)
+    return tuple(sorted(names))
 
 
 def _row_of(module: Any) -> HostSpec | None:

@@ -202,8 +202,9 @@ class TransformerReport:
         ledger: Ledger,
         bytes_held: int,
         threshold: float | None = None,
+        adapters: tuple[str, ...] = (),
     ) -> "TransformerReport":
-        """The report of one ledger."""
+        """The report of one ledger; `adapters` are those at work in the transformer."""
         branches = tuple(
             BranchReport(
                 branch=branch,
@@ -229,7 +230,7 @@ class TransformerReport:
             ledger.peak_bytes,
             branches,
             steps,
-            _notes(steps, threshold),
+            _notes(steps, threshold) + _adapter_notes(steps, adapters),
         )
 
 
@@ -254,6 +255,17 @@ def _notes(steps: tuple[StepReport, ...], threshold: float | None) -> tuple[str,
     return (
         f"nothing was reused at threshold {threshold:g}: the calls were computed for {told}"
         f"{smallest}",
+    )
+
+
+def _adapter_notes(steps: tuple[StepReport, ...], adapters: tuple[str, ...]) -> tuple[str, ...]:
+    """That what was reused was decided for another model than the one that ran."""
+    if not adapters or all(step.kind == "computed" for step in steps):
+        return ()
+    return (
+        f"adapters at work: {', '.join(adapters)}; plans and thresholds are measured on the base "
+        "model, so compare a clip with restore(pipe), and calibrate with the adapter where it "
+        "changes the number of steps",
     )
 
 
