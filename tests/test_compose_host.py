@@ -255,34 +255,6 @@ def test_a_few_step_lora_is_not_run_with_the_plan_of_its_base():
         case.run(num_inference_steps=4)
 
 
-def test_the_report_names_adapters_that_a_plan_was_not_measured_with():
-    case = wan()
-    accelerate(case.pipe, policy=PLAN, cache=None)
-    case.run()
-    assert not report(case.pipe).transformers[0].notes
-    lora(case.pipe, "style")
-    model = case.pipe.transformer
-
-    def noted() -> bool:
-        notes = report(case.pipe).transformers[0].notes
-        return any("adapters at work: style; plans" in note for note in notes)
-
-    case.run()
-    assert noted() and "adapters at work: style" in str(report(case.pipe))
-    model.disable_adapters()
-    assert not noted()
-    model.enable_adapters()
-    model.fuse_lora()
-    assert noted()
-    model.unfuse_lora()
-    model.unload_lora()
-    assert not noted()
-    lora(case.pipe, "lightning")
-    accelerate(case.pipe)
-    case.run(num_inference_steps=4)  # every step is computed: nothing to warn of
-    assert not report(case.pipe).transformers[0].notes
-
-
 # Callbacks and interruption.
 
 

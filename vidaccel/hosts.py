@@ -3,21 +3,22 @@
 from typing import Any
 
 from vidaccel.errors import UnsupportedPipelineError
-from vidaccel.families import ROWS
+from vidaccel.families import ROWS as VIDEO_ROWS
 from vidaccel.hostspec import BlockList, Head, HostSpec
+from vidaccel.image_families import ROWS as IMAGE_ROWS
 
 __all__ = [
     "HOSTS",
     "BlockList",
     "Head",
     "HostSpec",
-    "active_adapters",
     "find_transformers",
+    "markdown_table",
     "register_host",
 ]
 
 # By the name of the class; a subclass is found under the name of its base.
-HOSTS: dict[str, HostSpec] = {row.transformer: row for row in ROWS}
+HOSTS: dict[str, HostSpec] = {row.transformer: row for row in (*VIDEO_ROWS, *IMAGE_ROWS)}
 
 
 def register_host(spec: HostSpec) -> HostSpec:
@@ -84,19 +85,28 @@ def find_transformers(pipe: Any) -> dict[str, tuple[Any, HostSpec]]:
     return found
 
 
-def active_adapters(transformer: Any) -> tuple[str, ...]:
-    """Names of the LoRA adapters at work in a transformer, fused ones included, sorted."""
-    if not getattr(transformer, "_hf_peft_config_loaded", False):
-        return ()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    names: set[str] = set()
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            # A layer that is switched off still names its active adapters.
-            names |= set(module.merged_adapters)
-            names |= set() if module.disable_adapters else set(module.active_adapters)
-    return tuple(sorted(names))
+def markdown_table() -> str:
+    """The table of supported models, as the README shows it."""
+    head = (
+        "model",
+        "pipelines tested",
+        "step plans",
+        "block cache",
+        "SVG2",
+        "diffusers",
+    )
+    rows = [head, ("---",) * len(head)]
+    for row in HOSTS.values():
+        pipelines = ", ".join(f"`{name}`" for name in row.pipelines)
+        if row.unsupported:
+            cells = ("no", f"no: {row.transformer} {row.unsupported}", "")
+        else:
+            threshold = "yes" if row.threshold is None else f"yes, threshold {row.threshold:g}"
+            cache = threshold + ("; no corrector blocks" if row.no_corrector else "")
+            attention = "yes" if row.attention else f"no: {row.attention_note}"
+            cells = ("yes", cache, attention)
+        rows.append((row.family or row.transformer, pipelines, *cells, f"≥ {row.since}"))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _row_of(module: Any) -> HostSpec | None:
