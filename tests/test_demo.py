@@ -148,7 +148,7 @@ def playing(tab):
 def test_an_example_is_there_before_any_run(tab):
     tab.wait_for_selector("#numbers .va-cards")
     tab.wait_for_selector("#accelerated video")
-    assert tab.locator("#examples img").count() >= 3
+    until(lambda: tab.locator("#examples img").count() >= 3)
     assert tab.locator("#history").count() == 0 or not tab.locator("#history").is_visible()
     until(lambda: all(clip and clip[2] >= 2 and not clip[1] for clip in playing(tab)))
     tab.locator("#examples button.thumbnail-item, #examples .grid-container button").nth(1).click()
@@ -177,7 +177,7 @@ def test_generate_compare_and_look_back(tab, tmp_path):
     tab.evaluate("document.querySelector('#accelerated video').play()")
     until(lambda: [clip[1] for clip in playing(tab)] == [False, False])
 
-    assert tab.locator("#history .grid-container button").count() == 1
+    until(lambda: tab.locator("#history .grid-container button").count() == 1)
     with tab.expect_download() as download:
         tab.locator("#files a", has_text="B").first.click()
     clip = tmp_path / "clip.mp4"
