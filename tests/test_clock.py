@@ -19,12 +19,13 @@ def scheduler(table=TABLE, counts=True):
 class Driven:
     """A clock of which the schedulers are fixed."""
 
-    def __init__(self, *schedulers):
+    def __init__(self, *schedulers, times=("t",)):
         self.schedulers = schedulers
-        self.clock = Clock(lambda position: ("cond", "uncond")[position])
+        self.clock = Clock(lambda position: ("cond", "uncond")[position], times)
 
-    def tick(self, *call):
-        return self.clock.tick(self.schedulers, *call)
+    def tick(self, timestep, context, shape):
+        times = timestep if isinstance(timestep, tuple) else (timestep,)
+        return self.clock.tick(self.schedulers, times, context, shape)
 
 
 def drive(clock, source, contexts, *, counts=True, table=TABLE, dtype=torch.float32, start=0):
@@ -85,16 +86,16 @@ def test_neighbours_that_round_to_the_same_bfloat16_stay_apart(counts, context):
     assert [restarted for _, _, restarted in ticks] == [True] + 5 * [False]
 
 
-def test_a_changed_shape_restarts_once_and_keeps_the_step():
+def test_a_changed_shape_is_told_once_and_goes_on():
     source = scheduler(counts=False)
     clock = Driven(source)
     clock.tick(1000.0, "cond", SHAPE)
     clock.tick(1000.0, "uncond", SHAPE)
     other = (1, 16, 1, 8, 8)
     changed = clock.tick(940.5, "cond", other)
-    assert (changed.step, changed.restarted) == (1, True)
-    assert not clock.tick(940.5, "uncond", other).restarted
-    assert not clock.tick(860.25, "cond", other).restarted
+    assert (changed.step, changed.restarted, changed.reshaped) == (1, False, True)
+    for tick in (clock.tick(940.5, "uncond", other), clock.tick(860.25, "cond", other)):
+        assert not (tick.restarted or tick.reshaped)
 
 
 def test_two_schedulers_of_two_pipelines():
@@ -103,6 +104,35 @@ def test_two_schedulers_of_two_pipelines():
     drive(clock, first, ["cond"])
     other = drive(clock, second, ["cond"], table=[900.0, 300.0], counts=False)
     assert other == [(0, "cond", True), (1, "cond", False)]
+
+
+@pytest.mark.parametrize(
+    ("time", "told"),
+    [
+        ("t", lambda t, sigma: t),
+        ("t / 1000", lambda t, sigma: t / 1000),
+        ("1 - t / 1000", lambda t, sigma: 1 - t / 1000),
+        ("sigma", lambda t, sigma: sigma),
+        ("sigma / (sigma + 1)", lambda t, sigma: sigma / (sigma + 1)),
+    ],
+)
+@pytest.mark.parametrize("among", [1, 3], ids=["the only one", "one of three"])
+def test_what_pipelines_say_about_the_time(time, told, among):
+    sigmas = [80.0, 24.4, 5.84, 0.965, 0.08]
+    source = scheduler(counts=False)
+    source.sigmas = torch.tensor([*sigmas, 0.0])
+    others = ("sigma / (sigma + 1)", "t", "sigma")[: among - 1]
+    clock = Driven(source, times=(*others, time) if time not in others else others)
+    for step, (t, sigma) in enumerate(zip(TABLE, sigmas, strict=True)):
+        tick = clock.tick(told(t, sigma), "cond", SHAPE)
+        assert (tick.step, tick.restarted) == (step, step == 0)
+
+
+def test_conditioning_frames_with_a_later_time_than_the_others():
+    clock = Driven(scheduler(counts=False))
+    ticks = [clock.tick((max(t, 790.0), min(t, 790.0)), "cond", SHAPE) for t in TABLE]
+    assert [tick.step for tick in ticks] == list(range(5))
+    assert not any(tick.restarted for tick in ticks[1:])
 
 
 def test_a_timestep_of_nobody_is_an_error():

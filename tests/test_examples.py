@@ -52,7 +52,7 @@ def test_build_policy(tmp_path):
 def test_compare_settings(tmp_path):
     shown = run("compare_settings.py", *SMALL, folder=tmp_path)
     lines = [line for line in shown.splitlines() if " dB " in line]
-    assert lines[0].startswith("every 3rd step")
+    assert lines[0].strip().startswith("every 3rd step")
     assert lines[0].endswith("C--C--") and len(lines) == 2
     assert Image.open(tmp_path / "compare-settings.png").width > 100
 

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from vidaccel.api import accelerate, report, restore
     from vidaccel.dbcache import DBCache
     from vidaccel.errors import VidaccelError
+    from vidaccel.hosts import register_host
+    from vidaccel.hostspec import BlockList, Head, HostSpec
     from vidaccel.lemica.build import build_policy
     from vidaccel.plan import Plan
     from vidaccel.policy import CachePolicy
+    from vidaccel.svg2 import SVG2
     from vidaccel.threshold import suggest_threshold
 
 # Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
@@ -41,19 +44,29 @@ _HOME = {
     "accelerate": "api",
     "report": "api",
     "restore": "api",
+    "register_host": "hosts",
+    "BlockList": "hostspec",
+    "Head": "hostspec",
+    "HostSpec": "hostspec",
     "suggest_threshold": "threshold",
     "Plan": "plan",
+    "SVG2": "svg2",
     "VidaccelError": "errors",
 }
 
 __all__ = [
+    "SVG2",
+    "BlockList",
     "CachePolicy",
     "DBCache",
+    "Head",
+    "HostSpec",
     "Plan",
     "VidaccelError",
     "__version__",
     "accelerate",
     "build_policy",
+    "register_host",
     "report",
     "restore",
     "suggest_threshold",

@@ -8,12 +8,22 @@ all show up as a restart.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vidaccel.errors import ScheduleError
 
 # Pipelines cast the timestep to the transformer's dtype; bfloat16 keeps 8 significant bits.
 _ROUNDING = 2.0**-8
+
+# What a pipeline tells its transformer about the time, made of the tables of its scheduler.
+Time = Literal["t", "t / 1000", "1 - t / 1000", "sigma", "sigma / (sigma + 1)"]
+_TABLES: dict[Time, tuple[str, Callable[[float], float]]] = {
+    "t": ("timesteps", lambda t: t),
+    "t / 1000": ("timesteps", lambda t: t / 1000),
+    "1 - t / 1000": ("timesteps", lambda t: 1 - t / 1000),
+    "sigma": ("sigmas", lambda sigma: sigma),
+    "sigma / (sigma + 1)": ("sigmas", lambda sigma: sigma / (sigma + 1)),
+}
 
 
 @dataclass(frozen=True)
@@ -24,13 +34,16 @@ class Tick:
         step: index of the denoising step in the scheduler's table.
         num_inference_steps: length of that table.
         branch: name of the guidance branch ("cond", "uncond", ...).
-        restarted: nothing kept from earlier calls belongs to this one.
+        restarted: a generation begins: nothing kept from earlier calls belongs to it.
+        reshaped: the latents of the running generation have another shape from here on, which
+            nothing kept from earlier calls fits.
     """
 
     step: int
     num_inference_steps: int
     branch: str
     restarted: bool
+    reshaped: bool = False
 
 
 class Clock:
@@ -39,14 +52,17 @@ class Clock:
     Args:
         branch_name: position of a call within its step -> branch, for pipelines that do not name
             their calls.
+        times: what the transformer is told about the time, where pipelines differ.
 
     Attributes:
         scheduler: the one that drove the last call.
     """
 
-    def __init__(self, branch_name: Callable[[int], str]) -> None:
+    def __init__(self, branch_name: Callable[[int], str], times: tuple[Time, ...] = ("t",)) -> None:
         self._branch_name = branch_name
-        self._tables: dict[int, tuple[Any, list[float]]] = {}
+        self._times = times
+        self._time: Time = times[0]
+        self._tables: dict[int, tuple[Any, dict[Time, list[float]]]] = {}
         self._timesteps: Any = None
         self.scheduler: Any = None
         self._step = -1
@@ -58,7 +74,7 @@ class Clock:
     def tick(
         self,
         schedulers: Iterable[Any],
-        timestep: float,
+        timesteps: tuple[float, ...],
         context: str | None,
         shape: tuple[int, ...],
     ) -> Tick:
@@ -66,14 +82,14 @@ class Clock:
 
         Args:
             schedulers: those whose steps this transformer may be running.
-            timestep: the value that the transformer was given.
+            timesteps: the values that the transformer was given, latest first.
             context: the branch as the pipeline names it, or None.
             shape: shape of the latents.
 
         Raises:
             ScheduleError: when no scheduler has this timestep in its table.
         """
-        scheduler, table, nearest = self._locate(schedulers, timestep)
+        scheduler, table, nearest, timestep = self._locate(schedulers, timesteps)
         # set_timesteps() makes a new table for every generation.
         restarted = scheduler.timesteps is not self._timesteps
         counter = getattr(scheduler, "step_index", None)
@@ -90,57 +106,81 @@ class Clock:
         if restarted or moved:
             self._seen = []
         branch = context or self._branch_name(len(self._seen))
-        restarted = restarted or self._shapes.get(branch, shape) != shape
-        if restarted:
+        reshaped = not restarted and self._shapes.get(branch, shape) != shape
+        if restarted or reshaped:
             self._shapes = {}
         self._shapes[branch] = shape
         self._seen.append(branch)
         self.scheduler, self._timesteps, self._step = scheduler, scheduler.timesteps, step
         self._value, self._counter = timestep, counter
-        return Tick(step, len(table), branch, restarted)
+        return Tick(step, len(table), branch, restarted, reshaped)
 
-    def value(self, schedulers: Iterable[Any], timestep: Any) -> float:
-        """The time of a call, without waiting for the device where that can be helped.
+    def values(self, schedulers: Iterable[Any], timestep: Any) -> tuple[float, ...]:
+        """The times of a call, latest first, without waiting for the device if that can be helped.
 
         Most pipelines pass a view of one entry of their scheduler's table, which is known on the
         host. Anything else is read from the device.
 
         Args:
             schedulers: as `tick`.
-            timestep: tensor of any shape. Image conditioning gives its clean frames time 0; the
-                step is that of the noisy ones, so the largest counts.
+            timestep: tensor of any shape. Image conditioning gives its clean frames time 0, or one
+                of their own that may be above that of the others.
         """
-        for scheduler in schedulers:
-            index = _index_of_view(scheduler.timesteps, timestep)
-            if index is not None:
-                return self._table(scheduler)[index]
-        return float(timestep.max())
+        if "t" in self._times:
+            for scheduler in schedulers:
+                index = _index_of_view(scheduler.timesteps, timestep)
+                if index is not None:
+                    return (self._tables_of(scheduler)["t"][index],)
+        if timestep.numel() == 1:
+            return (float(timestep),)
+        import torch  # not at the top: the table of hosts names the times without it
 
-    def _table(self, scheduler: Any) -> list[float]:
-        """The scheduler's timesteps on the host."""
+        low, high = map(float, torch.stack(timestep.aminmax()).tolist())
+        return (high, low) if 0 < low < high else (high,)
+
+    def _locate(
+        self, schedulers: Iterable[Any], timesteps: tuple[float, ...]
+    ) -> tuple[Any, list[float], int, float]:
+        """The scheduler that is running, its table, the nearest entry, and the value it is of."""
+        known = [(s, self._tables_of(s)) for s in schedulers if s.timesteps is not None]
+        # The scheduler of the previous call keeps the clock while it still fits.
+        known.sort(key=lambda entry: entry[0].timesteps is not self._timesteps)
+        for scheduler, tables in known:
+            running = scheduler.timesteps is self._timesteps
+            for timestep in timesteps:
+                fitting = []
+                for time in (self._time,) if running else self._times:
+                    table = tables[time]
+                    if not table:
+                        continue
+                    nearest = min(range(len(table)), key=lambda i: abs(table[i] - timestep))
+                    if _close(table, nearest, timestep):
+                        fitting.append((nearest, time))
+                if fitting:
+                    # A generation begins at or near the first entry of the right one.
+                    nearest, self._time = min(fitting, key=lambda entry: entry[0])
+                    return scheduler, tables[self._time], nearest, timestep
+        length = len(known[0][1][self._times[0]]) if known else 0
+        raise ScheduleError(
+            f"the transformer was called at timestep {timesteps[0]:g}, which is not among the "
+            f"{length} timesteps of the accelerated pipeline's scheduler; if another scheduler or "
+            "pipeline drives it, accelerate that pipeline too"
+        )
+
+    def _tables_of(self, scheduler: Any) -> dict[Time, list[float]]:
+        """The tables of a scheduler on the host, read once per generation."""
         known = self._tables.get(id(scheduler))
         if known is None or known[0] is not scheduler.timesteps:
-            known = (scheduler.timesteps, [float(t) for t in scheduler.timesteps.tolist()])
+            steps = len(scheduler.timesteps)
+            tables = {}
+            for time in self._times:
+                attribute, value = _TABLES[time]
+                entries = getattr(scheduler, attribute, None)
+                entries = [] if entries is None else entries[:steps].tolist()
+                tables[time] = [value(float(entry)) for entry in entries]
+            known = (scheduler.timesteps, tables)
             self._tables[id(scheduler)] = known
         return known[1]
-
-    def _locate(self, schedulers: Iterable[Any], timestep: float) -> tuple[Any, list[float], int]:
-        """The scheduler that is running, its table on the host, and the nearest entry."""
-        tables = []
-        for scheduler in schedulers:
-            if scheduler.timesteps is not None:
-                tables.append((scheduler, self._table(scheduler)))
-        # The scheduler of the previous call keeps the clock while it still fits.
-        tables.sort(key=lambda entry: entry[0].timesteps is not self._timesteps)
-        for scheduler, table in tables:
-            nearest = min(range(len(table)), key=lambda i: abs(table[i] - timestep))
-            if _close(table, nearest, timestep):
-                return scheduler, table, nearest
-        raise ScheduleError(
-            f"the transformer was called at timestep {timestep:g}, which is not among the "
-            f"{len(tables[0][1]) if tables else 0} timesteps of the accelerated pipeline's "
-            "scheduler; if another scheduler or pipeline drives it, accelerate that pipeline too"
-        )
 
 
 def _index_of_view(table: Any, timestep: Any) -> int | None:
@@ -160,7 +200,10 @@ def _index_of_view(table: Any, timestep: Any) -> int | None:
 def _close(table: list[float], index: int, timestep: float) -> bool:
     if not 0 <= index < len(table):
         return False
-    return abs(table[index] - timestep) <= max(1e-3, _ROUNDING * abs(timestep))
+    scale = max(abs(table[0]), abs(table[-1]))
+    # Some pipelines cut the timestep to a whole number.
+    whole = 1.0 if scale > 100.0 and timestep.is_integer() else 0.0
+    return abs(table[index] - timestep) <= max(1e-6 * scale, _ROUNDING * abs(timestep), whole)
 
 
 def noise_grid(scheduler: Any, steps: int) -> tuple[float, ...]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from torch import nn
 
 from vidaccel.clock import Clock, Tick, noise_grid
@@ -32,6 +33,7 @@ from vidaccel.ledger import Call, Ledger
 from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
+from vidaccel.sparse import Attention
 from vidaccel.tape import Tape
 
 # The place of a call and the residual of its probe blocks.
@@ -52,15 +54,23 @@ class Engine:
         transformer: an instance of the class that `host` describes.
         host: its row of the table.
         source: the plan, resolved at the first call of each generation.
+        attention: what `accelerate(attention=...)` came to; None leaves attention alone.
 
     Raises:
         UnsupportedPipelineError: when the transformer is in a state that the engine cannot work
             with; nothing has been changed then.
     """
 
-    def __init__(self, transformer: nn.Module, host: HostSpec, source: CourseSource) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        host: HostSpec,
+        source: CourseSource,
+        attention: Attention | None = None,
+    ) -> None:
         _refuse_unsupported(transformer)
         source.check(transformer, host)
+        self.attention = attention or Attention()
         # Weak: a cycle would keep the weights of a dropped pipeline until the collector finds it.
         self._transformer = weakref.ref(transformer)
         self.host = host
@@ -69,7 +79,7 @@ class Engine:
         self.on_probe: ProbeListener | None = None  # is told every probe residual
         self.ledger = Ledger(host.block_count(transformer))
         self._pipelines: list[tuple[weakref.ref[Any], Any]] = []
-        self._clock = Clock(host.branch)
+        self._clock = Clock(host.branch, host.times)
         self._context: str | None = None
         self._handles: list[Any] = []
         self._sample = Argument.of_forward(type(transformer), host.sample)
@@ -117,6 +127,11 @@ class Engine:
         return None if self._call is None else self._call.tick.step
 
     @property
+    def playing(self) -> bool:
+        """Whether the running call gives back what was recorded."""
+        return self._call is not None and self._call.playing
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of the cached tensors that are kept at this moment."""
         return 0 if self._generation is None else self._generation.bytes_held
@@ -127,18 +142,21 @@ class Engine:
         heads = [(head, model.get_submodule(head.module)) for head in self.host.heads]
         for spec in self.host.blocks:
             blocks = getattr(model, spec.name)
-            arguments = BlockArguments(type(blocks[0]), self.host.streams, spec.returns)
+            arguments = BlockArguments(
+                type(blocks[0]), self.host.streams, self.host.main, spec.returns, spec.joins
+            )
             vars(model)[spec.name] = ShadowList(blocks, arguments, self._run_block)
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end),
         ]
-        for index, (head, module) in enumerate(heads):
-            hook = partial(self._at_head, index, head)
+        for head, module in heads:
+            hook = partial(self._at_head, head)
             self._handles.append(module.register_forward_pre_hook(hook))
         if hasattr(model, "cache_context"):
             vars(model)["cache_context"] = self._cache_context
             vars(model)["_reset_stateful_cache"] = self._reset_stateful_cache
+        self.attention.attach()
         vars(model)[_ATTRIBUTE] = self
 
     def detach(self) -> None:
@@ -148,6 +166,7 @@ class Engine:
         shadowed = ("cache_context", "_reset_stateful_cache", _ATTRIBUTE)
         for name in (*(spec.name for spec in self.host.blocks), *shadowed):
             vars(self.transformer).pop(name, None)
+        self.attention.detach()
         self._generation = None
 
     def serve(self, pipe: Any) -> None:
@@ -174,6 +193,7 @@ class Engine:
         """Stands in for the method that pipelines call when a generation has ended."""
         model = self.transformer
         type(model)._reset_stateful_cache(model, *args, **kwargs)
+        self.attention.forget()
         if self._generation is not None:
             self._generation.forget()
 
@@ -190,26 +210,34 @@ class Engine:
                     f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
                     "vidaccel.accelerate(pipe) again after replacing it"
                 )
-        sample = self._sample.value(args, kwargs)
+        samples = self._sample.value(args, kwargs)
+        samples = [samples] if isinstance(samples, torch.Tensor) else samples
+        shape = tuple(size for sample in samples for size in sample.shape)
         schedulers = [scheduler for _, scheduler in self._pipelines]
-        timestep = self._clock.value(schedulers, self._timestep.value(args, kwargs))
-        tick = self._clock.tick(schedulers, timestep, self._context, tuple(sample.shape))
+        times = self._clock.values(schedulers, self._timestep.value(args, kwargs))
+        tick = self._clock.tick(schedulers, times, self._context, shape)
         generation = self._generation
         if tick.restarted or generation is None:
             generation = self._restart(tick)
-        call = RunningCall(tick, sample.device, _mark(sample.device))
+        elif tick.reshaped:
+            generation.forget_tensors()
+        device = samples[0].device
+        call = RunningCall(tick, device, _mark(device), _group_of(model))
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             generation.propose(call)
+        self.attention.begin(tick, refreshes=generation.keeps(tick.step) > 0)
         self._call = call
 
     def _restart(self, tick: Tick) -> Generation:
         """Begin a generation: nothing that was kept belongs to it."""
         # What is no longer wanted is freed before anything can be refused.
         self._generation = None
+        self.attention.restart()
         self.ledger.restart()
         setting = self._setting(tick)
-        self._generation = Generation(setting, self.source.resolve(setting, self.host))
+        course = self.source.resolve(setting, self.host)
+        self._generation = Generation(setting, course, self.host.unit)
         return self._generation
 
     def _setting(self, tick: Tick) -> Setting:
@@ -239,26 +267,31 @@ class Engine:
         if call.playing:
             return named.passed_through(args, kwargs)
         probe, corrector = generation.probe_blocks, self.ledger.blocks - generation.corrector_blocks
+        seen = _as_split(block, args, kwargs) if call.group is not None else (args, kwargs)
         if index == 0 and probe:
-            call.probed = named.main(args, kwargs)
+            call.probed = named.main(*seen)
         if index == probe:
-            call.entry = named.streams(args, kwargs)
+            if probe:
+                self._after_probe(call, generation, named.main(*seen))
+            call.entry = named.streams(*seen)
             if call.undecided:
                 generation.decide(call)
         if index == corrector:
             args, kwargs = self._at_corrector(call, generation, named, args, kwargs)
-        elif call.reused and probe <= index < corrector:
-            return named.passed_through(args, kwargs)
-        call.blocks_run += 1
-        output = block(*args, **kwargs)
-        if index == probe - 1:
-            self._after_probe(call, generation, named.main_of(output))
+        if call.reused and probe <= index < corrector:
+            output = named.passed_through(*seen)
+        else:
+            call.blocks_run += 1
+            with self.attention.block(index, named, args, kwargs):
+                output = block(*args, **kwargs)
+        if index + 1 == corrector == self.ledger.blocks and not self.host.heads:
+            return self._after_last(call, generation, named, output)
         return output
 
-    def _after_probe(self, call: RunningCall, generation: Generation, output: torch.Tensor) -> None:
-        """After the last probe block: what it and those before it added to the main stream."""
+    def _after_probe(self, call: RunningCall, generation: Generation, main: torch.Tensor) -> None:
+        """After the probe blocks: what they added to the main stream."""
         assert generation.cache is not None
-        residual = (output - call.probed.to(output.device))[:, :: generation.cache.probe_stride]
+        residual = (main - call.probed.to(main.device))[..., :: generation.cache.probe_stride, :]
         if self.on_probe is not None:
             self.on_probe(call.tick, residual)
         generation.compare(call, residual)
@@ -272,39 +305,66 @@ class Engine:
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the first corrector block: keep the residual, or put the kept one in its place."""
-        for index, name in enumerate(named.returned):
+        for name in named.returned:
             given = named.value(name, args, kwargs)
-            start = call.entry[name].to(given.device)
-            if call.reused:
-                filled = start + generation.forecast(call, index, given.device)
-                args, kwargs = named.replaced(name, filled.to(given.dtype), args, kwargs)
-            elif generation.keeps(call.tick.step):
-                call.fresh.append(given - start)
+            if (filled := self._fill(call, generation, named.origin(name), given)) is not None:
+                args, kwargs = named.replaced(name, filled, args, kwargs)
         return args, kwargs
 
+    def _after_last(
+        self, call: RunningCall, generation: Generation, named: BlockArguments, output: Any
+    ) -> Any:
+        """After the last block of a model whose head gets its result in another layout."""
+        streams = named.outputs(output)
+        for name, given in streams.items():
+            if (filled := self._fill(call, generation, named.origin(name), given)) is not None:
+                streams[name] = filled
+        return named.output(streams)
+
     def _at_head(
-        self, index: int, head: Head, module: nn.Module, args: tuple[Any, ...]
+        self, head: Head, module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
         call, generation = self._call, self._generation
         if call is None or generation is None or not call.entry or generation.corrector_blocks:
             return None
-        if not (call.reused or generation.keeps(call.tick.step)):
+        filled = self._fill(call, generation, head.streams, args[0], head)
+        return None if filled is None else (filled, *args[1:])
+
+    def _fill(
+        self,
+        call: RunningCall,
+        generation: Generation,
+        streams: tuple[str, ...],
+        given: torch.Tensor | None,
+        head: Head | None = None,
+    ) -> torch.Tensor | None:
+        """At the end of the middle: keep what it added, or on a reused step what goes on instead.
+
+        Args:
+            streams: those at the entry of the middle that `given` continues.
+            given: what has come out of the middle, which a reused step has only passed through;
+                None where the model runs without that stream, sound say.
+            head: the module that it goes into, if it is one.
+        """
+        recording = self.tape is not None and self.tape.recording
+        if given is None or not (call.reused or recording or generation.keeps(call.tick.step)):
             return None
-        given = args[0]
-        streams = [call.entry[name].to(given.device) for name in head.streams]
-        start = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
+        parts = [call.entry[name].to(given.device) for name in streams]
+        start = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if head is not None and head.tail:
+            start = start[:, -given.shape[1] :]
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
                 f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"its {head.module} gets {tuple(given.shape)}; context parallelism is not "
-                "supported yet: restore(pipe) before enabling it"
+                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}, so what "
+                "they add is not known: restore(pipe)"
             )
-        if call.reused:
-            filled = start + generation.forecast(call, index, given.device)
-            return (filled.to(given.dtype), *args[1:])
-        call.fresh.append((given - start).to(start.dtype))
-        return None
+        if not call.reused:
+            call.fresh.append((given - start).to(start.dtype))
+            return None
+        index, call.filled = call.filled, call.filled + 1
+        return (start + generation.forecast(call, index, given.device)).to(given.dtype)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call, generation, tape = self._call, self._generation, self.tape
@@ -312,10 +372,14 @@ class Engine:
             return None
         tick = call.tick
         self._call = None
+        self.attention.end()
         if tape is not None and call.playing:
+            if generation.plans(tick.step) and generation.keeps(tick.step):
+                call.fresh = tape.residual(tick.step, tick.branch, call.device)
+            generation.finish(call)
             return tape.played(tick.step, tick.branch, call.device)
         if tape is not None and tape.recording:
-            tape.record(tick.step, tick.branch, output)
+            tape.record(tick.step, tick.branch, output, call.fresh)
         generation.finish(call)
         self.ledger.add(
             Call(
@@ -332,6 +396,23 @@ class Engine:
             generation.bytes_held,
         )
         return None
+
+
+def _group_of(model: nn.Module) -> Any:
+    """The processes that a model's tokens are spread over; None when it has them all."""
+    parallel = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    return None if parallel is None else parallel._flattened_mesh.get_group()
+
+
+def _as_split(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as a block sees them that context parallelism splits at its door."""
+    registry = getattr(block, "_diffusers_hook", None)
+    for hook in () if registry is None else registry.hooks.values():
+        if isinstance(hook, ContextParallelSplitHook):
+            args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return args, kwargs
 
 
 def _mark(device: torch.device) -> Any:
@@ -358,7 +439,3 @@ def _refuse_unsupported(transformer: nn.Module) -> None:
         raise UnsupportedPipelineError(_WHOLE_MODEL)
     if getattr(transformer, "_cache_config", None) is not None:
         raise UnsupportedPipelineError(_NATIVE_CACHE)
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise UnsupportedPipelineError(
-            "context parallelism is not supported yet: accelerate a pipeline that runs on one GPU"
-        )

@@ -81,8 +81,9 @@ def capabilities() -> dict[str, str]:
         missing = [module for module in modules if find_spec(module) is None]
         return f'no: pip install "vidaccel[{name}]"' if missing else "yes"
 
+    supported = [name for name, row in HOSTS.items() if not row.unsupported]
     return {
-        "step plans": f"yes: {', '.join(HOSTS)}",
+        "step plans": f"yes: {', '.join(supported)}",
         "embedded model": f"yes: {embedded_model()}"
         if (embedded_model() / "model_index.json").is_file()
         else "no: reinstall vidaccel",

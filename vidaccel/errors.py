@@ -19,6 +19,10 @@ class PolicyError(PlanError):
     """A policy file is malformed, or is not made for the pipeline and run it is used for."""
 
 
+class AttentionError(VidaccelError):
+    """Settings of sparse attention that cannot be, or an attention that cannot be made sparse."""
+
+
 class BuildError(VidaccelError):
     """A work folder belongs to another build, or cannot be read or written."""
 
@@ -53,3 +57,7 @@ class UnavailableError(VidaccelError):
 
 class MetricUnavailable(VidaccelError):
     """A metric needs a package or weights that are not there."""
+
+
+class BenchError(VidaccelError):
+    """A benchmark cannot go on, or its work folder belongs to another one."""

@@ -18,6 +18,7 @@ class RunningCall:
 
     Attributes:
         tick, device, started: its place, and when and where it began.
+        group: processes that the tokens are spread over (context parallelism), or None.
         playing: a recorded output is given back, and nothing runs.
         reused: the middle blocks do not run.
         undecided: the difference of the probe blocks will say which of the two.
@@ -28,11 +29,13 @@ class RunningCall:
         difference: relative change of that residual, a scalar tensor.
         entry: the streams at the first middle block.
         fresh: the residual of this step, one tensor per head or stream.
+        filled: of these, how many a reused step has put in.
     """
 
     tick: Tick
     device: torch.device
     started: Any
+    group: Any = None
     playing: bool = False
     reused: bool = False
     undecided: bool = False
@@ -43,6 +46,7 @@ class RunningCall:
     difference: torch.Tensor | None = None
     entry: dict[str, torch.Tensor] = field(default_factory=dict)
     fresh: list[torch.Tensor] = field(default_factory=list)
+    filled: int = 0
 
     def compute(self, reason: str) -> None:
         """Have every block run."""
@@ -55,19 +59,20 @@ class Generation:
     Args:
         setting: the run.
         course: what decides about its steps.
+        unit: blocks of the transformer that the block cache counts as one.
 
     Attributes:
         plan, cache, origin: of the course.
         probe_blocks, corrector_blocks: that always run; none without a block cache.
     """
 
-    def __init__(self, setting: Setting, course: Course) -> None:
+    def __init__(self, setting: Setting, course: Course, unit: int = 1) -> None:
         self.setting = setting
         self.plan: Plan | None = course.plan
         self.cache: DBCache | None = course.cache
         self.origin = course.origin
-        self.probe_blocks = 0 if self.cache is None else self.cache.probe_blocks
-        self.corrector_blocks = 0 if self.cache is None else self.cache.corrector_blocks
+        self.probe_blocks = 0 if self.cache is None else self.cache.probe_blocks * unit
+        self.corrector_blocks = 0 if self.cache is None else self.cache.corrector_blocks * unit
         self._sigmas = setting.sigmas or ()
         self._residuals = Residuals("device" if self.cache is None else self.cache.store)
         self._probes: dict[str, torch.Tensor] = {}  # of the last computed step, by branch
@@ -114,17 +119,23 @@ class Generation:
         call.probed = residual
         last = self._probes.get(call.tick.branch)
         if last is not None and last.shape == residual.shape:
-            change = (last.float() - residual.float()).abs().mean()
-            call.difference = change / last.float().abs().mean()
+            sums = torch.stack(
+                [(last.float() - residual.float()).abs().sum(), last.float().abs().sum()]
+            )
+            if call.group is not None:
+                # Every process of the model takes the same decision; no other process is asked.
+                torch.distributed.all_reduce(sums, group=call.group)
+            call.difference = sums[0] / sums[1]
 
     def forecast(self, call: RunningCall, index: int, device: torch.device) -> torch.Tensor:
         """The residual of head or stream `index` for a reused call."""
-        step = call.tick.step
+        step, scale = call.tick.step, 1.0
         if self.plan is not None:
-            order = self.plan.order(step)
+            order, scale = self.plan.order(step), self.plan.scale(step)
         else:
             order = 0 if self.cache is None else self.cache.forecast_order
-        return self._residuals.forecast(call.tick.branch, index, self._sigmas[step], order, device)
+        sigma, branch = self._sigmas[step], call.tick.branch
+        return self._residuals.forecast(branch, index, sigma, order, device, scale)
 
     def finish(self, call: RunningCall) -> None:
         """Keep what later steps may ask for, and nothing else."""
@@ -139,9 +150,13 @@ class Generation:
 
     def forget(self) -> None:
         """Free everything that is kept."""
+        self.forget_tensors()
+        self._deciders.clear()
+
+    def forget_tensors(self) -> None:
+        """Free what is kept and no longer fits, because the latents have another shape now."""
         self._residuals.clear()
         self._probes.clear()
-        self._deciders.clear()
 
     def plans(self, step: int) -> bool:
         """Whether a plan has the step computed."""

@@ -31,7 +31,9 @@ class Argument:
         return cls(name, parameters.index(name) - 1)  # without self
 
     def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs[self.name] if self.name in kwargs else args[self.position]
+        if self.name in kwargs:
+            return kwargs[self.name]
+        return args[self.position] if self.position < len(args) else None
 
 
 class BlockArguments:
@@ -41,21 +43,31 @@ class BlockArguments:
         block_class: class of the blocks.
         streams: names of the streams that the transformer carries from block to block; those that
             these blocks take are found.
+        main: the one that becomes the result.
         returns: names of the arguments that a block returns the successors of, in order.
+        joins: the streams that its main one continues, joined along the tokens; empty when it
+            continues the one of its own name.
 
     Attributes:
         returned: `returns`, each name once.
     """
 
-    def __init__(self, block_class: type, streams: set[str], returns: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        block_class: type,
+        streams: set[str],
+        main: str,
+        returns: tuple[str, ...],
+        joins: tuple[str, ...] = (),
+    ) -> None:
         taken = streams & set(signature(block_class.forward).parameters)
         names = taken | set(returns)
         self._arguments = {name: Argument.of_forward(block_class, name) for name in names}
         self._taken = taken
         self._returns = returns
         self.returned = tuple(dict.fromkeys(returns))
-        # The stream that the head reads, where the block returns it.
-        self._main = next((name for name in returns if name in streams), returns[0])
+        self._main = main if main in returns else returns[0]
+        self._joins = joins
 
     def value(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._arguments[name].value(args, kwargs)
@@ -68,16 +80,23 @@ class BlockArguments:
         """The main stream that goes into a block."""
         return self.value(self._main, args, kwargs)
 
-    def main_of(self, output: Any) -> Any:
-        """The main stream that comes out of a block."""
-        # The last of equal names is the stream that goes on to the next block.
-        position = max(i for i, name in enumerate(self._returns) if name == self._main)
-        return output[position] if len(self._returns) > 1 else output
+    def origin(self, name: str) -> tuple[str, ...]:
+        """The streams of the first blocks that stream `name` of these continues."""
+        return self._joins if self._joins and name == self._main else (name,)
+
+    def outputs(self, output: Any) -> dict[str, Any]:
+        """What a block has returned, by the names of its streams."""
+        values = output if len(self._returns) > 1 else (output,)
+        return dict(zip(self._returns, values, strict=True))
+
+    def output(self, streams: dict[str, Any]) -> Any:
+        """What a block returns that hands on these streams."""
+        values = tuple(streams[name] for name in self._returns)
+        return values[0] if len(values) == 1 else values
 
     def passed_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a block returns that leaves its streams unchanged."""
-        values = tuple(self.value(name, args, kwargs) for name in self._returns)
-        return values[0] if len(values) == 1 else values
+        return self.output({name: self.value(name, args, kwargs) for name in self.returned})
 
     def replaced(
         self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
