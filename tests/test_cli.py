@@ -280,3 +280,27 @@ def test_bench_search_and_calibration(tmp_path, capsys, monkeypatch):
     compare[3] = tmp_path
     code, _, stderr = run(*compare, capsys=capsys)
     assert code == 2 and "is no work folder of a build" in stderr
+
+
+def test_block_cache_and_sparse_attention_are_options(tmp_path, capsys):
+    options = ["--steps", "8", "--size", "32x32", "--frames", "5", "--plan", "all"]
+    options += ["--cache", "10", "--warmup-steps", "2", "--attention", "0.5"]
+    assert cli.main(["generate", *options, "--out", str(tmp_path / "a.mp4"), "--json", "-"]) == 0
+    part = json.loads(capsys.readouterr().out)["report"]["transformers"][0]
+    assert part["timeline"] == "CCpppCpp"
+    assert part["attention"]["sparse_calls"] > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--cache", "often"], "--cache is auto, none, model or a threshold"),
+        (["--cache", "-1"], "threshold is a finite number >= 0"),
+        (["--attention", "much"], "--attention is auto, none or a share"),
+        (["--attention", "2"], "SVG2.top_p takes in (0, 1], found 2.0"),
+    ],
+)
+def test_wrong_caches_and_attention_are_refused_in_one_line(option, message, capsys):
+    assert cli.main(["generate", *option]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -17,6 +17,7 @@ from vidaccel.console import (
     check_writable,
     print_result,
     size,
+    sparse_attention_of,
     write_json,
 )
 from vidaccel.errors import ModelError, PolicyError, VidaccelError
@@ -92,6 +93,12 @@ def _generate_parser(commands: Any) -> None:
         "threshold; with a plan it can only have more steps computed",
     )
     add_cache_options(parser)
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        metavar="TOP_P",
+        help='sparse attention: "auto", "none" or the mass to keep, such as 0.9',
+    )
     parser.add_argument("--compare", action="store_true", help="also run without acceleration")
     parser.add_argument("--fps", type=at_least(1), default=16, help="of the files")
     parser.add_argument("--out", type=Path, default=Path("out/video.mp4"), help="an .mp4 file")
@@ -107,6 +114,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     # Everything that can be wrong is found before the first second of work.
     policy, cache = _policy(arguments), cache_of(arguments)
+    attention = sparse_attention_of(arguments)
     course_source(policy, cache, arguments.preset)
     source = policy_source(policy, arguments.preset)
     out: Path = arguments.out
@@ -145,6 +153,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             call,
             policy=policy,
             cache=cache,
+            attention=attention,
             preset=arguments.preset,
             seed=arguments.seed,
         )
@@ -154,7 +163,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     else:
         from vidaccel.api import accelerate, report
 
-        accelerate(pipe, policy=policy, cache=cache, preset=arguments.preset)
+        accelerate(pipe, policy=policy, cache=cache, attention=attention, preset=arguments.preset)
         fast = g.generate(pipe, call, seed=arguments.seed, label="vidaccel")
         result = {
             "seconds": fast.seconds,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel.dbcache import DBCache
-from vidaccel.errors import OutputError, PlanError, PolicyError
+from vidaccel.errors import AttentionError, OutputError, PlanError, PolicyError
+from vidaccel.svg2 import SVG2
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -80,6 +81,25 @@ def cache_of(arguments: argparse.Namespace) -> Any:
         max_consecutive=arguments.max_consecutive,
         forecast_order=arguments.forecast_order,
     )
+
+
+def sparse_attention_of(arguments: argparse.Namespace) -> Any:
+    """What `--attention` says, as `accelerate(attention=...)` takes it.
+
+    Raises:
+        AttentionError: it is no share of attention mass.
+    """
+    text = arguments.attention
+    if text in ("auto", "none"):
+        return None if text == "none" else "auto"
+    try:
+        top_p = float(text)
+    except ValueError:
+        raise AttentionError(
+            f"--attention is auto, none or a share of attention mass such as 0.9, found {text!r}"
+        ) from None
+    # Asked for by name, it is for short clips too.
+    return SVG2(top_p=top_p, min_tokens=0)
 
 
 def size(text: str) -> tuple[int, int]:
