@@ -156,6 +156,23 @@ def _even(order: int) -> "Method":
     return made
 
 
+def _dense_start(order: int) -> "Method":
+    """Nothing measured: gaps that widen from the start to the end."""
+
+    def made(name: str, contest: Contest) -> list[Variant]:
+        found = []
+        for budget in contest.budgets:
+            steps = [0]
+            for i in range(1, budget):
+                wanted = round((contest.steps - 1) * (i / (budget - 1)) ** WIDENING)
+                steps.append(max(wanted, steps[-1] + 1))
+            plan = Plan(tuple(s for s in steps if s < contest.steps), contest.steps)
+            found.append(_planned(name, plan.forecast(order) if order else plan))
+        return found
+
+    return made
+
+
 def _fewer_steps(name: str, contest: Contest) -> list[Variant]:
     @contextmanager
     def plain(pipe: Any) -> Iterator[None]:
@@ -246,6 +263,8 @@ def _cache_dit(probe: int, corrector: int, order: int) -> "Method":
 
 Method = Callable[[str, Contest], list[Variant]]
 
+WIDENING = 1.8  # exponent of the position of a dense start's steps; 1 is evenly spaced
+
 # DBCache: threshold on the relative change of the probe, warm-up steps, longest run of reused steps
 # (-1: any). The one with 0.12 is what cache-dit's own command line starts from.
 DBCACHE = ((0.05, 8, -1), (0.12, 8, 3), (0.2, 4, 4), (0.4, 4, -1))
@@ -272,6 +291,8 @@ METHODS: dict[str, Method] = {
     },
     "evenly spaced": _even(0),
     "evenly spaced + line": _even(1),
+    "dense start": _dense_start(0),
+    "dense start + line": _dense_start(1),
     "fewer sampling steps": _fewer_steps,
     "FirstBlockCache": _peer(
         "FirstBlockCache",

@@ -27,6 +27,11 @@ def is_plain(record: Record) -> bool:
     return record["method"] is None
 
 
+def is_plan(setting: Record) -> bool:
+    """Whether a setting is a plan and nothing else: equal ones run the same, whoever found them."""
+    return isinstance(setting.get("steps"), list) and set(setting) <= {"steps", "orders", "scales"}
+
+
 def points_of(
     records: Sequence[Sequence[Record]], wanted: Iterable[str], clock: str
 ) -> tuple[list[Record], dict[str, str]]:
@@ -200,8 +205,8 @@ def report(result: Record) -> str:
 
 
 # Colour and line of each family of methods: ours solid, other libraries dashed, simple ones dotted.
-_OURS = ("vidaccel", "LeMiCa", "DBCache", "SVG2")
-_SIMPLE = ("evenly spaced", "fewer")
+_OURS = ("vidaccel", "LeMiCa", "DBCache", "plan +", "SVG2")
+_SIMPLE = ("evenly spaced", "dense start", "fewer")
 
 
 def figure(result: Record, path: Path) -> None:
@@ -262,7 +267,7 @@ def _style(method: str, methods: Sequence[str]) -> Record:
         shade = ours.index(method) / max(1, len(ours))
         return {"color": _colour(0.0 + 0.16 * shade, 0.9), "linewidth": 2.2}
     if method in simple:
-        return {"color": str(0.35 + 0.15 * simple.index(method)), "linestyle": ":"}
+        return {"color": str(0.12 * simple.index(method)), "linestyle": ":"}
     return {
         "color": _colour(0.3 + 0.55 * others.index(method) / len(others), 0.75),
         "linestyle": "--",
