@@ -156,21 +156,16 @@ def _even(order: int) -> "Method":
     return made
 
 
-def _dense_start(order: int) -> "Method":
-    """Nothing measured: gaps that widen from the start to the end."""
-
-    def made(name: str, contest: Contest) -> list[Variant]:
-        found = []
-        for budget in contest.budgets:
-            steps = [0]
-            for i in range(1, budget):
-                wanted = round((contest.steps - 1) * (i / (budget - 1)) ** WIDENING)
-                steps.append(max(wanted, steps[-1] + 1))
-            plan = Plan(tuple(s for s in steps if s < contest.steps), contest.steps)
-            found.append(_planned(name, plan.forecast(order) if order else plan))
-        return found
-
-    return made
+def _dense_start(name: str, contest: Contest) -> list[Variant]:
+    """Nothing measured: gaps that widen from the start to the end, and a line over each."""
+    found = []
+    for budget in contest.budgets:
+        steps = [0]
+        for i in range(1, budget):
+            wanted = round((contest.steps - 1) * (i / (budget - 1)) ** WIDENING)
+            steps.append(max(wanted, steps[-1] + 1))
+        found.append(_planned(name, Plan(tuple(steps), contest.steps).forecast(1)))
+    return found
 
 
 def _fewer_steps(name: str, contest: Contest) -> list[Variant]:
@@ -291,8 +286,7 @@ METHODS: dict[str, Method] = {
     },
     "evenly spaced": _even(0),
     "evenly spaced + line": _even(1),
-    "dense start": _dense_start(0),
-    "dense start + line": _dense_start(1),
+    "dense start + line": _dense_start,
     "fewer sampling steps": _fewer_steps,
     "FirstBlockCache": _peer(
         "FirstBlockCache",
