@@ -1,17 +1,24 @@
-# make demo   environment, install, then one prompt with and without acceleration
-# make test   environment, lint, types, tests
+# make demo          environment, install, then one prompt with and without acceleration
+# make test          environment, lint, types, tests
+# make test-oldest   the tests of the supported models again, with the oldest supported Diffusers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
+OLDEST := diffusers==0.38.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/vidaccel generate --compare --out out/demo.mp4
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Diffusers alone, laid over the environment: everything else stays what it is.
+test-oldest: $(VENV)/installed-oldest
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_engine.py tests/test_families.py \
+	  tests/test_dbcache.py tests/test_clock.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -28,9 +35,14 @@ $(VENV)/bin/python:
 
 # A stamp per set of extras: installing again only happens when pyproject.toml changes.
 $(VENV)/installed-demo: pyproject.toml | $(VENV)/bin/python
-	$(INSTALL) -e ".[metrics]"
+	$(INSTALL) -e ".[metrics,demo]"
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(INSTALL) -e ".[metrics,dev]"
+	$(INSTALL) -e ".[metrics,demo,plot,ray,bench,dev]"
 	@touch $@ $(VENV)/installed-demo
+
+$(VENV)/installed-oldest: $(VENV)/installed-dev Makefile
+	rm -rf $(VENV)/oldest
+	$(INSTALL) --no-deps --target $(VENV)/oldest $(OLDEST)
+	@touch $@

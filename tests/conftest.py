@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 import pytest
 from packaging.version import Version
-from tiny import CASES, CORE, SINCE, STEPS, Case, embeds, generator
+from tiny import CASES, CORE, NO_BATCH, NO_OTHER_SCHEDULER, SINCE, STEPS, Case, embeds, generator
 from tiny.hunyuan import hunyuan
 from tiny.wan import wan, wan22, wan_v2v, wan_vace
 
@@ -31,7 +31,9 @@ def _built(name: str) -> Case:
     since = SINCE.get(name, "0")
     if Version(diffusers.__version__) < Version(since):
         pytest.skip(f"{name} needs diffusers {since}, found {diffusers.__version__}")
-    return CASES[name]()
+    case = CASES[name]()
+    case.batch, case.scheduler = NO_BATCH.get(name, ""), NO_OTHER_SCHEDULER.get(name, "")
+    return case
 
 
 @pytest.fixture(params=CORE)

@@ -226,6 +226,12 @@ def test_a_policy_from_the_command_line_to_a_clip(tmp_path, capsys):
     code, shown, _ = run("show", policy, capsys=capsys)
     assert code == 0 and shown == stdout
     assert "CCCCCC" in shown and "dB" in shown
+    picture = tmp_path / "policy.png"
+    code, again, stderr = run("show", policy, "--plot", picture, capsys=capsys)
+    assert code == 0 and again == shown and f"wrote {picture}" in stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, _, stderr = run("show", policy, "--plot", tmp_path / "policy.xyz", capsys=capsys)
+    assert code == 2 and "cannot write" in stderr
     generate = ["generate", *size, "--plan", policy, "--out", out]
     for wish in (["--budget", 3], ["--speedup", 2], ["--preset", "fast"]):
         code, stdout, stderr = run(*generate, *wish, "--json", "-", capsys=capsys)
@@ -248,3 +254,29 @@ def test_prompt_files_that_are_none(prompts, message, tmp_path, capsys):
     code, _, stderr = run("build-policy", tmp_path / "p.json", "--prompts", file, capsys=capsys)
     assert code == 2 and message in stderr
     assert not (tmp_path / "p.json").exists()
+
+
+def test_bench_search_and_calibration(tmp_path, capsys, monkeypatch):
+    numbers = tmp_path / "search.json"
+    code, stdout, stderr = run("bench", "search", "--rounds", 1, "--json", numbers, capsys=capsys)
+    assert code == 0, stderr
+    searches = json.loads(numbers.read_text())["searches"]
+    assert [row["steps"] for row in searches.values()] == [50, 50, 1000]
+    assert all(name in stdout for name in searches)
+
+    prompts, work = tmp_path / "prompts.txt", tmp_path / "work"
+    prompts.write_text("a green dotted square moving left on a maroon striped background\n")
+    build = ["build-policy", tmp_path / "p.json", "--prompts", prompts, "--workdir", work]
+    build += ["--size", "32x32", "--frames", 9, "--steps", 6, "--max-skip", 3, "--device", "cpu"]
+    assert run(*build, "--faithful", "--no-validate", capsys=capsys)[0] == 0
+    compare = ["bench", "calibration", "--exact-workdir", work, "--held-out", prompts]
+    compare += ["--budgets", 4, "--device", "cpu", "--json", numbers]
+    code, stdout, stderr = run(*compare, capsys=capsys)
+    assert code == 0, stderr
+    result = json.loads(numbers.read_text())
+    assert len(result["samples"]) == 1 and -1 <= result["rank_correlation"]["mean"] <= 1
+    assert result["generations_per_sample"]["gain"] < result["generations_per_sample"]["exact"]
+    assert len(result["plans"]["4"]["exact_steps"]) == 4
+    compare[3] = tmp_path
+    code, _, stderr = run(*compare, capsys=capsys)
+    assert code == 2 and "is no work folder of a build" in stderr

@@ -346,11 +346,6 @@ def test_unsupported_states_are_refused_and_change_nothing():
     with pytest.raises(UnsupportedPipelineError, match="2 times per step"):
         accelerate(case.pipe)
 
-    case = wan()
-    case.pipe.transformer._parallel_config = object()
-    with pytest.raises(UnsupportedPipelineError, match="context parallelism"):
-        accelerate(case.pipe)
-
 
 def test_a_replaced_scheduler_is_noticed():
     case = wan()

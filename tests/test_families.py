@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from conftest import Case, count_blocks, transformers_of
@@ -159,7 +160,9 @@ def test_the_same_input_twice_gives_the_same_output(family: Case, decides: str):
         accelerate(family.pipe, policy=None, cache=with_corrector(family))
     steps = iter((Tick(0, 2, "cond", True), Tick(1, 2, "cond", False)))
     engine = engines_of(family.pipe)["transformer"]
-    engine._clock = SimpleNamespace(tick=lambda *args: next(steps), scheduler=family.pipe.scheduler)
+    engine._clock = SimpleNamespace(
+        values=lambda *args: (), tick=lambda *args: next(steps), scheduler=family.pipe.scheduler
+    )
     first, second = call.again(model), call.again(model)
     assert report(family.pipe).transformers[0].timeline in ("C-", "Cp")
     for expected, computed, reused in zip(plain, first, second, strict=True):
@@ -194,3 +197,59 @@ def test_another_shape_and_number_of_steps_start_fresh(family: Case):
     restore(family.pipe)
     accelerate(family.pipe, policy="every 2", cache=None)
     assert torch.equal(family.run(**changes), changed)
+
+
+def twice(case: Case) -> dict[str, Any]:
+    """The arguments of a call for two prompts: the case's own, and that with its words reversed."""
+    changed: dict[str, Any] = {}
+    for name, value in case.kwargs.items():
+        if isinstance(value, torch.Tensor) and "prompt" in name:
+            changed[name] = torch.cat([value, value.flip(1) if value.ndim > 2 else value])
+        elif isinstance(value, list) and "prompt" in name:
+            changed[name] = [*value, *(one.flip(0) for one in value)]
+    return changed
+
+
+def test_a_batch_of_two_equals_two_batches_of_one(family: Case):
+    """Invariant 4."""
+    if family.batch:
+        pytest.skip(f"{type(family.pipe).__name__} {family.batch}")
+    accelerate(family.pipe, policy=PLAN, cache=None)
+    both = twice(family)
+    seeds = [torch.Generator("cpu").manual_seed(seed) for seed in (0, 1)]
+    together = family.run(**both, generator=seeds)
+    for i in range(2):
+        one = {name: value[i : i + 1] for name, value in both.items()}
+        alone = family.run(seed=i, **one)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-4)
+
+
+def another_scheduler(scheduler: Any) -> Any:
+    """One of another class that serves the same model."""
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+    if isinstance(scheduler, diffusers.UniPCMultistepScheduler):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if isinstance(scheduler, diffusers.CogVideoXDDIMScheduler):
+        return diffusers.CogVideoXDPMScheduler()
+    if isinstance(scheduler, diffusers.DDIMScheduler):
+        return diffusers.DPMSolverMultistepScheduler()
+    return None
+
+
+def test_another_scheduler_works_as_well(family: Case):
+    other = another_scheduler(family.pipe.scheduler)
+    if other is None or family.scheduler:
+        reason = family.scheduler or f"works with {type(family.pipe.scheduler).__name__} only"
+        pytest.skip(f"{type(family.pipe).__name__} {reason}")
+    family.pipe.scheduler = other
+    baseline = family.run()
+    accelerate(family.pipe, policy=None)
+    assert torch.equal(family.run(), baseline)
+    accelerate(family.pipe, policy=PLAN, cache=None)
+    error = (family.run() - baseline).abs().max()
+    assert 0 < error < 0.5 * baseline.abs().max()
+    timeline = "".join(part.timeline for part in report(family.pipe).transformers)
+    assert "-" in timeline

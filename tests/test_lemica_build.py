@@ -1,14 +1,19 @@
 """Building policies: durable, resumable, and equal however often it was interrupted."""
 
 import json
+import os
+import re
+import signal
+from inspect import signature
 
 import pytest
-from conftest import wan, wan22
+from tiny.hunyuan import hunyuan15
+from tiny.wan import wan, wan22
 
 import vidaccel
 from vidaccel import Plan, accelerate, report
 from vidaccel.errors import BuildError, PlanError
-from vidaccel.lemica import build, search, work
+from vidaccel.lemica import build, measure, search, work
 from vidaccel.lemica.build import build_policy
 from vidaccel.lemica.graph import aggregate, segment_graph
 
@@ -22,7 +27,7 @@ def case():
 
 
 def _with_prompts(case):
-    from conftest import embeds
+    from tiny import embeds
 
     def encode_prompt(prompt, negative_prompt=None, **_):
         return embeds(len(prompt)), embeds(99)
@@ -53,27 +58,84 @@ def test_a_built_policy_runs_on_the_pipeline_it_was_built_for(case, method, tmp_
 
 def test_stored_plans_are_those_of_the_stored_errors(case):
     policy = build_for(case)
+    solved = search.solve_moves(policy.moves(), STEPS)
+    for budget in policy.budgets():
+        assert policy.plan(budget=budget) == solved[budget]
+        stable = policy.plans[str(budget)].stability
+        assert len(stable) == budget and stable[0] == stable[-1] == 1.0
+    assert isinstance(policy.plan(budget=4), Plan)
+
+
+def test_the_faithful_method_only_holds(case):
+    policy = build_for(case, faithful=True)
     graph = segment_graph({(e.start, e.end): [e.mean] for e in policy.edges}, STEPS)
     solved = search.solve(aggregate(graph))
     for budget in policy.budgets():
-        plan = solved[budget]
-        assert policy.plans[str(budget)].steps == plan.steps
-        assert policy.plans[str(budget)].errors == plan.errors
-    assert isinstance(policy.plan(budget=4), Plan)
+        assert policy.plan(budget=budget) == solved[budget]
+    assert all(edge.order == 0 for edge in policy.edges)
+    assert any(edge.order == 1 for edge in build_for(case).edges)
+
+
+def test_lazy_measures_what_the_plans_use_exactly(case, tmp_path):
+    options = {"faithful": True, "num_inference_steps": 8}
+    exact = build_for(case, **options)
+    lazy = build_for(case, method="lazy", workdir=tmp_path, **options)
+    single = {p.stem for p in tmp_path.glob("sample-0000-*-*.json")}
+    assert 0 < len(single) < len(exact.edges)
+    truth = {(e.start, e.end): e.mean for e in exact.edges}
+    for budget in build.validated_budgets(8):
+        if budget in lazy.budgets():
+            plan = lazy.plan(budget=budget)
+            for segment in plan.segments():
+                assert f"sample-0000-{segment[0]:04d}-{segment[1]:04d}" in single
+                found = next(e.mean for e in lazy.edges if (e.start, e.end) == segment)
+                assert found == pytest.approx(truth[segment], rel=1e-6)
+    assert build_for(case, method="lazy", workdir=tmp_path, **options) == lazy
+
+
+def test_what_it_will_cost_is_said_first(case, capsys):
+    build_for(case, progress=True)
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert re.match(r"2 samples, exact: \d+ forwards, \d+ generations, .* per step; .* GiB", first)
+
+
+def test_a_pipeline_without_a_step_callback(tmp_path):
+    case = hunyuan15()
+    given = {name: value for name, value in case.kwargs.items() if "prompt" in name}
+    case.call = {n: v for n, v in case.kwargs.items() if n not in (*given, "num_inference_steps")}
+
+    def encode_prompt(prompt=None, *, prompt_embeds=None, **_):
+        prefix = "negative_" if prompt is None or prompt == [""] else ""
+        names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+        return tuple(given[prefix + name] for name in names)
+
+    case.pipe.encode_prompt = encode_prompt
+    assert "callback_on_step_end" not in signature(type(case.pipe).__call__).parameters
+    options = {"num_inference_steps": 8, "method": "gain", "validate": True}
+    policy = build_for(case, workdir=tmp_path, **options)
+    assert policy.validation and policy.budgets() == [4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("aggregation", ["max", "quantile", "cvar"])
+def test_other_aggregations(case, aggregation):
+    policy = build_for(case, aggregation=aggregation, method="gain", seeds=[0, 1])
+    assert policy.source == f"vidaccel build-policy, gain errors, {aggregation} of l1"
+    with pytest.raises(PlanError, match="aggregation: found 'median'"):
+        build_for(case, aggregation="median")
 
 
 def test_a_killed_build_goes_on_and_gives_the_same_policy(case, tmp_path, monkeypatch):
     expected = build_for(case)
     measured = []
-    unit = build._unit
+    unit = measure.exact_unit
 
-    def counted(replayer, task, start):
+    def counted(replayer, max_skip, start, **options):
         measured.append(start)
         if len(measured) == 6:
             raise KeyboardInterrupt
-        return unit(replayer, task, start)
+        return unit(replayer, max_skip, start, **options)
 
-    monkeypatch.setattr(build, "_unit", counted)
+    monkeypatch.setattr(measure, "exact_unit", counted)
     with pytest.raises(KeyboardInterrupt):
         build_for(case, workdir=tmp_path)
     shards = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("sample-*.json")}
@@ -89,6 +151,30 @@ def test_a_killed_build_goes_on_and_gives_the_same_policy(case, tmp_path, monkey
     assert measured == []
 
 
+def test_kill_minus_nine_in_the_middle_changes_nothing(case, tmp_path, monkeypatch):
+    expected = build_for(case)
+    save = work.WorkFolder.save
+    child = os.fork()
+    if child == 0:  # a process of its own, which ends without any chance to tidy up
+        monkeypatch.setattr(
+            work.WorkFolder,
+            "save",
+            lambda folder, sample, unit, errors: (
+                os.kill(os.getpid(), signal.SIGKILL)
+                if (sample, unit) == (1, 1)
+                else save(folder, sample, unit, errors)
+            ),
+        )
+        build_for(case, workdir=tmp_path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    shards = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("sample-*.json")}
+    assert len(shards) == 5
+    assert build_for(case, workdir=tmp_path) == expected
+    for name, time in shards.items():
+        assert (tmp_path / name).stat().st_mtime_ns == time
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -96,6 +182,8 @@ def test_a_killed_build_goes_on_and_gives_the_same_policy(case, tmp_path, monkey
         ({"seeds": [3]}, "seeds"),
         ({"max_skip": 2}, "max_skip"),
         ({"method": "gain"}, "method"),
+        ({"faithful": True}, "lines"),
+        ({"metric": "decoded"}, "metric"),
     ],
 )
 def test_a_folder_of_another_build_is_refused(case, tmp_path, change, named):
@@ -171,7 +259,7 @@ def test_validation_keeps_the_best_candidate_of_each_budget(case):
     assert policy.validation is not None
     rows = [row for row in policy.validation if row.budget == 4]
     names = {row.candidate for row in rows}
-    assert {"evenly spaced", "evenly spaced, line", "fewer sampling steps"} < names
+    assert {"evenly spaced", "evenly spaced, half line", "fewer sampling steps"} < names
     (kept,) = (row for row in rows if row.kept)
     tried = [row for row in rows if row.candidate != "fewer sampling steps"]
     assert kept.psnr == max(row.psnr for row in tried)

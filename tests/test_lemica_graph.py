@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 from vidaccel.errors import PlanError
-from vidaccel.lemica.graph import aggregate, from_dict, segment_graph, stability, to_dict
-from vidaccel.lemica.search import solve
+from vidaccel.lemica.graph import (
+    aggregate,
+    from_dict,
+    moves,
+    segment_graph,
+    stability,
+    to_dict,
+)
+from vidaccel.lemica.search import solve, solve_moves
+from vidaccel.lemica.segments import SCALES
 
 T = 6
 
@@ -56,11 +64,13 @@ def test_stability_is_certain_where_samples_agree():
     agreeing = {segment: errors[:1] * 4 for segment, errors in measured().items()}
     graph = segment_graph(agreeing, T)
     plan = solve(aggregate(graph), [4])[4]
-    assert stability(graph, 4, rounds=20).tolist() == [float(s in plan.steps) for s in range(T)]
-    spread = stability(segment_graph(measured(), T), 4, rounds=50)
+    certain = stability(graph, [3, 4], rounds=20)
+    assert certain[4].tolist() == [float(s in plan.steps) for s in range(T)]
+    assert certain[3].sum() == pytest.approx(3)
+    spread = stability(segment_graph(measured(), T), [4], rounds=50)[4]
     assert spread[0] == spread[-1] == 1.0
     assert spread.sum() == pytest.approx(4)
-    assert np.array_equal(spread, stability(segment_graph(measured(), T), 4, rounds=50))
+    assert np.array_equal(spread, stability(segment_graph(measured(), T), [4], rounds=50)[4])
 
 
 def test_the_graph_survives_json():
@@ -94,8 +104,51 @@ def test_wrong_questions_are_refused():
     with pytest.raises(PlanError, match="level: found 2"):
         aggregate(graph, "quantile", level=2)
     with pytest.raises(PlanError, match="no plan of 1 computed"):
-        stability(graph, 1)
+        stability(graph, [1])
     uneven = measured()
     uneven[0, 2] = [0.1]
     with pytest.raises(PlanError, match="as many samples"):
-        stability(segment_graph(uneven, T), 4)
+        stability(segment_graph(uneven, T), [4])
+
+
+def lines(better):
+    """Lines of which the second scale has `better` times the error of holding."""
+    return {
+        (start, end, previous): [
+            [error * factor for factor in (2.0, better, 2.0, 2.0)] for error in errors
+        ]
+        for (start, end), errors in measured().items()
+        for previous in (start - 1, start - 3)
+        if previous >= 0
+    }
+
+
+def test_moves_offer_a_line_where_it_is_better():
+    held = moves(segment_graph(measured(), T))
+    assert {m.order for m in held} == {0}
+    assert held == moves(segment_graph(measured(), T, lines(0.5)), faithful=True)
+    assert held == moves(segment_graph(measured(), T, lines(1.5)))
+    found = moves(segment_graph(measured(), T, lines(0.5)))
+    by_way = {(m.start, m.stop, m.previous): m for m in found}
+    for start, end in measured():
+        hold = by_way[start, end, None]
+        # Steps 1 and 3 before were measured; 2 before lies between them.
+        for gap in (g for g in (1, 2, 3) if g <= start and (g == 1 or start >= 3)):
+            line = by_way[start, end, start - gap]
+            assert (line.order, line.scale) == (1, SCALES[1])
+            assert line.error == pytest.approx(hold.error / 2)
+    plan = solve_moves(found, T, [4])[4]
+    assert any(plan.orders) and len(plan.scales) == len(plan.orders)
+
+
+def test_lines_survive_json_and_are_checked():
+    graph = segment_graph(measured(), T, lines(0.5))
+    again = from_dict(json.loads(json.dumps(to_dict(graph))))
+    assert moves(again) == moves(graph)
+    for wrong, message in (
+        ({(0, 2, 0): [[0.1] * 4] * 5}, "does not fit"),
+        ({(2, 4, 1): [[0.1] * 4]}, "does not fit"),
+        ({(2, 4, 1): [[float("nan")] * 4] * 5}, "needs errors"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            segment_graph(measured(), T, wrong)

@@ -53,7 +53,10 @@ def test_import_does_not_change_torch():
 def test_the_source_checkout_does_not_hide_the_kernels_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "policies" / "__init__.py").exists()
-    code = "import vidaccel, vidaccel.policies, vidaccel.assets; print(vidaccel.__file__)"
+    code = (
+        "import vidaccel, vidaccel.policies, vidaccel.assets, vidaccel.kernels; "
+        "print(vidaccel.__file__)"
+    )
     shown = python(code, cwd=ROOT)
     assert Path(shown.strip()).parent == ROOT / "vidaccel"
 
@@ -75,6 +78,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(distributions):
     assert "vidaccel/cli.py" in names
     assert "vidaccel/assets/tiny-wan/model_index.json" in names
     assert "vidaccel/policies/README.md" in names
+    assert "vidaccel/kernels/reference.py" in names
     assert not [n for n in names if n.startswith(("tests/", "examples/", "kernels/", "policies/"))]
     assert not [n for n in names if n.startswith("vidaccel/assets/results")]
     with tarfile.open(sdist) as archive:

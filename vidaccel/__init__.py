@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vidaccel.lemica.build import build_policy
     from vidaccel.plan import Plan
     from vidaccel.policy import CachePolicy
+    from vidaccel.svg2 import SVG2
     from vidaccel.threshold import suggest_threshold
 
 # Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
@@ -49,10 +50,12 @@ _HOME = {
     "HostSpec": "hostspec",
     "suggest_threshold": "threshold",
     "Plan": "plan",
+    "SVG2": "svg2",
     "VidaccelError": "errors",
 }
 
 __all__ = [
+    "SVG2",
     "BlockList",
     "CachePolicy",
     "DBCache",

@@ -7,12 +7,19 @@ from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts import find_transformers
 from vidaccel.ledger import Report, TransformerReport
 from vidaccel.sources import course_source
+from vidaccel.sparse import attention_of
 
 Pipeline = TypeVar("Pipeline")
 
 
 def accelerate(
-    pipe: Pipeline, *, policy: Any = "auto", cache: Any = "auto", preset: str = "balanced"
+    pipe: Pipeline,
+    *,
+    policy: Any = "auto",
+    cache: Any = "auto",
+    attention: Any = "auto",
+    preset: str = "balanced",
+    allow_transfer: bool = False,
 ) -> Pipeline:
     """Make a Diffusers video pipeline skip denoising steps whose result it can reuse.
 
@@ -34,19 +41,26 @@ def accelerate(
             `DBCache` decides alone with policy=None, and where policy="auto" has no policy that
             fits; beside a plan it can only have more steps computed. "auto": a `DBCache` where no
             policy fits and the model has a known threshold; None: none.
+        attention: how the self-attention of the blocks that run is made sparse: an `SVG2`; "auto":
+            `SVG2()` on a GPU, where sequences are long enough to gain; None: not at all.
         preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or
             the plan of a policy that is as fast as that.
+        allow_transfer: let a given policy run with another number of steps, scheduler or noise
+            grid than it was measured with, by carrying its errors over to the new noise levels; a
+            report marks it. Without it such a run is refused.
 
     Returns:
         The same `pipe`.
 
     Raises:
         UnsupportedPipelineError: no supported transformer; one that is compiled as a whole, has a
-            Diffusers cache enabled or runs in context parallel; a scheduler that calls the model
+            Diffusers cache enabled or runs in tensor parallel; a scheduler that calls the model
             more than once per step. The pipeline is unchanged then.
         PlanError: `policy`, `cache` or `preset` is none of the above, or the block cache asks for
             more blocks than the transformer has.
         PolicyError: the policy file is malformed.
+        AttentionError: `attention` is none of the above, or the attention of this model cannot be
+            made sparse.
     """
     found = find_transformers(pipe)
     scheduler = getattr(pipe, "scheduler", None)
@@ -57,8 +71,11 @@ def accelerate(
             f"{type(scheduler).__name__} calls the model {scheduler.order} times per step; use a "
             "first-order or multistep scheduler, such as UniPCMultistepScheduler"
         )
-    source = course_source(policy, cache, preset)
-    engines = [Engine(transformer, host, source) for transformer, host in found.values()]
+    source = course_source(policy, cache, preset, allow_transfer=allow_transfer)
+    engines = [
+        Engine(transformer, host, source, attention_of(attention, transformer, host))
+        for transformer, host in found.values()
+    ]
     for engine in engines:
         previous = engine_of(engine.transformer)
         if previous is not None:
@@ -105,6 +122,8 @@ def report(pipe: Any) -> Report:
                 engine.ledger,
                 engine.bytes_held,
                 engine.cache.threshold if engine.cache is not None else None,
+                engine.attention.report(),
+                notes=engine.notes,
             )
             for name, engine in engines.items()
         ),

@@ -1,4 +1,4 @@
-"""The command line: vidaccel generate | build-policy | show | suggest-threshold | bench | env."""
+"""The command line: vidaccel COMMAND; --help lists them."""
 
 import argparse
 import json
@@ -11,15 +11,17 @@ from typing import Any
 from vidaccel import __version__, comparisons
 from vidaccel.console import (
     add_cache_options,
+    add_model_options,
     at_least,
     cache_of,
     check_writable,
     print_result,
-    read_prompts,
     size,
     write_json,
 )
 from vidaccel.errors import ModelError, PolicyError, VidaccelError
+from vidaccel.lemica import commands as commands_of_policies
+from vidaccel.viewing import compare_parser, demo_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _generate_parser,
-        _build_parser,
-        _show_parser,
+        _policy_parsers,
         _suggest_parser,
         _bench_parser,
+        _hosts_parser,
+        compare_parser,
+        demo_parser,
         _env_parser,
     ):
         add(commands)
@@ -92,16 +96,8 @@ def _generate_parser(commands: Any) -> None:
     parser.add_argument("--fps", type=at_least(1), default=16, help="of the files")
     parser.add_argument("--out", type=Path, default=Path("out/video.mp4"), help="an .mp4 file")
     parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.set_defaults(run=_generate)
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cuda, cpu, ...; the GPU if there is one")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU"
-    )
-    parser.add_argument("--offload", action="store_true", help="keep idle parts in host memory")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -175,73 +171,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         write_json({"settings": settings, **result, "environment": environment()}, arguments.json)
 
 
-def _build_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "build-policy",
-        help="measure which steps are worth computing, and write a policy file",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("out", type=Path, help="the policy file, .json")
-    parser.add_argument("--prompts", type=Path, required=True, help="text file, one per line")
-    parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
-    parser.add_argument("--steps", type=at_least(3), default=50, help="denoising steps")
-    parser.add_argument("--seeds", type=at_least(1), default=1, help="number of seeds")
-    parser.add_argument("--max-skip", type=at_least(2), default=8, help="longest segment")
-    parser.add_argument("--method", choices=("exact", "gain"), default="exact")
-    parser.add_argument("--objective", default="leximax", help="leximax, sum or power(N)")
-    parser.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
-    parser.add_argument("--frames", type=at_least(1), help="number of frames")
-    parser.add_argument("--guidance", type=float, help="guidance scale")
-    parser.add_argument("--no-validate", action="store_true", help="skip the end-to-end check")
-    parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
-    _add_model_options(parser)
-    parser.set_defaults(run=_build)
-
-
-def _build(arguments: argparse.Namespace) -> None:
-    out: Path = arguments.out
-    if out.suffix != ".json":
-        raise PolicyError(f"expected a file name that ends in .json, found {out}")
-    prompts = read_prompts(arguments.prompts)
-    check_writable(out)
-
-    from vidaccel import generate as g
-    from vidaccel.lemica.build import build_policy
-
-    pipe = _pipeline(arguments)
-    pipe.set_progress_bar_config(disable=True)
-    width, height = arguments.size or (None, None)
-    wanted = {"height": height, "width": width, "num_frames": arguments.frames}
-    wanted |= {"guidance_scale": arguments.guidance}
-    defaults = {} if arguments.model is not None else g.EMBEDDED_CALL
-    given = {name: value for name, value in wanted.items() if value is not None}
-    policy = build_policy(
-        pipe,
-        prompts,
-        num_inference_steps=arguments.steps,
-        seeds=range(arguments.seeds),
-        max_skip=arguments.max_skip,
-        method=arguments.method,
-        objective=arguments.objective,
-        call_kwargs=g.call_arguments(pipe, defaults | given),
-        workdir=arguments.workdir,
-        validate=not arguments.no_validate,
-    )
-    policy.save(out)
-    print(policy.table())
-    print(f"wrote {out}", file=sys.stderr)
-
-
-def _show_parser(commands: Any) -> None:
-    parser = commands.add_parser("show", help="what a policy file says")
-    parser.add_argument("policy", help="file, folder or hub id")
-    parser.set_defaults(run=_show)
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from vidaccel.policy import CachePolicy
-
-    print(CachePolicy.from_pretrained(arguments.policy).table())
+def _policy_parsers(commands: Any) -> None:
+    commands_of_policies.add_build(commands, add_model_options, _pipeline)
+    commands_of_policies.add_show(commands)
 
 
 def _suggest_parser(commands: Any) -> None:
@@ -261,7 +193,7 @@ def _suggest_parser(commands: Any) -> None:
     parser.add_argument("--frames", type=at_least(1), help="number of frames")
     add_cache_options(parser)
     parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.set_defaults(run=_suggest)
 
 
@@ -314,10 +246,96 @@ def _bench_parser(commands: Any) -> None:
     overhead.add_argument("--rounds", type=at_least(1), default=9, help="medians are over these")
     overhead.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
     overhead.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    _add_model_options(overhead)
+    add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
-    comparisons.add_quality(benches, _add_model_options)
-    comparisons.add_parity(benches, _add_model_options)
+    _bench_kernel_parsers(benches)
+    comparisons.add_quality(benches, add_model_options)
+    comparisons.add_parity(benches, add_model_options)
+    commands_of_policies.add_benches(benches, add_model_options, _pipeline)
+    attention = benches.add_parser(
+        "attention",
+        help="PSNR against density of sparse attention, on the embedded model",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    attention.add_argument("--steps", type=at_least(2), default=12)
+    attention.add_argument("--prompts", type=int, choices=(1, 2), default=1)
+    attention.add_argument("--partial", type=Path, help="keep what is measured, to go on from it")
+    attention.add_argument("--figure", type=Path, help="draw it there; needs matplotlib")
+    attention.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    add_model_options(attention)
+    attention.set_defaults(run=_bench_attention, model=None)
+
+
+def _bench_kernel_parsers(benches: Any) -> None:
+    kernels = benches.add_parser(
+        "kernels", help="check the attention kernels on a CUDA GPU, then measure them"
+    )
+    kernels.add_argument("--shapes", help="part of a model's name, such as Wan; all if left out")
+    kernels.add_argument("--check-only", action="store_true", help="measure nothing")
+    kernels.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    kernels.set_defaults(run=_bench_kernels)
+    codegen = benches.add_parser(
+        "codegen", help="compile every kernel without a GPU: registers, spills, instruction mix"
+    )
+    codegen.add_argument("--chips", default="80,90,100,120", help="compute capabilities")
+    codegen.add_argument("--kernels", default="", help="part of a kernel's name")
+    codegen.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    codegen.set_defaults(run=_bench_codegen)
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    from vidaccel import kernel_bench
+
+    names = [name for name in kernel_bench.SHAPES if (arguments.shapes or "") in name]
+    if not names:
+        known = ", ".join(kernel_bench.SHAPES)
+        raise VidaccelError(f"no shape is called {arguments.shapes!r}; there are {known}")
+    if arguments.check_only:
+        names = []
+    result = kernel_bench.kernels(names, report=lambda line: print(line, file=sys.stderr))
+    print_result(kernel_bench.kernels_table(result), arguments.json)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
+
+
+def _bench_codegen(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    from vidaccel import codegen
+
+    chips = [int(chip) for chip in arguments.chips.split(",") if chip.strip().isdigit()]
+    if not chips or not set(chips) <= set(codegen.CHIPS):
+        raise VidaccelError(f"--chips takes some of 80,90,100,120, found {arguments.chips!r}")
+    result = codegen.codegen(chips, wanted=lambda shipped: arguments.kernels in shipped.name)
+    print_result(codegen.codegen_table(result), arguments.json)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
+    if result["problems"]:
+        raise VidaccelError(f"{len(result['problems'])} problems in generated code")
+
+
+def _bench_attention(arguments: argparse.Namespace) -> None:
+    for path in (arguments.json, arguments.figure):
+        if path is not None and str(path) != "-":
+            check_writable(path)
+    from vidaccel import bench_attention as bench
+    from vidaccel import generate as g
+
+    pipe = _pipeline(arguments)
+    result = bench.attention(
+        pipe,
+        {**g.EMBEDDED_CALL, "num_inference_steps": arguments.steps},
+        prompts=bench.PROMPTS[: arguments.prompts],
+        partial=arguments.partial,
+    )
+    result["settings"] |= {"model": "tiny-wan"}
+    print_result(bench.attention_table(result), arguments.json)
+    if arguments.figure is not None:
+        bench.draw(result, arguments.figure)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
 
 
 def _bench_overhead(arguments: argparse.Namespace) -> None:
@@ -341,6 +359,17 @@ def _bench_overhead(arguments: argparse.Namespace) -> None:
     print_result(bench.overhead_table(result), arguments.json)
     if arguments.json is not None:
         write_json(result, arguments.json)
+
+
+def _hosts_parser(commands: Any) -> None:
+    parser = commands.add_parser("hosts", help="print the table of supported models")
+    parser.set_defaults(run=_hosts)
+
+
+def _hosts(arguments: argparse.Namespace) -> None:
+    from vidaccel.hosts import markdown_table
+
+    print(markdown_table())
 
 
 def _env_parser(commands: Any) -> None:

@@ -28,6 +28,15 @@ def at_least(low: int) -> Callable[[str], int]:
     return whole_number
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded."""
+    parser.add_argument("--device", help="cuda, cpu, ...; the GPU if there is one")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU"
+    )
+    parser.add_argument("--offload", action="store_true", help="keep idle parts in host memory")
+
+
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """The options of a command that sets a block cache; `cache_of` reads them."""
     defaults = DBCache()
@@ -113,17 +122,17 @@ def print_result(text: str, json_path: Path | None) -> None:
     print(text, file=sys.stderr if str(json_path) == "-" else sys.stdout)
 
 
+def finite(value: Any) -> Any:
+    """What JSON can hold: it knows no infinity, so the PSNR of equal clips becomes null."""
+    if isinstance(value, dict):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(result: dict[str, Any], path: Path) -> None:
     """Write a result, sorted and indented; to stdout for the path "-"."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(name): finite(item) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(item) for item in value]
-        # JSON knows no infinity; the PSNR of equal clips is null.
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     text = json.dumps(finite(result), indent=2, sort_keys=True)
     if str(path) == "-":
         print(text)

@@ -23,15 +23,18 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from vidaccel.adapters import active_adapters
 from vidaccel.clock import Clock, Tick, noise_grid
 from vidaccel.dbcache import DBCache
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
 from vidaccel.generation import Generation, RunningCall
 from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
+from vidaccel.parallel import group_of, refuse_unsupported, seen_by
 from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
+from vidaccel.sparse import Attention
 from vidaccel.tape import Tape
 
 # The place of a call and the residual of its probe blocks.
@@ -52,15 +55,23 @@ class Engine:
         transformer: an instance of the class that `host` describes.
         host: its row of the table.
         source: the plan, resolved at the first call of each generation.
+        attention: what `accelerate(attention=...)` came to; None leaves attention alone.
 
     Raises:
         UnsupportedPipelineError: when the transformer is in a state that the engine cannot work
             with; nothing has been changed then.
     """
 
-    def __init__(self, transformer: nn.Module, host: HostSpec, source: CourseSource) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        host: HostSpec,
+        source: CourseSource,
+        attention: Attention | None = None,
+    ) -> None:
         _refuse_unsupported(transformer)
         source.check(transformer, host)
+        self.attention = attention or Attention()
         # Weak: a cycle would keep the weights of a dropped pipeline until the collector finds it.
         self._transformer = weakref.ref(transformer)
         self.host = host
@@ -97,6 +108,18 @@ class Engine:
         return ": ".join(filter(None, (self.source.description, origin)))
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the last generation's report should know besides its numbers."""
+        setting = self.setting
+        if setting is None or not setting.adapters or not (self.plan or self.cache):
+            return ()
+        names = ", ".join(setting.adapters)
+        return (
+            f"adapters were active ({names}), which no policy and no threshold that comes with "
+            "vidaccel was measured with; compare a clip with one of policy=None",
+        )
+
+    @property
     def setting(self) -> Setting | None:
         """The run that the last generation was."""
         return None if self._generation is None else self._generation.setting
@@ -115,6 +138,11 @@ class Engine:
     def step(self) -> int | None:
         """The denoising step of the running call; None between calls."""
         return None if self._call is None else self._call.tick.step
+
+    @property
+    def playing(self) -> bool:
+        """Whether the running call gives back what was recorded."""
+        return self._call is not None and self._call.playing
 
     @property
     def bytes_held(self) -> int:
@@ -141,6 +169,7 @@ class Engine:
         if hasattr(model, "cache_context"):
             vars(model)["cache_context"] = self._cache_context
             vars(model)["_reset_stateful_cache"] = self._reset_stateful_cache
+        self.attention.attach()
         vars(model)[_ATTRIBUTE] = self
 
     def detach(self) -> None:
@@ -150,6 +179,7 @@ class Engine:
         shadowed = ("cache_context", "_reset_stateful_cache", _ATTRIBUTE)
         for name in (*(spec.name for spec in self.host.blocks), *shadowed):
             vars(self.transformer).pop(name, None)
+        self.attention.detach()
         self._generation = None
 
     def serve(self, pipe: Any) -> None:
@@ -176,6 +206,7 @@ class Engine:
         """Stands in for the method that pipelines call when a generation has ended."""
         model = self.transformer
         type(model)._reset_stateful_cache(model, *args, **kwargs)
+        self.attention.forget()
         if self._generation is not None:
             self._generation.forget()
 
@@ -184,6 +215,7 @@ class Engine:
             raise UnsupportedPipelineError(_WHOLE_MODEL)
         if getattr(model, "_cache_config", None) is not None:
             raise UnsupportedPipelineError(_NATIVE_CACHE)
+        refuse_unsupported(model)
         for ref, scheduler in self._pipelines:
             pipe = ref()
             if pipe is not None and pipe.scheduler is not scheduler:
@@ -208,12 +240,14 @@ class Engine:
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             generation.propose(call)
+        self.attention.begin(tick, refreshes=generation.keeps(tick.step) > 0)
         self._call = call
 
     def _restart(self, tick: Tick) -> Generation:
         """Begin a generation: nothing that was kept belongs to it."""
         # What is no longer wanted is freed before anything can be refused.
         self._generation = None
+        self.attention.restart()
         self.ledger.restart()
         setting = self._setting(tick)
         course = self.source.resolve(setting, self.host)
@@ -234,6 +268,7 @@ class Engine:
             config_hash=sha256(text.encode()).hexdigest(),
             scheduler=type(scheduler).__name__,
             sigmas=noise_grid(scheduler, tick.num_inference_steps),
+            adapters=active_adapters(self.transformer),
         )
 
     def _run_block(
@@ -244,24 +279,26 @@ class Engine:
         if call is None or generation is None:
             return block(*args, **kwargs)
         index, call.position = call.position, call.position + 1
+        seen, seen_by_name = seen_by(block, args, kwargs)
         if call.playing:
-            return named.passed_through(args, kwargs)
+            return named.passed_through(seen, seen_by_name)
         probe, corrector = generation.probe_blocks, self.ledger.blocks - generation.corrector_blocks
         if index == 0 and probe:
-            call.probed = named.main(args, kwargs)
+            call.probed = named.main(seen, seen_by_name)
         if index == probe:
             if probe:
-                self._after_probe(call, generation, named.main(args, kwargs))
-            call.entry = named.streams(args, kwargs)
+                self._after_probe(call, generation, named.main(seen, seen_by_name))
+            call.entry = named.streams(seen, seen_by_name)
             if call.undecided:
                 generation.decide(call)
         if index == corrector:
             args, kwargs = self._at_corrector(call, generation, named, args, kwargs)
         if call.reused and probe <= index < corrector:
-            output = named.passed_through(args, kwargs)
+            output = named.passed_through(seen, seen_by_name)
         else:
             call.blocks_run += 1
-            output = block(*args, **kwargs)
+            with self.attention.block(index, named, args, kwargs):
+                output = block(*args, **kwargs)
         if index + 1 == corrector == self.ledger.blocks and not self.host.heads:
             return self._after_last(call, generation, named, output)
         return output
@@ -272,7 +309,7 @@ class Engine:
         residual = (main - call.probed.to(main.device))[..., :: generation.cache.probe_stride, :]
         if self.on_probe is not None:
             self.on_probe(call.tick, residual)
-        generation.compare(call, residual)
+        generation.compare(call, residual, group_of(self.transformer))
 
     def _at_corrector(
         self,
@@ -325,7 +362,8 @@ class Engine:
                 None where the model runs without that stream, sound say.
             head: the module that it goes into, if it is one.
         """
-        if given is None or not (call.reused or generation.keeps(call.tick.step)):
+        recording = self.tape is not None and self.tape.recording
+        if given is None or not (call.reused or recording or generation.keeps(call.tick.step)):
             return None
         parts = [call.entry[name].to(given.device) for name in streams]
         start = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -334,8 +372,7 @@ class Engine:
         if start.shape != given.shape:
             raise UnsupportedPipelineError(
                 f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}; context "
-                "parallelism is not supported yet: restore(pipe) before enabling it"
+                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}"
             )
         if not call.reused:
             call.fresh.append((given - start).to(start.dtype))
@@ -349,10 +386,14 @@ class Engine:
             return None
         tick = call.tick
         self._call = None
+        self.attention.end()
         if tape is not None and call.playing:
+            if generation.plans(tick.step) and generation.keeps(tick.step):
+                call.fresh = tape.residual(tick.step, tick.branch, call.device)
+            generation.finish(call)
             return tape.played(tick.step, tick.branch, call.device)
         if tape is not None and tape.recording:
-            tape.record(tick.step, tick.branch, output)
+            tape.record(tick.step, tick.branch, output, call.fresh)
         generation.finish(call)
         self.ledger.add(
             Call(
@@ -395,7 +436,4 @@ def _refuse_unsupported(transformer: nn.Module) -> None:
         raise UnsupportedPipelineError(_WHOLE_MODEL)
     if getattr(transformer, "_cache_config", None) is not None:
         raise UnsupportedPipelineError(_NATIVE_CACHE)
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise UnsupportedPipelineError(
-            "context parallelism is not supported yet: accelerate a pipeline that runs on one GPU"
-        )
+    refuse_unsupported(transformer)

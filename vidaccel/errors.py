@@ -19,6 +19,10 @@ class PolicyError(PlanError):
     """A policy file is malformed, or is not made for the pipeline and run it is used for."""
 
 
+class AttentionError(VidaccelError):
+    """Settings of sparse attention that cannot be, or an attention that cannot be made sparse."""
+
+
 class BuildError(VidaccelError):
     """A work folder belongs to another build, or cannot be read or written."""
 
@@ -35,8 +39,20 @@ class OutputError(VidaccelError):
     """A result cannot be written where it was asked for."""
 
 
+class SettingsError(VidaccelError):
+    """The settings of a run are malformed, or beyond the limits of the page."""
+
+
+class QueueFullError(VidaccelError):
+    """Too many runs are waiting already."""
+
+
 class VideoError(VidaccelError):
     """A clip has the wrong form, or a video or picture cannot be read or written."""
+
+
+class UnavailableError(VidaccelError):
+    """A part of vidaccel needs a package that is not installed."""
 
 
 class MetricUnavailable(VidaccelError):

@@ -1,4 +1,4 @@
-"""The table of supported transformer classes: a row of data each.
+"""The table of supported video transformer classes: a row of data each.
 
 A row says where the transformer's blocks are, what they return, and which module reads the result
 after the last block. The engine needs nothing else to know about a model.
@@ -6,12 +6,9 @@ after the last block. The engine needs nothing else to know about a model.
 
 from vidaccel.hostspec import BlockList, Head, HostSpec
 
-# Blocks of joint attention return both of their streams, some the text first.
+# Blocks of joint attention return both of their streams.
 _JOINT = ("hidden_states", "encoder_hidden_states")
-_TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 _DEMO = "cache-dit's demo video, {} probe blocks"
-_IMAGE = {"tokens": ("image", "text"), "attention": None, "attention_note": "a single frame"}
-_IMAGE_TEXT_FIRST = _IMAGE | {"tokens": ("text", "image")}
 
 _WAN = (
     HostSpec(
@@ -62,8 +59,6 @@ _WAN = (
         ),
         (BlockList("blocks"),),
         family="SkyReels V2",
-        threshold=0.12,
-        threshold_origin=_DEMO.format(8),
     ),
 )
 
@@ -83,6 +78,7 @@ _HUNYUAN = (
         guidance="embedded",
         tokens=("video", "text"),
         attention="attn",
+        mask="keys",
         threshold=0.12,
         threshold_origin=_DEMO.format(1),
     ),
@@ -107,6 +103,7 @@ _HUNYUAN = (
         family="HunyuanVideo 1.5",
         tokens=("video", "text"),
         attention="attn",
+        mask="pairs",
     ),
 )
 
@@ -131,7 +128,7 @@ _VIDEO = (
         "ConsisIDTransformer3DModel",
         ("ConsisIDPipeline",),
         (BlockList("transformer_blocks", _JOINT),),
-        (Head("norm_final", _TEXT_FIRST),),
+        (Head("norm_final", ("encoder_hidden_states", "hidden_states")),),
         family="ConsisID",
         guidance="batched",
         tokens=("text", "video"),
@@ -165,8 +162,6 @@ _VIDEO = (
         family="Mochi",
         guidance="batched",
         tokens=("video", "text"),
-        threshold=0.08,
-        threshold_origin=_DEMO.format(8),
     ),
     HostSpec(
         "AllegroTransformer3DModel",
@@ -174,8 +169,6 @@ _VIDEO = (
         (BlockList("transformer_blocks"),),
         family="Allegro",
         guidance="batched",
-        threshold=0.26,
-        threshold_origin=_DEMO.format(8),
     ),
     HostSpec(
         "LatteTransformer3DModel",
@@ -216,6 +209,7 @@ _VIDEO = (
         (BlockList("layers", ("und_seq", "gen_seq")),),
         (Head("norm_moe_gen", ("gen_seq",)),),
         family="Cosmos 3",
+        since="0.39",
         tokens=("text", "video"),
         attention=None,
         attention_note="one packed sequence of several modalities",
@@ -249,6 +243,7 @@ _VIDEO = (
         (BlockList("visual_transformer_blocks", ("vis", "aud")),),
         (),
         family="Kandinsky 6",
+        since="0.42",
         attention="video_dec_block.self_attention",
         main="vis",
     ),
@@ -260,8 +255,10 @@ _VIDEO = (
             BlockList("single_transformer_blocks", _JOINT),
         ),
         family="Motif-Video",
+        since="0.39",
         tokens=("video", "text"),
-        attention="attn",
+        attention=None,
+        attention_note="the last blocks take the video for their text",
         no_corrector="starts its last blocks from the patches again, with what the others made of "
         "them as their text, so these cannot run without the others",
     ),
@@ -279,12 +276,14 @@ _VIDEO = (
         ("AnyFlowPipeline",),
         (BlockList("blocks"),),
         family="AnyFlow",
+        since="0.39",
         guidance="batched",
     ),
     HostSpec(
         "AnyFlowFARTransformer3DModel",
         ("AnyFlowFARPipeline",),
         family="AnyFlow FAR",
+        since="0.39",
         unsupported="fills a key-value cache in the blocks of every chunk, which blocks that do "
         "not run would leave stale; use AnyFlowPipeline, or run it without vidaccel",
     ),

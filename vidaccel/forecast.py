@@ -2,18 +2,24 @@
 
 Order 0 holds the last residual; order 1 and 2 extend the line or parabola through the last two or
 three over the noise level sigma. Steps are not equidistant in sigma, so a forecast over the step
-index would be wrong on shifted schedules.
+index would be wrong on shifted schedules. A scale between 0 and 1 goes only part of the way from
+the held residual to the forecast: residuals bend, and half a slope is often nearer than none or
+all of it.
 """
 
 from collections.abc import Sequence
 
 MAX_ORDER = 2
+# The largest scale: further out, an extrapolation is no forecast any more.
+MAX_SCALE = 2.0
 
 # Two computed steps this close in sigma say nothing about a slope.
 _SMALLEST_GAP = 1e-6
 
 
-def weights(known: Sequence[float], sigma: float, order: int) -> tuple[float, ...]:
+def weights(
+    known: Sequence[float], sigma: float, order: int, scale: float = 1.0
+) -> tuple[float, ...]:
     """Coefficients of the residuals whose weighted sum is the forecast.
 
     The polynomial of degree `order` through the last points, in Lagrange's form. With fewer known
@@ -23,6 +29,7 @@ def weights(known: Sequence[float], sigma: float, order: int) -> tuple[float, ..
         known: noise levels of the computed steps, oldest first; at least one.
         sigma: noise level of the reused step.
         order: 0, 1 or 2.
+        scale: how far to go from the last residual (0) to the forecast (1).
 
     Returns:
         One coefficient per entry of `known`; they sum to 1.
@@ -39,4 +46,7 @@ def weights(known: Sequence[float], sigma: float, order: int) -> tuple[float, ..
             if i != j:
                 value *= (sigma - other) / (point - other)
         lagrange.append(value)
+    if scale != 1.0:
+        lagrange = [scale * value for value in lagrange]
+        lagrange[-1] += 1.0 - scale
     return (*(0.0 for _ in range(len(known) - len(points))), *lagrange)

@@ -1,7 +1,7 @@
 """One prompt to one clip, and the same prompt with and without acceleration."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
@@ -141,7 +141,13 @@ def without_bar(pipe: Any) -> Iterator[None]:
 
 
 def generate(
-    pipe: Any, call: dict[str, Any], *, seed: int = 0, label: str = "", progress: bool = True
+    pipe: Any,
+    call: dict[str, Any],
+    *,
+    seed: int = 0,
+    label: str = "",
+    progress: bool = True,
+    on_step: Callable[[int, Any], None] | None = None,
 ) -> Run:
     """Run a pipeline once, as it is, accelerated or not.
 
@@ -151,6 +157,8 @@ def generate(
         seed: of the generator, which lives on the CPU so that every device draws the same noise.
         label: shown left of the progress bar.
         progress: show a bar with step i/N and how many of them were reused.
+        on_step: called with the index and the latents of each step that has ended, where the
+            pipeline tells its steps; what it raises ends the run.
     """
     engines = list(engines_of(pipe).values())
     steps = steps_of(pipe, call)
@@ -165,6 +173,8 @@ def generate(
             reused = sum(engine.ledger.steps_reused for engine in engines)
             bar.set_postfix(reused=reused, refresh=False)
             bar.update()
+            if on_step is not None:
+                on_step(step, kwargs.get("latents"))
             return kwargs
 
         told = "callback_on_step_end" in signature(type(pipe).__call__).parameters

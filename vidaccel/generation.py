@@ -7,6 +7,7 @@ import torch
 
 from vidaccel.clock import Tick
 from vidaccel.dbcache import FIRST, PLANNED, DBCache, Decider
+from vidaccel.parallel import relative_change
 from vidaccel.plan import Plan, Setting
 from vidaccel.residuals import Residuals
 from vidaccel.sources import Course
@@ -112,22 +113,22 @@ class Generation:
             call.compute(objection)
         decider.settle(call.tick.step, call.reason, difference)
 
-    def compare(self, call: RunningCall, residual: torch.Tensor) -> None:
-        """Take the residual of the probe blocks, and how much it has changed."""
+    def compare(self, call: RunningCall, residual: torch.Tensor, group: Any = None) -> None:
+        """Take the residual of the probe blocks, and how much it has changed in all of `group`."""
         call.probed = residual
         last = self._probes.get(call.tick.branch)
         if last is not None and last.shape == residual.shape:
-            change = (last.float() - residual.float()).abs().mean()
-            call.difference = change / last.float().abs().mean()
+            call.difference = relative_change(last, residual, group)
 
     def forecast(self, call: RunningCall, index: int, device: torch.device) -> torch.Tensor:
         """The residual of head or stream `index` for a reused call."""
-        step = call.tick.step
+        step, scale = call.tick.step, 1.0
         if self.plan is not None:
-            order = self.plan.order(step)
+            order, scale = self.plan.order(step), self.plan.scale(step)
         else:
             order = 0 if self.cache is None else self.cache.forecast_order
-        return self._residuals.forecast(call.tick.branch, index, self._sigmas[step], order, device)
+        sigma, branch = self._sigmas[step], call.tick.branch
+        return self._residuals.forecast(branch, index, sigma, order, device, scale)
 
     def finish(self, call: RunningCall) -> None:
         """Keep what later steps may ask for, and nothing else."""

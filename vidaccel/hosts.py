@@ -3,13 +3,22 @@
 from typing import Any
 
 from vidaccel.errors import UnsupportedPipelineError
-from vidaccel.families import ROWS
+from vidaccel.families import ROWS as VIDEO_ROWS
 from vidaccel.hostspec import BlockList, Head, HostSpec
+from vidaccel.image_families import ROWS as IMAGE_ROWS
 
-__all__ = ["HOSTS", "BlockList", "Head", "HostSpec", "find_transformers", "register_host"]
+__all__ = [
+    "HOSTS",
+    "BlockList",
+    "Head",
+    "HostSpec",
+    "find_transformers",
+    "markdown_table",
+    "register_host",
+]
 
 # By the name of the class; a subclass is found under the name of its base.
-HOSTS: dict[str, HostSpec] = {row.transformer: row for row in ROWS}
+HOSTS: dict[str, HostSpec] = {row.transformer: row for row in (*VIDEO_ROWS, *IMAGE_ROWS)}
 
 
 def register_host(spec: HostSpec) -> HostSpec:
@@ -74,6 +83,30 @@ def find_transformers(pipe: Any) -> dict[str, tuple[Any, HostSpec]]:
             "vidaccel.register_host adds another"
         )
     return found
+
+
+def markdown_table() -> str:
+    """The table of supported models, as the README shows it."""
+    head = (
+        "model",
+        "pipelines tested",
+        "step plans",
+        "block cache",
+        "SVG2",
+        "diffusers",
+    )
+    rows = [head, ("---",) * len(head)]
+    for row in HOSTS.values():
+        pipelines = ", ".join(f"`{name}`" for name in row.pipelines)
+        if row.unsupported:
+            cells = ("no", f"no: {row.transformer} {row.unsupported}", "")
+        else:
+            threshold = "yes" if row.threshold is None else f"yes, threshold {row.threshold:g}"
+            cache = threshold + ("; no corrector blocks" if row.no_corrector else "")
+            attention = "yes" if row.attention else f"no: {row.attention_note}"
+            cells = ("yes", cache, attention)
+        rows.append((row.family or row.transformer, pipelines, *cells, f"≥ {row.since}"))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _row_of(module: Any) -> HostSpec | None:

@@ -57,6 +57,8 @@ class HostSpec:
         tokens: what the self-attention sees, in order.
         attention: path of the video self-attention inside a block; None where it is no full
             attention over a grid of video tokens, for the reason in `attention_note`.
+        mask: what the mask of that attention means: "none" is ever given, or "keys" [B, 1, 1, S] or
+            "pairs" [B, 1, S, S] of the tokens that are no padding, which the video never is.
         threshold: of `DBCache` when none is given; None where nobody has published one.
         threshold_origin: where that number comes from.
         interleaved: the lists take turns, a block of each at a time, and change the layout of the
@@ -79,6 +81,7 @@ class HostSpec:
     tokens: tuple[str, ...] = ("video",)
     attention: str | None = "attn1"
     attention_note: str = ""
+    mask: Literal["none", "keys", "pairs"] = "none"
     threshold: float | None = None
     threshold_origin: str = ""
     interleaved: bool = False

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -125,6 +125,46 @@ class Ledger:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """What sparse attention did in one transformer since `accelerate`.
+
+    Attributes:
+        settings: of the sparse attention, or why there is none.
+        sparse_calls: calls of self-attention that were sparse.
+        dense_calls: those that were not, by reason.
+        density: mean share of the query-key pairs that the sparse calls computed.
+        density_with_dense: the same over all calls, a dense one counting as 1.
+        empty_query_clusters, empty_key_clusters: mean share of clusters without tokens.
+        recall: mean share of the attention mass that sampled rows kept; None: not measured.
+        layers: by position of the block, its own mean density and recall.
+        bytes_held: bytes of clusters at this moment.
+    """
+
+    settings: str
+    sparse_calls: int = 0
+    dense_calls: dict[str, int] = field(default_factory=dict)
+    density: float | None = None
+    density_with_dense: float | None = None
+    empty_query_clusters: float | None = None
+    empty_key_clusters: float | None = None
+    recall: float | None = None
+    layers: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    bytes_held: int = 0
+
+    def __str__(self) -> str:
+        dense = ", ".join(f"{calls} {reason}" for reason, calls in self.dense_calls.items())
+        if self.density is None:
+            ran = f", all dense ({dense})" if dense else ""
+            return f"attention: {self.settings}{ran}"
+        line = (
+            f"attention: {self.settings}, density {self.density:.1%} in {self.sparse_calls} calls, "
+            f"{self.density_with_dense:.1%} with {sum(self.dense_calls.values())} dense ones"
+        )
+        line += f" ({dense})" if dense else ""
+        return line + (f", recall {self.recall:.1%}" if self.recall is not None else "")
+
+
+@dataclass(frozen=True)
 class BranchReport:
     """One guidance branch of one transformer; see `Totals` for the sums."""
 
@@ -180,6 +220,7 @@ class TransformerReport:
         branches: sums over all generations, by guidance branch.
         steps: the calls of the last generation.
         notes: what a reader should know, such as why nothing was reused.
+        attention: what was sparse; None when attention is left alone.
     """
 
     component: str
@@ -192,6 +233,7 @@ class TransformerReport:
     branches: tuple[BranchReport, ...]
     steps: tuple[StepReport, ...]
     notes: tuple[str, ...]
+    attention: AttentionReport | None = None
 
     @classmethod
     def of(
@@ -202,6 +244,8 @@ class TransformerReport:
         ledger: Ledger,
         bytes_held: int,
         threshold: float | None = None,
+        attention: AttentionReport | None = None,
+        notes: tuple[str, ...] = (),
     ) -> "TransformerReport":
         """The report of one ledger."""
         branches = tuple(
@@ -229,7 +273,8 @@ class TransformerReport:
             ledger.peak_bytes,
             branches,
             steps,
-            _notes(steps, threshold),
+            (*_notes(steps, threshold), *notes),
+            attention,
         )
 
 
@@ -278,6 +323,7 @@ class Report:
                 f"last: {part.timeline or 'nothing has run yet'}",
             ]
             lines += [f"  {line}" for line in _table(part.branches)] if part.branches else []
+            lines += [f"  {part.attention}"] if part.attention is not None else []
             lines += [f"  note: {note}" for note in part.notes]
         return "\n".join(lines)
 

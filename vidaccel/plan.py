@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from vidaccel.errors import PlanError
-from vidaccel.forecast import MAX_ORDER
+from vidaccel.forecast import MAX_ORDER, MAX_SCALE
 
 # Below this many steps each one changes the sample so much that reusing any is visible.
 FEW_STEPS = 8
@@ -31,16 +31,19 @@ class Plan:
             Every computed step starts a segment, except step T - 1, after which nothing is reused.
         orders: the forecast order of each segment (0 hold, 1 line, 2 parabola over sigma), or
             empty to hold in all of them.
+        scales: how far each segment goes from holding (0) to the forecast of its order (1), or
+            empty to go all the way in all of them.
         origin: where the plan comes from, for reports.
 
     Raises:
-        PlanError: when the steps, the errors or the orders are not such a list.
+        PlanError: when the steps, errors, orders or scales are not such a list.
     """
 
     steps: tuple[int, ...]
     num_inference_steps: int
     errors: tuple[float, ...] = ()
     orders: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
     origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,13 @@ class Plan:
             if isinstance(order, bool) or order not in range(MAX_ORDER + 1):
                 raise PlanError(f"order {position} is {order!r}; a forecast has order 0, 1 or 2")
 
+        object.__setattr__(self, "scales", tuple(self.scales))
+        if self.scales and len(self.scales) != segments:
+            raise PlanError(f"the plan has {segments} segments, found {len(self.scales)} scales")
+        for position, scale in enumerate(self.scales):
+            if not isinstance(scale, int | float) or not 0 <= scale <= MAX_SCALE:
+                raise PlanError(f"scale {position} is {scale!r}; it is 0 to {MAX_SCALE:g}")
+
     @classmethod
     def every(cls, n: int, num_inference_steps: int) -> "Plan":
         """Compute steps 0, n, 2n, ...: evenly spaced over `num_inference_steps` steps."""
@@ -85,10 +95,11 @@ class Plan:
         steps = tuple(i * num_inference_steps // budget for i in range(budget))
         return cls(steps, num_inference_steps)
 
-    def forecast(self, order: int) -> "Plan":
+    def forecast(self, order: int, scale: float = 1.0) -> "Plan":
         """The same steps with every segment forecast at `order`; its errors are not known."""
         segments = len(self.steps) - (self.steps[-1] == self.num_inference_steps - 1)
-        return Plan(self.steps, self.num_inference_steps, orders=(order,) * segments)
+        scales = () if scale == 1.0 else (scale,) * segments
+        return Plan(self.steps, self.num_inference_steps, orders=(order,) * segments, scales=scales)
 
     @cached_property
     def _computed(self) -> frozenset[int]:
@@ -109,6 +120,13 @@ class Plan:
             later[s - 1] = max(wanted, after)
         return tuple(later)
 
+    def segments(self) -> list[tuple[int, int]]:
+        """The (start, end) between which steps are reused; T as end reuses to the end."""
+        ends = (*self.steps[1:], self.num_inference_steps)
+        return [
+            (start, end) for start, end in zip(self.steps, ends, strict=True) if end > start + 1
+        ]
+
     def computes(self, step: int) -> bool:
         """Whether the plan computes `step`."""
         return step in self._computed
@@ -120,6 +138,10 @@ class Plan:
     def order(self, step: int) -> int:
         """The forecast order with which the reused `step` is filled in."""
         return self.orders[self._segments[step]] if self.orders else 0
+
+    def scale(self, step: int) -> float:
+        """How far the reused `step` goes from holding to its forecast."""
+        return self.scales[self._segments[step]] if self.scales else 1.0
 
     def keeps(self, step: int) -> int:
         """How many of the last residuals, that of `step` included, later steps may ask for."""
@@ -140,6 +162,7 @@ class Setting:
         config_hash: SHA-256 of the transformer's config.
         scheduler: class name.
         sigmas: noise level of each step, T of them.
+        adapters: names of the adapters (LoRA) that are at work.
     """
 
     num_inference_steps: int
@@ -148,6 +171,7 @@ class Setting:
     config_hash: str | None = None
     scheduler: str | None = None
     sigmas: tuple[float, ...] | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

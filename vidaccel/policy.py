@@ -18,7 +18,8 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.files import write_text
-from vidaccel.plan import PRESETS, Plan, Setting
+from vidaccel.lemica.segments import Move
+from vidaccel.plan import FEW_STEPS, PRESETS, Plan, Setting
 from vidaccel.schema import (
     MAX_STEPS,
     Budget,
@@ -38,7 +39,7 @@ from vidaccel.schema import (
     Validation,
 )
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
 MAX_BYTES = 32 * 2**20
 # Noise grids agree when every entry does to this relative difference: float32 rounding, no more.
 GRID_TOLERANCE = 1e-4
@@ -77,34 +78,47 @@ class CachePolicy(Record):
         sigmas = self.scheduler.sigmas
         if sigmas is not None and len(sigmas) != total:
             raise ValueError(f"scheduler.sigmas: found {len(sigmas)} entries, expected {total}")
-        edges: dict[tuple[int, int], float] = {}
+        edges: dict[_Way, float] = {}
         for edge in self.edges:
             if not edge.start < edge.end <= total:
                 raise ValueError(f"edges: found {edge.start} to {edge.end} in {total} steps")
-            if (edge.start, edge.end) in edges:
+            if edge.order and not (edge.previous is not None and edge.previous < edge.start):
+                raise ValueError(
+                    f"edges: found a forecast from {edge.start} to {edge.end} with previous "
+                    f"{edge.previous}, expected a step before {edge.start}"
+                )
+            way = (edge.start, edge.end, edge.order, edge.scale, edge.previous)
+            if way in edges:
                 raise ValueError(f"edges: found {edge.start} to {edge.end} twice, expected once")
-            edges[edge.start, edge.end] = edge.mean
+            edges[way] = edge.mean
         for budget, plan in self.plans.items():
             try:
-                steps = Plan(plan.steps, total, plan.errors, plan.orders).steps
+                steps = Plan(plan.steps, total, plan.errors, plan.orders, plan.scales).steps
             except PlanError as error:
                 raise ValueError(f"plans.{budget}: {error}") from error
             if len(steps) != int(budget):
                 raise ValueError(f"plans.{budget}: found {len(steps)} steps, expected {budget}")
+            if plan.stability and len(plan.stability) != len(steps):
+                raise ValueError(
+                    f"plans.{budget}.stability: found {len(plan.stability)} entries, "
+                    f"expected {len(steps)}"
+                )
             self._check_errors(budget, plan, edges)
         return self
 
-    def _check_errors(
-        self, budget: str, plan: StoredPlan, edges: dict[tuple[int, int], float]
-    ) -> None:
+    def _check_errors(self, budget: str, plan: StoredPlan, edges: dict["_Way", float]) -> None:
         """The errors that a plan states must be those of its edges."""
         segments = list(zip(plan.steps, plan.steps[1:], strict=False))
         if self.num_inference_steps - 1 > plan.steps[-1]:
             segments.append((plan.steps[-1], self.num_inference_steps))
         if not edges or not plan.errors:
             return
-        for error, (start, end) in zip(plan.errors, segments, strict=True):
-            expected = edges.get((start, end), 0.0 if end == start + 1 else None)
+        for position, (error, (start, end)) in enumerate(zip(plan.errors, segments, strict=True)):
+            order = plan.orders[position] if plan.orders else 0
+            scale = plan.scales[position] if plan.scales else 1.0
+            previous = plan.steps[position - 1] if order and position else None
+            way = (start, end, order, scale if order else 1.0, previous)
+            expected = edges.get(way, 0.0 if end == start + 1 else None)
             if expected is None or not math.isclose(error, expected, rel_tol=1e-6, abs_tol=1e-12):
                 raise ValueError(
                     f"plans.{budget}.errors: found {error:g} from step {start} to {end}, "
@@ -133,8 +147,19 @@ class CachePolicy(Record):
             raise PolicyError(f"policy {file}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> "CachePolicy":
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "CachePolicy":
         """Read a policy from a file, a folder with a `vidaccel_policy.json`, or a hub id.
+
+        Args:
+            source: of the policy.
+            revision: branch, tag or commit of a hub repository.
+            token: for the hub; None uses the one that is logged in.
 
         Raises:
             PolicyError: as `load` does, or when the hub has no such repository or file.
@@ -143,7 +168,7 @@ class CachePolicy(Record):
         if path.is_dir():
             path = path / FILE_NAME
         elif not path.exists() and path.suffix != ".json":
-            path = _from_hub(str(source))
+            path = _from_hub(str(source), revision, token)
         return cls.load(path)
 
     @classmethod
@@ -187,6 +212,57 @@ class CachePolicy(Record):
             write_text(file, self.to_json())
         except OSError as error:
             raise PolicyError(f"cannot write policy {file}: {error.strerror}") from error
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the policy into a folder, under the name that `from_pretrained` looks for."""
+        self.save(Path(folder) / FILE_NAME)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the policy to a model repository on the hub, which is made if need be.
+
+        Args:
+            repo_id: user/name.
+            commit_message: of the commit.
+            private: whether a new repository is private; None takes the account's default.
+            token: None uses the one that is logged in.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PolicyError: the hub refused it or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            api = HfApi(token=token)
+            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            message = commit_message or f"Upload a policy of {self.num_inference_steps} steps"
+            commit = api.upload_file(
+                path_or_fileobj=self.to_json().encode(),
+                path_in_repo=FILE_NAME,
+                repo_id=name,
+                commit_message=message,
+            )
+        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+            reason = _short(str(error).strip().partition("\n")[0])
+            raise PolicyError(f"cannot upload the policy to {repo_id}: {reason}") from error
+        return str(commit.commit_url)
+
+    def moves(self) -> list[Move]:
+        """The stored edges as `lemica.search.solve_moves` takes them."""
+        ones = [Move(step, step + 1, 0.0) for step in range(self.num_inference_steps)]
+        return ones + [
+            Move(e.start, e.end, e.mean, e.order, e.scale, e.previous) for e in self.edges
+        ]
 
     def budgets(self) -> list[int]:
         """The numbers of computed steps that have a plan, in order."""
@@ -255,7 +331,7 @@ class CachePolicy(Record):
                 f"budgets {_ranges(known)} of {total} steps"
             )
         stored = self.plans[str(fitting[0])]
-        return Plan(stored.steps, total, stored.errors, stored.orders)
+        return Plan(stored.steps, total, stored.errors, stored.orders, stored.scales)
 
     def _largest_error(self, budget: int) -> float:
         return max(self.plans[str(budget)].errors, default=math.inf)
@@ -283,15 +359,12 @@ class CachePolicy(Record):
             PolicyError: naming the first field that does not match, what it has and what the run
                 has. Fields that are null are not checked.
         """
-        for field, mine, theirs in (
-            ("model.transformer", self.model.transformer, setting.transformer),
-            ("model.id", self.model.id, setting.model_id),
-            ("model.config_hash", self.model.config_hash, setting.config_hash),
+        self.check_model(setting)
+        self._check_fields(
+            setting,
             ("num_inference_steps", self.num_inference_steps, setting.num_inference_steps),
             ("scheduler.name", self.scheduler.name, setting.scheduler),
-        ):
-            if mine is not None and theirs is not None and mine != theirs:
-                raise PolicyError(f"{field}: the policy is for {mine}, this run has {theirs}")
+        )
         grid, other = self.scheduler.sigmas, setting.sigmas
         if grid is None or other is None:
             return
@@ -301,6 +374,30 @@ class CachePolicy(Record):
                     f"scheduler.sigmas: the policy has {a:.5f} at step {step}, this run has "
                     f"{b:.5f}: use the scheduler settings that it was measured with"
                 )
+
+    def check_model(self, setting: Setting) -> None:
+        """Hold the model alone against a run; raises PolicyError as `check` does."""
+        self._check_fields(
+            setting,
+            ("model.transformer", self.model.transformer, setting.transformer),
+            ("model.id", self.model.id, setting.model_id),
+            ("model.config_hash", self.model.config_hash, setting.config_hash),
+        )
+
+    def _check_fields(self, setting: Setting, *fields: tuple[str, Any, Any]) -> None:
+        for field, mine, theirs in fields:
+            if mine is not None and theirs is not None and mine != theirs:
+                message = f"{field}: the policy is for {mine}, this run has {theirs}"
+                if setting.adapters and setting.num_inference_steps < FEW_STEPS:
+                    message += (
+                        f" and the adapters {', '.join(setting.adapters)}: a few-step model has "
+                        "no step to spare, use policy=None"
+                    )
+                raise PolicyError(message)
+
+
+# start, end, order, scale, previous step: what an edge's error holds for
+_Way = tuple[int, int, int, float, int | None]
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -312,12 +409,12 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, revision: str | None, token: str | bool | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, FILE_NAME))
+        return Path(hf_hub_download(repo, FILE_NAME, revision=revision, token=token))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = _short(str(error).strip().partition("\n")[0])
         raise PolicyError(

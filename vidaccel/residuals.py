@@ -47,11 +47,17 @@ class Residuals:
         del kept[: max(0, len(kept) - count)]
 
     def forecast(
-        self, branch: str, index: int, sigma: float, order: int, device: torch.device
+        self,
+        branch: str,
+        index: int,
+        sigma: float,
+        order: int,
+        device: torch.device,
+        scale: float = 1.0,
     ) -> torch.Tensor:
         """The residual of stream `index` at the noise level `sigma` of a reused step."""
         kept = self._kept[branch]
-        coefficients = weights([residual.sigma for residual in kept], sigma, order)
+        coefficients = weights([residual.sigma for residual in kept], sigma, order, scale)
         *older, last = [
             (coefficient, residual.tensors[index].to(device, non_blocking=True))
             for coefficient, residual in zip(coefficients, kept, strict=True)

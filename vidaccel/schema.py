@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from vidaccel.forecast import MAX_ORDER
+from vidaccel.forecast import MAX_ORDER, MAX_SCALE
 
 MAX_STEPS = 1000
 
@@ -27,7 +27,9 @@ Text = Annotated[str, StringConstraints(max_length=4000)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Step = Annotated[int, Field(ge=0, le=MAX_STEPS)]
 Order = Annotated[int, Field(ge=0, le=MAX_ORDER)]
+Scale = Annotated[float, Field(ge=0.0, le=MAX_SCALE)]
 Error = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 Budget = Annotated[str, StringConstraints(pattern=r"^[1-9]\d{0,3}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -65,24 +67,34 @@ class GuidanceInfo(Record):
 
 
 class Edge(Record):
-    """The measured error of computing at `start` and `end` and reusing in between."""
+    """The measured error of computing at `start` and `end` and reusing in between.
+
+    With an order above 0 the reused steps are forecast, `scale` of the way, from the steps
+    `previous` and `start`.
+    """
 
     start: Step
     end: Step
+    order: Order = 0
+    scale: Scale = 1.0
+    previous: Step | None = None
     mean: Error
-    spread: Error = 0.0
+    spread: Error | None = None
     count: Annotated[int, Field(ge=1)] = 1
 
 
 class StoredPlan(Record):
-    """The computed steps of one budget, and of each segment the error and forecast order.
+    """The computed steps of one budget, and of each segment the error, forecast order and scale.
 
+    `stability` is the fraction of resamples of the samples whose plan computes each of the steps.
     `chosen_as` names the candidate that it was; None: the path of the policy's objective.
     """
 
     steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=MAX_STEPS)]
     errors: Annotated[tuple[Error, ...], Field(max_length=MAX_STEPS)] = ()
     orders: Annotated[tuple[Order, ...], Field(max_length=MAX_STEPS)] = ()
+    scales: Annotated[tuple[Scale, ...], Field(max_length=MAX_STEPS)] = ()
+    stability: Annotated[tuple[Share, ...], Field(max_length=MAX_STEPS)] = ()
     chosen_as: Text | None = None
 
 

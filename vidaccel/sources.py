@@ -8,7 +8,7 @@ from typing import Any
 
 from vidaccel.dbcache import DBCache
 from vidaccel.environment import shipped_policies
-from vidaccel.errors import PlanError, UnsupportedPipelineError
+from vidaccel.errors import PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.hosts import HostSpec
 from vidaccel.plan import FEW_STEPS, PRESETS, Plan, PlanSource, Setting, plan_source
 from vidaccel.policy import CachePolicy
@@ -78,7 +78,9 @@ class CourseSource:
             raise UnsupportedPipelineError(f"{name} {host.no_corrector}: set corrector_blocks=0")
 
 
-def course_source(policy: Any, cache: Any, preset: str = "balanced") -> CourseSource:
+def course_source(
+    policy: Any, cache: Any, preset: str = "balanced", *, allow_transfer: bool = False
+) -> CourseSource:
     """What `accelerate(policy=..., cache=...)` takes, as a `CourseSource`.
 
     Args:
@@ -86,12 +88,12 @@ def course_source(policy: Any, cache: Any, preset: str = "balanced") -> CourseSo
         cache: None; a `DBCache`, which guards the plan of a policy and decides alone where there
             is none (policy=None, or "auto" without one that fits); or "auto": a `DBCache` where the
             policy is "auto", none fits, and the model's row has a threshold.
-        preset: as `policy_source`.
+        preset, allow_transfer: as `policy_source`.
 
     Raises:
         PlanError, PolicyError: when it is none of these, or cannot be read.
     """
-    source = policy_source(policy, preset)
+    source = policy_source(policy, preset, allow_transfer=allow_transfer)
     if cache is not None and cache != "auto" and not isinstance(cache, DBCache):
         raise PlanError(f"cache is 'auto', None or a DBCache, found {type(cache).__name__}")
     given = cache if isinstance(cache, DBCache) else None
@@ -131,7 +133,9 @@ def _deciding(cache: DBCache, setting: Setting, host: HostSpec) -> Course:
     return Course(None, cache, str(cache))
 
 
-def policy_source(policy: Any, preset: str = "balanced") -> PlanSource:
+def policy_source(
+    policy: Any, preset: str = "balanced", *, allow_transfer: bool = False
+) -> PlanSource:
     """What `accelerate(policy=...)` takes, as a `PlanSource`.
 
     Args:
@@ -139,6 +143,8 @@ def policy_source(policy: Any, preset: str = "balanced") -> PlanSource:
             steps), a `CachePolicy`, a file, a folder or hub id that holds one, or what
             `vidaccel.plan.plan_source` takes.
         preset: "quality", "balanced" or "fast": a speedup of 2, 3 or 5, as far as a policy goes.
+        allow_transfer: carry a policy that was given over to another number of steps, scheduler or
+            noise grid of the same model; without it such a run is refused.
 
     Raises:
         PlanError, PolicyError: when it is none of these, or cannot be read.
@@ -160,7 +166,16 @@ def policy_source(policy: Any, preset: str = "balanced") -> PlanSource:
     plan, chosen = policy.preset(preset), policy
 
     def resolve(setting: Setting) -> Plan:
-        chosen.check(setting)
+        try:
+            chosen.check(setting)
+        except PolicyError:
+            if not allow_transfer:
+                raise
+            from vidaccel.lemica.transfer import transferred
+
+            moved = transferred(chosen, setting).preset(preset)
+            total = chosen.num_inference_steps
+            return replace(moved, origin=f"{moved}, transferred from {total} steps, not validated")
         return plan
 
     return PlanSource(f"policy {name}: {plan}", resolve)

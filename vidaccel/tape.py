@@ -5,7 +5,7 @@ while the transformer gives back what it gave before: latents, random numbers an
 history come out exactly as they were, and no code of this project has to know them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,19 @@ class Tape:
         self.recording = True
         self.play_until = 0
         self._outputs: dict[tuple[int, str], Any] = {}
+        self._residuals: dict[tuple[int, str], list[torch.Tensor]] = {}
 
     def plays(self, step: int) -> bool:
         """Whether `step` is played back."""
         return not self.recording and step < self.play_until
 
-    def record(self, step: int, branch: str, output: Any) -> None:
-        """Keep what the transformer returned, in host memory."""
+    def record(
+        self, step: int, branch: str, output: Any, residuals: Sequence[torch.Tensor] = ()
+    ) -> None:
+        """Keep what the transformer returned and its residuals at the heads, in host memory."""
         self._outputs[step, branch] = _mapped(lambda tensor: tensor.detach().cpu().clone(), output)
+        # Nothing writes into a residual once it is made, so one in host memory is not copied.
+        self._residuals[step, branch] = [residual.detach().cpu() for residual in residuals]
 
     def played(self, step: int, branch: str, device: torch.device) -> Any:
         """What the transformer returned then.
@@ -43,6 +48,21 @@ class Tape:
         if (step, branch) not in self._outputs:
             raise VidaccelError(f"step {step} of branch {branch!r} was not recorded")
         return _mapped(lambda tensor: tensor.to(device, copy=True), self._outputs[step, branch])
+
+    def residual(self, step: int, branch: str, device: torch.device) -> list[torch.Tensor]:
+        """The residuals at the heads then, one per head.
+
+        Raises:
+            VidaccelError: they were not recorded.
+        """
+        if not self._residuals.get((step, branch)):
+            raise VidaccelError(f"no residual of step {step} of branch {branch!r} was recorded")
+        return [residual.to(device) for residual in self._residuals[step, branch]]
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the residuals that are kept."""
+        return sum(tensor.nbytes for tensors in self._residuals.values() for tensor in tensors)
 
 
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:

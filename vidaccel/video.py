@@ -68,18 +68,21 @@ def as_uint8(frames: Any) -> Clip:
     return np.clip(np.rint(array * np.float32(255)), 0, 255).astype(np.uint8)
 
 
-def write_video(path: str | os.PathLike[str], frames: Any, fps: float = 16) -> None:
+def write_video(
+    path: str | os.PathLike[str], frames: Any, fps: float = 16, *, comment: str = ""
+) -> None:
     """Write a clip as H.264 in `path`, which ends in .mp4, at `fps` frames per second.
 
     The file is visually lossless and plays in browsers (yuv420p). That format needs even sizes, so
-    an odd one grows by a copy of its last row or column. The file appears whole or not at all.
+    an odd one grows by a copy of its last row or column. The file appears whole or not at all, and
+    carries `comment` in its metadata, which `read_comment` gives back.
 
     Raises VideoError if the clip, `fps` or `path` is wrong, or ffmpeg is missing or fails.
     """
     target = _with_suffix(path, ".mp4")
     clip = as_uint8(frames)
     with _scratch(target) as temporary:
-        _encode(temporary, clip, fps)
+        _encode(temporary, clip, fps, comment)
         os.replace(temporary, target)
 
 
@@ -102,6 +105,24 @@ def read_video(path: str | os.PathLike[str]) -> tuple[Clip, float]:
     stream = np.frombuffer(result.stdout, dtype=np.uint8)
     pixels = stream.reshape(-1, start + height * width * 3)[:, start:]
     return pixels.reshape(-1, height, width, 3), float(rate[1])
+
+
+def read_comment(path: str | os.PathLike[str]) -> str:
+    """Return the comment in the metadata of an .mp4 file; "" when it has none.
+
+    Raises VideoError if the file is missing or not an .mp4 file, or ffmpeg is missing.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise VideoError(f"no video file at {source}")
+    # With its format named, a file that claims to be a playlist of other files is not followed.
+    result = _ffmpeg("-v", "error", "-f", "mp4", "-i", str(source.absolute()), "-f", "ffmetadata")
+    if result.returncode != 0:
+        raise VideoError(f"{source.name} is damaged or no .mp4 file")
+    # Within a value, ffmpeg puts a backslash before = ; # \\ and the end of a line.
+    metadata = result.stdout.decode(errors="replace")
+    match = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", metadata, re.MULTILINE | re.DOTALL)
+    return re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL) if match else ""
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -208,7 +229,7 @@ def _scratch(target: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _encode(path: Path, clip: Clip, fps: float) -> None:
+def _encode(path: Path, clip: Clip, fps: float, comment: str = "") -> None:
     if not (math.isfinite(fps) and fps > 0):
         raise VideoError(f"expected fps above 0, found {fps}")
     odd = [(0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)]
@@ -220,6 +241,7 @@ def _encode(path: Path, clip: Clip, fps: float) -> None:
     colour = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
     codec = ["-c:v", "libx264", "-crf", str(CRF), "-pix_fmt", "yuv420p", "-color_range", "tv"]
     options = ["-vf", convert, *codec, *colour, "-movflags", "+faststart", "-y"]
+    options += ["-metadata", f"comment={comment}"] if comment else []
     result = _ffmpeg("-v", "error", *source, *options, output=str(path), data=clip.reshape(-1).data)
     if result.returncode != 0:
         reason = result.stderr.decode(errors="replace").strip().partition("\n")[0]

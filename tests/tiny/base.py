@@ -29,6 +29,7 @@ class Case:
         first: the step that the run starts with: video-to-video runs start inside the schedule.
         unplanned: steps that are computed whatever the plan says, because the pipeline changes the
             latents there.
+        batch, scheduler: why the pipeline takes no batch of prompts, or no other scheduler.
     """
 
     pipe: Any
@@ -38,14 +39,16 @@ class Case:
     )
     first: int = 0
     unplanned: tuple[int, ...] = ()
+    batch: str = ""
+    scheduler: str = ""
 
     def run(self, seed: int = 0, **overrides: Any) -> torch.Tensor:
-        """The latents of one generation; with sound, those of picture and sound in one row."""
-        kwargs = {"output_type": "latent", **self.kwargs, **overrides}
-        result = self.pipe(generator=generator(seed), **kwargs)
+        """The latents of one generation, [B, ...]; with sound, picture and sound in a row each."""
+        defaults = {"output_type": "latent", "generator": generator(seed)}
+        result = self.pipe(**{**defaults, **self.kwargs, **overrides})
         names = ("frames", "images", "image", "video", "audio", "sound")
         parts = [tensor for name in names for tensor in _tensors(getattr(result, name, None))]
-        return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+        return parts[0] if len(parts) == 1 else torch.cat([p.flatten(1) for p in parts], dim=1)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """LTX-Video and LTX-2."""
 
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -188,15 +189,23 @@ def ltx2_plain() -> Case:
     return _ltx2("LTX2Pipeline", call)
 
 
+def _uncompressed(function: Any, option: str) -> dict[str, int]:
+    """Images as they are: newer versions send them through a video codec, which needs PyAV."""
+    return {option: 0} if option in signature(function).parameters else {}
+
+
 def ltx2_i2v() -> Case:
     """A timestep per token of the picture."""
-    return _ltx2("LTX2ImageToVideoPipeline", {"image": image(32), "image_crf": 0})
+    cls = diffusers.LTX2ImageToVideoPipeline
+    call = {"image": image(32)} | _uncompressed(cls.__call__, "image_crf")
+    return _ltx2(cls.__name__, call)
 
 
 def ltx2_condition() -> Case:
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
-    condition = LTX2VideoCondition(frames=image(32), strength=0.8, crf=0)
+    options = _uncompressed(LTX2VideoCondition, "crf")
+    condition = LTX2VideoCondition(frames=image(32), strength=0.8, **options)
     return _ltx2("LTX2ConditionPipeline", {"conditions": condition})
 
 

@@ -1,26 +1,28 @@
 """From a pipeline and prompts to a policy: measure every segment, search every budget, validate."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from networkx import DiGraph
-from tqdm.auto import tqdm
 
 from vidaccel.environment import environment
 from vidaccel.errors import PlanError
 from vidaccel.hosts import find_transformers
 from vidaccel.lemica import search
 from vidaccel.lemica import validate as validation
-from vidaccel.lemica.calibrate import Replayer, exact_errors, gain_errors
-from vidaccel.lemica.graph import aggregate, segment_graph
-from vidaccel.lemica.work import Errors, Task, WorkFolder
-from vidaccel.plan import Setting
-from vidaccel.policy import CachePolicy
+from vidaccel.lemica.graph import Aggregation, aggregator, moves, stability
+from vidaccel.lemica.measure import Facts, LocalRunner, Session, announce, measure
+from vidaccel.lemica.segments import Move
+from vidaccel.lemica.work import Task, WorkFolder
+from vidaccel.plan import Plan
+from vidaccel.policy import SCHEMA_MAJOR, SCHEMA_MINOR, CachePolicy
 from vidaccel.schema import Edge, GuidanceInfo, ModelInfo, SchedulerInfo, StoredPlan, Validation
+
+# Resamples of the samples that a policy states the stability of its steps from.
+STABILITY_ROUNDS = 50
 
 
 def build_policy(
@@ -32,15 +34,23 @@ def build_policy(
     max_skip: int = 8,
     method: str = "exact",
     objective: str = "leximax",
+    metric: str = "l1",
+    aggregation: Aggregation = "mean",
+    faithful: bool = False,
     call_kwargs: dict[str, Any] | None = None,
     workdir: str | Path | None = None,
     validate: bool = True,
+    workers: int = 0,
+    ray_address: str | None = None,
+    load: Callable[[], Any] | None = None,
     progress: bool = True,
 ) -> CachePolicy:
     """Measure what reusing each segment costs and find the best plan for every budget.
 
     The method of LeMiCa (arXiv 2511.00090): errors of single segments, averaged over prompts and
-    seeds, and the lexicographically smallest path for each number of computed steps.
+    seeds, and the lexicographically smallest path for each number of computed steps. Beyond the
+    paper, a segment may be filled in along the line through the last two computed residuals, as
+    far along it as measured best; the search picks the steps and the fillings together.
 
     Args:
         pipe: a pipeline that `accelerate` takes. It is left without acceleration.
@@ -49,21 +59,31 @@ def build_policy(
         num_inference_steps: T.
         seeds: of the noise; every prompt is run with every seed.
         max_skip: longest segment, in steps.
-        method: "exact" runs every segment, about T * (max_skip - 1) / 2 generations per sample of
-            which a third is computed; "gain" estimates them within about 8 generations.
+        method: "exact" runs every held segment, about 140 generations per sample of 50 steps;
+            "gain" estimates them within about 7; "lazy" estimates them and then runs those that
+            the best plans of the validated budgets use, until the plans stay.
         objective: of `lemica.search.solve`.
+        metric: what an error is: "l1" of the final latents, "decoded" (L1 of the frames) or
+            "lpips"; the last two decode every run.
+        aggregation: of the samples' errors: "mean", "max", "quantile" or "cvar".
+        faithful: only hold residuals, as the paper does.
         call_kwargs: further arguments of the pipeline's call, such as the size.
         workdir: folder of the shards, so that a killed build goes on; None for none.
         validate: run the plans of a half, third, quarter and fifth of the steps end to end, beside
             other candidates and plain runs with as many sampling steps; keep the best of each.
-        progress: a bar in units of generations.
+        workers: measure on so many Ray workers, each with a pipeline of its own; 0 for here.
+        ray_address: of a Ray cluster; None for this machine.
+        load: gives a worker its pipeline; None sends it a copy of `pipe`.
+        progress: print the estimated cost first, and show a bar in units of generations.
 
     Returns:
         The policy.
 
     Raises:
         PlanError: an argument is out of range.
-        BuildError: the work folder belongs to another build or cannot be written.
+        BuildError: the work folder belongs to another build or cannot be written; Ray is missing,
+            cannot be reached, or lost all workers.
+        MetricUnavailable: the metric needs something that is not here.
         UnsupportedPipelineError: as `accelerate`.
     """
     call = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
@@ -81,74 +101,81 @@ def build_policy(
         method,
         call,
         _model_identity(pipe),
+        lines=not faithful,
+        metric=metric,
     )
-    search.solve([[0, 0, 0]] * 3, objective=objective)  # refuses an unknown one before any work
+    # Wrong names are refused before any work.
+    search.solve([[0, 0, 0]] * 3, objective=objective)
+    aggregator(aggregation)
+    if workers < 0:
+        raise PlanError(f"workers: found {workers}, expected 0 or more")
+    remote = workers > 0 or ray_address is not None
     with TemporaryDirectory() as temporary:
         folder = WorkFolder(Path(temporary if workdir is None else workdir), task)
-        measured, facts = _measure(pipe, task, folder, progress)
-    graph = segment_graph(measured, num_inference_steps)
-    policy = _policy(pipe, task, graph, facts, objective)
+        if progress:
+            announce(pipe, task)
+        options: dict[str, Any] = {
+            "budgets": validated_budgets(num_inference_steps),
+            "objective": objective,
+            "progress": progress,
+        }
+        if remote:
+            from vidaccel.lemica.distribute import ray_runner
+
+            with ray_runner(pipe, task, max(1, workers), address=ray_address, load=load) as runner:
+                graph, facts = measure(runner, task, folder, **options)
+        else:
+            session = Session(pipe, task)
+            try:
+                graph, facts = measure(LocalRunner(session), task, folder, **options)
+            finally:
+                session.close()
+    found = moves(graph, aggregation, faithful=faithful)
+    policy = _policy(pipe, task, graph, found, facts, objective, aggregation)
     if not validate:
         return policy
     samples = [(prompt, seeds[0]) for prompt in prompts[len(prompts) - held_out :]]
-    return _validated(pipe, policy, aggregate(graph), call, samples, progress)
+    return _validated(pipe, policy, found, call, samples, progress)
 
 
-def _measure(
-    pipe: Any, task: Task, folder: WorkFolder, progress: bool
-) -> tuple[dict[tuple[int, int], list[float]], dict[str, Any]]:
-    """The errors of each segment over the samples, and what the first run told of the setting."""
-    measured: dict[tuple[int, int], list[float]] = defaultdict(list)
-    facts: dict[str, Any] = {}
-    steps = task.num_inference_steps
-    total = len(task.samples()) * (steps + sum(map(task.cost, task.starts())))
-    form = "{l_bar}{bar}| {n:.1f}/{total:.0f} generations [{elapsed}<{remaining}]"
-    with tqdm(total=total / steps, bar_format=form, disable=not progress) as bar:
-        for index, (prompt, seed) in enumerate(task.samples()):
-            known = {start: folder.load(index, start) for start in task.starts()}
-            if index == 0 or None in known.values():
-                with Replayer(pipe, {**task.call, "prompt": prompt}, seed) as replayer:
-                    facts = facts or _facts(replayer)
-                    bar.update(1)
-                    for start in (s for s, errors in known.items() if errors is None):
-                        known[start] = _unit(replayer, task, start)
-                        folder.save(index, start, known[start] or {})
-                        bar.update(task.cost(start) / steps)
-            for errors in known.values():
-                for segment, error in (errors or {}).items():
-                    measured[segment].append(error)
-    return measured, facts
-
-
-def _unit(replayer: Replayer, task: Task, start: int | None) -> Errors:
-    if start is None:
-        return gain_errors(replayer, task.max_skip)
-    return exact_errors(replayer, task.max_skip, [start])
-
-
-def _facts(replayer: Replayer) -> dict[str, Any]:
-    return {"setting": replayer.setting, "noise_floor": replayer.noise_floor()}
+def validated_budgets(steps: int) -> list[int]:
+    """The budgets that are checked end to end: a half to a fifth of the steps, largest first."""
+    return sorted({steps // n for n in (2, 3, 4, 5)} - {0}, reverse=True)
 
 
 def _policy(
     pipe: Any,
     task: Task,
     graph: DiGraph,
-    facts: dict[str, Any],
+    found: list[Move],
+    facts: Facts,
     objective: str,
+    aggregation: str,
 ) -> CachePolicy:
     steps = task.num_inference_steps
     edges = tuple(
-        Edge(start=s, end=e, mean=edge["mean"], spread=edge["spread"], count=edge["count"])
-        for s, e, edge in sorted(graph.edges(data=True))
-        if edge["count"]
+        Edge(
+            start=move.start,
+            end=move.stop,
+            order=move.order,
+            scale=move.scale,
+            previous=move.previous,
+            mean=move.error,
+            spread=graph.edges[move.start, move.stop]["spread"] if move.order == 0 else None,
+            count=graph.edges[move.start, move.stop]["count"],
+        )
+        for move in sorted(found, key=lambda m: (m.start, m.stop, m.order, m.previous or 0))
+        if move.stop > move.start + 1
     )
-    plans = search.solve(aggregate(graph), objective=objective)
-    setting: Setting = facts["setting"]
+    plans = search.solve_moves(found, steps, objective=objective)
+    certain = stability(
+        graph, list(plans), rounds=STABILITY_ROUNDS, objective=objective, faithful=not task.lines
+    )
+    setting = facts.setting
     versions = environment()["packages"]
     wanted = {name: task.call.get(name) for name in ("width", "height")}
     return CachePolicy(
-        schema_version="1.0",
+        schema_version=f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}",
         model=ModelInfo(
             transformer=str(setting.transformer),
             id=setting.model_id,
@@ -168,47 +195,57 @@ def _policy(
         frames=task.call.get("num_frames"),
         max_skip=task.max_skip,
         edges=edges,
-        noise_floor=facts["noise_floor"],
+        noise_floor=facts.noise_floor,
         objective=objective,
-        plans={
-            str(budget): StoredPlan(steps=plan.steps, errors=plan.errors)
-            for budget, plan in plans.items()
-        },
+        plans={str(budget): _stored(plan, certain[budget]) for budget, plan in plans.items()},
         prompts=task.prompts,
         prompts_hash=sha256("\n".join(task.prompts).encode()).hexdigest(),
         seeds=task.seeds,
         attention="dense",
         provenance="measured",
-        source=f"vidaccel build-policy, {task.method} errors",
+        source=f"vidaccel build-policy, {task.method} errors, {aggregation} of {task.metric}",
         versions=versions,
+    )
+
+
+def _stored(plan: Plan, certain: Any = (), chosen_as: str | None = None) -> StoredPlan:
+    return StoredPlan(
+        steps=plan.steps,
+        errors=plan.errors,
+        orders=plan.orders,
+        scales=plan.scales,
+        stability=tuple(float(certain[step]) for step in plan.steps) if len(certain) else (),
+        chosen_as=chosen_as,
     )
 
 
 def _validated(
     pipe: Any,
     policy: CachePolicy,
-    errors: Any,
+    found: list[Move],
     call: dict[str, Any],
     samples: list[tuple[str, int]],
     progress: bool,
 ) -> CachePolicy:
     """The policy with the best candidate of each validated budget, and what all of them gave."""
     steps = policy.num_inference_steps
-    budgets = sorted({steps // n for n in (2, 3, 4, 5)} & set(policy.budgets()), reverse=True)
-    tried = {budget: validation.candidates(errors, budget, steps) for budget in budgets}
+    budgets = [b for b in validated_budgets(steps) if str(b) in policy.plans]
+    tried = {budget: validation.candidates(found, budget, steps) for budget in budgets}
     plans = {f"{b}: {name}": plan for b in budgets for name, plan in tried[b].items()}
-    found, plain_seconds = validation.scores(
+    scores, plain_seconds = validation.scores(
         pipe, call, samples, plans, fewer_steps=budgets, progress=progress
     )
     rows, kept = [], dict(policy.plans)
     for budget in budgets:
-        scored = {name: found[f"{budget}: {name}"] for name in tried[budget]}
+        scored = {name: scores[f"{budget}: {name}"] for name in tried[budget]}
         best = max(scored, key=lambda name: scored[name].psnr)
         plan = tried[budget][best]
-        kept[str(budget)] = StoredPlan(
-            steps=plan.steps, errors=plan.errors, orders=plan.orders, chosen_as=best
+        own = policy.plans[str(budget)]
+        same = (plan.steps, plan.orders, plan.scales) == (own.steps, own.orders, own.scales)
+        kept[str(budget)] = (
+            own.model_copy(update={"chosen_as": best}) if same else _stored(plan, chosen_as=best)
         )
-        for name, score in {**scored, "fewer sampling steps": found[f"{budget} steps"]}.items():
+        for name, score in {**scored, "fewer sampling steps": scores[f"{budget} steps"]}.items():
             row = Validation(
                 budget=budget,
                 candidate=name,

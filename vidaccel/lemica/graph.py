@@ -1,10 +1,14 @@
 """The DAG of cache segments as a networkx graph: aggregation, stability, files.
 
 Nodes are the denoising steps 0 to T - 1 and the end T; an edge i -> j is the segment that computes
-i and j and reuses in between. Every edge carries what was measured on each sample.
+i and j and reuses in between. Every edge carries what was measured on each sample. What else could
+be done between i and j than holding the residual hangs on the same edge: lines through i and an
+earlier computed step, at several scales. `moves` unfolds that into a multigraph for the search.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import networkx as nx
@@ -12,24 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidaccel.errors import PlanError
-from vidaccel.lemica.search import solve
+from vidaccel.lemica.search import solve_moves
+from vidaccel.lemica.segments import SCALES, Line, Move, Segment
 
 Aggregation = Literal["mean", "max", "quantile", "cvar"]
 
 
 def segment_graph(
-    measured: Mapping[tuple[int, int], Sequence[float]], num_inference_steps: int
+    measured: Mapping[Segment, Sequence[float]],
+    num_inference_steps: int,
+    lines: Mapping[Line, Sequence[Sequence[float]]] | None = None,
 ) -> nx.DiGraph:
     """The graph of measured segments.
 
     Args:
         measured: (start, end) -> the error of each sample, in one order for all segments.
         num_inference_steps: T.
+        lines: (start, end, previous) -> for each sample the error at each of `segments.SCALES`.
 
     Returns:
         A graph with the attribute "num_inference_steps" and edges that carry "errors" (of each
         sample), "mean", "spread" (standard deviation) and "count". Segments of length 1 reuse
-        nothing: error 0, count 0.
+        nothing: error 0, count 0. Where there are lines, "lines" lists them, each with "previous"
+        and "errors" ([samples][scales]).
 
     Raises:
         PlanError: a segment outside 0 to T, without an error, or with one that is negative or not
@@ -53,13 +62,22 @@ def segment_graph(
             spread=float(values.std()),
             count=int(values.size),
         )
+    for (start, end, previous), rows in sorted((lines or {}).items()):
+        table = np.asarray(rows, dtype=np.float64)
+        samples = graph.edges[start, end]["count"] if graph.has_edge(start, end) else 0
+        if not 0 <= previous < start or table.shape != (samples, len(SCALES)):
+            raise PlanError(f"a line from {previous} over {start} to {end} does not fit the graph")
+        if not np.isfinite(table).all() or (table < 0).any():
+            raise PlanError(f"a line from {previous} over {start} to {end} needs errors >= 0")
+        found = graph.edges[start, end].setdefault("lines", [])
+        found.append({"previous": previous, "errors": table.tolist()})
     return graph
 
 
 def aggregate(
     graph: nx.DiGraph, how: Aggregation = "mean", *, level: float = 0.8, virtual_end: bool = False
 ) -> NDArray[np.float64]:
-    """One error per segment from those of the samples, as `lemica.search.solve` takes them.
+    """One error per held segment from those of the samples, as `lemica.search.solve` takes them.
 
     Args:
         graph: of `segment_graph`.
@@ -74,68 +92,126 @@ def aggregate(
     Raises:
         PlanError: unknown `how`, or `level` out of range.
     """
-    if not 0.0 <= level <= 1.0:
-        raise PlanError(f"level: found {level}, expected 0 to 1")
-
-    def tail(errors: NDArray[np.float64]) -> float:
-        return float(errors[errors >= np.quantile(errors, level)].mean())
-
-    ways = {
-        "mean": lambda errors: float(errors.mean()),
-        "max": lambda errors: float(errors.max()),
-        "quantile": lambda errors: float(np.quantile(errors, level)),
-        "cvar": tail,
-    }
-    if how not in ways:
-        raise PlanError(f"aggregation: found {how!r}, expected one of {', '.join(ways)}")
+    over = aggregator(how, level)
     nodes = graph.graph["num_inference_steps"] + virtual_end
     matrix = np.full((nodes, nodes), np.inf)
     for start, end, edge in graph.edges(data=True):
         if end < nodes:
             errors = np.asarray(edge["errors"])
-            matrix[start, end] = ways[how](errors) if errors.size else 0.0
+            matrix[start, end] = over(errors) if errors.size else 0.0
     return matrix
 
 
+def moves(
+    graph: nx.DiGraph, how: Aggregation = "mean", *, level: float = 0.8, faithful: bool = False
+) -> list[Move]:
+    """The multigraph of the search: held segments and, where one is better, lines.
+
+    The errors of a line through a step that was not measured are interpolated between the measured
+    ones, sample by sample. Of each line the best scale is taken.
+
+    Args:
+        graph: of `segment_graph`.
+        how, level: as `aggregate` takes them.
+        faithful: held segments only, as in the paper.
+    """
+    return _moves(_options(graph, faithful), aggregator(how, level))
+
+
 def stability(
-    graph: nx.DiGraph, budget: int, *, rounds: int = 100, seed: int = 0, objective: str = "leximax"
-) -> NDArray[np.float64]:
+    graph: nx.DiGraph,
+    budgets: Sequence[int],
+    *,
+    rounds: int = 100,
+    seed: int = 0,
+    objective: str = "leximax",
+    faithful: bool = False,
+) -> dict[int, NDArray[np.float64]]:
     """How sure the choice of each step is: the bootstrap over samples.
 
     Args:
         graph: of `segment_graph`, with as many samples on every segment.
-        budget: number of computed steps.
+        budgets: numbers of computed steps.
         rounds: resamples of the samples, with replacement.
         seed: of the resampling.
         objective: of `lemica.search.solve`.
+        faithful: held segments only.
 
     Returns:
-        [T] the fraction of resamples whose plan computes each step.
+        Budget -> [T] the fraction of resamples whose plan computes each step.
 
     Raises:
-        PlanError: unequal numbers of samples, or no plan of that budget.
+        PlanError: unequal numbers of samples, or no plan of a budget.
     """
-    measured = {(s, e): d["errors"] for s, e, d in graph.edges(data=True) if d["count"]}
-    counts = {len(errors) for errors in measured.values()}
+    counts = {edge["count"] for _, _, edge in graph.edges(data=True) if edge["count"]}
     if len(counts) != 1:
         raise PlanError("stability needs as many samples on every segment")
     (count,) = counts
-    segments = list(measured)
-    errors = np.array([measured[segment] for segment in segments])  # [segments, samples]
+    options = _options(graph, faithful)
     steps = graph.graph["num_inference_steps"]
-    matrix = aggregate(graph)
-    starts, ends = np.array(segments).T
-    inside = ends < steps
     rng = np.random.default_rng(seed)
-    chosen = np.zeros(steps)
+    chosen = {budget: np.zeros(steps) for budget in budgets}
     for _ in range(rounds):
         drawn = rng.integers(count, size=count)
-        matrix[starts[inside], ends[inside]] = errors[:, drawn].mean(axis=1)[inside]
-        plans = solve(matrix, [budget], objective=objective)
-        if budget not in plans:
-            raise PlanError(f"no plan of {budget} computed steps exists in this graph")
-        chosen[list(plans[budget].steps)] += 1
-    return chosen / rounds
+        resampled = _moves(options, partial(_mean_of, drawn))
+        plans = solve_moves(resampled, steps, budgets, objective=objective)
+        for budget in budgets:
+            if budget not in plans:
+                raise PlanError(f"no plan of {budget} computed steps exists in this graph")
+            chosen[budget][list(plans[budget].steps)] += 1
+    return {budget: times / rounds for budget, times in chosen.items()}
+
+
+def _mean_of(drawn: NDArray[np.int64], errors: NDArray[np.float64]) -> float:
+    return float(errors[drawn].mean())
+
+
+def aggregator(how: str, level: float = 0.8) -> Callable[[NDArray[np.float64]], float]:
+    """The function that makes one error of those of the samples; errors as `aggregate`."""
+    if not 0.0 <= level <= 1.0:
+        raise PlanError(f"level: found {level}, expected 0 to 1")
+    ways: dict[str, Callable[[NDArray[np.float64]], float]] = {
+        "mean": lambda errors: float(errors.mean()),
+        "max": lambda errors: float(errors.max()),
+        "quantile": lambda errors: float(np.quantile(errors, level)),
+        "cvar": lambda errors: float(errors[errors >= np.quantile(errors, level)].mean()),
+    }
+    if how not in ways:
+        raise PlanError(f"aggregation: found {how!r}, expected one of {', '.join(ways)}")
+    return ways[how]
+
+
+# start, end, errors of holding [samples], previous step -> errors of the line [samples, scales]
+_Option = tuple[int, int, NDArray[np.float64], dict[int, NDArray[np.float64]]]
+
+
+def _options(graph: nx.DiGraph, faithful: bool) -> list[_Option]:
+    """What can be done between every two steps."""
+    found = []
+    for start, end, edge in graph.edges(data=True):
+        measured = [] if faithful else edge.get("lines", [])
+        rows = {line["previous"]: np.asarray(line["errors"]) for line in measured}
+        known = sorted(rows)
+        for left, right in itertools.pairwise(known):
+            for previous in range(left + 1, right):
+                share = (previous - left) / (right - left)
+                rows[previous] = (1 - share) * rows[left] + share * rows[right]
+        found.append((start, end, np.asarray(edge["errors"], dtype=np.float64), rows))
+    return found
+
+
+def _moves(options: Sequence[_Option], over: Callable[[NDArray[np.float64]], float]) -> list[Move]:
+    found = []
+    for start, end, held, rows in options:
+        error = over(held) if held.size else 0.0
+        found.append(Move(start, end, error))
+        for previous, errors in sorted(rows.items()):
+            of_line, best = min(
+                (over(errors[:, position]), position) for position in range(len(SCALES))
+            )
+            if of_line < error:
+                found.append(Move(start, end, of_line, 1, SCALES[best], previous))
+    return found
 
 
 def to_dict(graph: nx.DiGraph) -> dict[str, Any]:

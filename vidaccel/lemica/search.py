@@ -3,7 +3,9 @@
 LeMiCa (arXiv 2511.00090, Eq. 5) takes, of all paths from the first to the last step over B nodes,
 the one whose segment errors, in descending order, are lexicographically smallest: "leximax".
 Adding a segment to two paths never changes which of them is better, so dynamic programming over
-(node, number of segments left) is exact. There are two solvers:
+(node, number of segments left) is exact. `solve_moves` generalises it to a multigraph: several ways
+to fill a segment in, errors that depend on the computed step before, and costs other than one per
+step. There are two solvers:
 
 - `_Table` writes an objective as a sum of Python integers, and all budgets come out of one pass.
   For leximax an error of rank r weighs 2^(w(r - 1)), where w bits count to the longest path.
@@ -21,13 +23,22 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vidaccel.errors import PlanError
-from vidaccel.lemica.segments import EVERY_COUNT, Dag, Edge, integers, segment_dag, whole_numbers
+from vidaccel.lemica.segments import (
+    EVERY_COUNT,
+    Dag,
+    Edge,
+    Move,
+    integers,
+    move_dag,
+    segment_dag,
+    whole_numbers,
+)
 from vidaccel.plan import Plan
 
 # One table of leximax labels may take this many bytes; above it, budgets are peeled one by one.
@@ -71,10 +82,53 @@ def solve(
     Raises:
         PlanError: when `errors` is not such an array, or an option contradicts it.
     """
-    exponent = _exponent(objective)
     dag = segment_dag(errors, forced, forbidden, virtual_end, quantum)
     wanted = range(1, dag.steps + 1) if budgets is None else whole_numbers(budgets, "budgets")
-    counts = {b: dag.segments(b) for b in wanted if 0 < dag.segments(b) <= dag.end}
+    return _solved(dag, wanted, objective, at_most)
+
+
+def solve_moves(
+    moves: Iterable[Move],
+    num_inference_steps: int,
+    budgets: Iterable[int] | None = None,
+    *,
+    objective: str = "leximax",
+    virtual_end: bool = False,
+    at_most: bool = False,
+    quantum: float = 0.0,
+    step_cost: int = 1,
+) -> dict[int, Plan]:
+    """The best plan for each budget of a multigraph: its steps and what fills the segments in.
+
+    Exact as `solve` is, over the graph whose nodes are (previous computed step, computed step).
+
+    Args:
+        moves: the edges; two between the same steps are alternatives. A path takes a move that
+            names a previous step only after that step. Without reused steps there must be a move of
+            error 0 wherever two steps may be computed in a row.
+        num_inference_steps: T.
+        budgets: total costs: `step_cost` for each computed step and the cost of each move; None
+            answers every feasible one up to T computed steps.
+        objective, virtual_end, at_most, quantum: as `solve` takes them.
+        step_cost: what a computed step costs. Moves that cost something, such as refreshing a
+            cache, need it larger than 1, so that they are integers.
+
+    Returns:
+        Budget -> plan with the error, forecast order and scale of each segment.
+
+    Raises:
+        PlanError: a move or an option that is out of range.
+    """
+    dag = move_dag(moves, num_inference_steps, virtual_end, quantum, step_cost)
+    every = range(step_cost, step_cost * num_inference_steps + 1)
+    wanted = every if budgets is None else whole_numbers(budgets, "budgets")
+    return _solved(dag, wanted, objective, at_most)
+
+
+def _solved(dag: Dag, budgets: Iterable[int], objective: str, at_most: bool) -> dict[int, Plan]:
+    exponent = _exponent(objective)
+    most = dag.end * max((edge.cost for edge in dag.edges), default=0)
+    counts = {b: dag.spent(b) for b in budgets if 0 < dag.spent(b) <= most}
     longest = max(counts.values(), default=0)
     weights = _weights(dag, objective, exponent, longest)
     table = None if weights is None else _Table(dag.edges, weights, dag.end, longest)
@@ -106,7 +160,7 @@ def candidates(
     exponent = _exponent(objective)
     dag = segment_dag(errors, forced, forbidden, virtual_end, quantum)
     budget, number = whole_numbers([budget, number], "budget and number")
-    count = dag.segments(budget)
+    count = dag.spent(budget)
     if not 0 < count <= dag.end or number < 1:
         return []
     weights = _weights(dag, objective, exponent, count)
@@ -123,58 +177,81 @@ class _Table:
         edges: in order of start, then stop.
         weights: what each edge adds, one non-negative integer of any length per edge.
         end: the node at which paths end; they start at node 0.
-        longest: the largest number of segments of a path.
+        longest: the largest cost of a path, and so of its segments, which cost 1 or more.
     """
 
     def __init__(self, edges: list[Edge], weights: list[int], end: int, longest: int) -> None:
         self.unreached = (max(weights, default=0) << longest.bit_length()) + 1
-        self.successors: list[list[tuple[int, int, int]]] = [[] for _ in range(end)]
-        for (start, stop, _, _, counts), weight in zip(edges, weights, strict=True):
-            self.successors[start].append((stop, weight, counts))
+        self.successors: list[list[_Step]] = [[] for _ in range(end)]
+        for edge, weight in zip(edges, weights, strict=True):
+            step = _Step(edge.stop, edge.position, weight, edge.counts, edge.cost)
+            self.successors[edge.start].append(step)
         self.best = np.full((end + 1, longest + 1), self.unreached, dtype=object)
         self.best[end, 0] = 0
         for start in reversed(range(end)):
-            if self.successors[start]:
-                self.best[start, 1:] = self._through(self.successors[start]).min(axis=0)
+            for cost, steps in _by_cost(self.successors[start]):
+                if cost <= longest:
+                    through = self._through(steps, cost).min(axis=0)
+                    self.best[start, cost:] = np.minimum(self.best[start, cost:], through)
 
-    def _through(self, successors: list[tuple[int, int, int]]) -> NDArray[np.object_]:
-        """[successors, longest] weights to the end by each of them, over 1, 2, ... segments."""
-        stops, weights, counts = zip(*successors, strict=True)
-        labels: NDArray[np.object_] = self.best[list(stops), :-1]
+    def _through(self, steps: list["_Step"], cost: int) -> NDArray[np.object_]:
+        """[steps, longest + 1 - cost] weights to the end by each of them, at costs from `cost`."""
+        stops, _, weights, counts, _ = zip(*steps, strict=True)
+        labels: NDArray[np.object_] = self.best[list(stops), : self.best.shape[1] - cost]
         labels = labels + np.array(weights, dtype=object)[:, None]
         if EVERY_COUNT in counts:  # then it is so for all of them
             return labels
-        size = labels.shape[1] // 8 + 1
+        width = labels.shape[1]
+        size = (width + cost) // 8 + 1
         packed = np.frombuffer(b"".join(c.to_bytes(size, "little") for c in counts), np.uint8)
         bits = np.unpackbits(packed.reshape(-1, size), axis=1, bitorder="little")
-        return np.where(bits[:, 1 : labels.shape[1] + 1], labels, self.unreached)
+        return np.where(bits[:, cost : cost + width], labels, self.unreached)
 
     def ranking(self, targets: int) -> Iterator[tuple[int, ...]]:
-        """The paths from 0 to the end whose number of segments is a bit of `targets`, best first.
+        """The paths from 0 to the end whose cost is a bit of `targets`, best first.
 
-        A best-first search: the table tells exactly what the rest of a path will weigh.
+        A best-first search: the table tells exactly what the rest of a path will weigh. A path is
+        the positions of its edges.
         """
-        heap: list[tuple[Any, int, tuple[int, ...], int]] = [
-            (weight, count, (0,), count)
+        # Ties are broken by the nodes of the path, then by its edges.
+        heap: list[tuple[Any, int, tuple[int, ...], tuple[int, ...], int]] = [
+            (weight, count, (0,), (), count)
             for count, weight in enumerate(self.best[0])
             if targets >> count & 1 and weight < self.unreached
         ]
         heapq.heapify(heap)
         while heap:
-            weight, count, path, left = heapq.heappop(heap)
+            weight, count, path, taken, left = heapq.heappop(heap)
             if left == 0:
-                yield path
+                yield taken
                 continue
             spent = weight - self.best[path[-1], left]
-            for stop, added, counts in self.successors[path[-1]]:
-                rest = self.best[stop, left - 1]
-                if counts >> left & 1 and rest < self.unreached:
-                    entry = (spent + added + rest, count, (*path, stop), left - 1)
-                    heapq.heappush(heap, entry)
+            for stop, position, added, counts, cost in self.successors[path[-1]]:
+                if cost > left or not counts >> left & 1:
+                    continue
+                rest = self.best[stop, left - cost]
+                if rest < self.unreached:
+                    onward = ((*path, stop), (*taken, position), left - cost)
+                    heapq.heappush(heap, (spent + added + rest, count, *onward))
+
+
+class _Step(NamedTuple):
+    """An edge of a table, seen from where it starts."""
+
+    stop: int
+    position: int
+    weight: int
+    counts: int
+    cost: int
+
+
+def _by_cost(steps: list[_Step]) -> Iterator[tuple[int, list[_Step]]]:
+    for cost in sorted({step.cost for step in steps}):
+        yield cost, [step for step in steps if step.cost == cost]
 
 
 def _one_budget(dag: Dag, objective: str, targets: int) -> _Table:
-    """The table of raw errors over the best paths alone, whose segment counts are in `targets`."""
+    """The table of raw errors over the best paths alone, whose costs are in `targets`."""
     edges = dag.edges
     if not _reach(edges, dag.end, len(edges))[0] & targets:
         edges = []
@@ -208,11 +285,11 @@ def _below_bottleneck(edges: list[Edge], end: int, targets: int) -> list[Edge]:
 
 
 def _reach(edges: list[Edge], end: int, level: int) -> list[int]:
-    """Per node, in how many segments of rank <= `level` the end can be reached, as a bit set."""
+    """Per node, at what costs the end can be reached over ranks <= `level`, as a bit set."""
     reach = [0] * end + [1]
-    for start, stop, rank, _, counts in reversed(edges):
+    for start, stop, rank, _, counts, cost, _ in reversed(edges):
         if rank <= level:
-            reach[start] |= reach[stop] << 1 & counts
+            reach[start] |= reach[stop] << cost & counts
     return reach
 
 
@@ -221,24 +298,24 @@ def _fewest(edges: list[Edge], level: int, end: int, targets: int) -> list[Edge]
     within = [[0] * (end + 1)]  # within[m + 1]: as _reach, over at most m segments of that rank
     while not within[-1][0] & targets:
         reach = [0] * end + [1]
-        for start, stop, rank, _, counts in reversed(edges):
+        for start, stop, rank, _, counts, cost, _ in reversed(edges):
             onward = within[-1] if rank == level else reach
-            reach[start] |= onward[stop] << 1 & counts
+            reach[start] |= onward[stop] << cost & counts
         within.append(reach)
 
     used = [0] * len(edges)
     here = [within[-1][0] & targets] + [0] * end  # as within, but on a path from node 0
     for same, fewer in itertools.pairwise(reversed(within)):
         after = [0] * (end + 1)
-        for position, (start, stop, rank, _, counts) in enumerate(edges):
+        for index, (start, stop, rank, _, counts, cost, _) in enumerate(edges):
             onward, reached = (fewer, after) if rank == level else (same, here)
-            passed = here[start] & counts & onward[stop] << 1
-            used[position] |= passed
-            reached[stop] |= passed >> 1
+            passed = here[start] & counts & onward[stop] << cost
+            used[index] |= passed
+            reached[stop] |= passed >> cost
         here = after
     return [
-        Edge(start, stop, 0 if rank == level else rank, raw, counts)
-        for (start, stop, rank, raw, _), counts in zip(edges, used, strict=True)
+        edge._replace(rank=0 if edge.rank == level else edge.rank, counts=counts)
+        for edge, counts in zip(edges, used, strict=True)
         if counts
     ]
 
@@ -267,7 +344,7 @@ def _weights(dag: Dag, objective: str, exponent: float | None, longest: int) -> 
         main = integers([value**exponent for value in scaled])
     elif objective == "leximax":
         ranks = [edge.rank for edge in dag.edges]
-        if max(ranks, default=0) * width / 8 * longest * len(dag.errors) > TABLE_BYTES:
+        if max(ranks, default=0) * width / 8 * longest * dag.end > TABLE_BYTES:
             return None
         main = [1 << width * (rank - 1) if rank else 0 for rank in ranks]
     else:

@@ -16,10 +16,11 @@ from vidaccel.api import accelerate, restore
 from vidaccel.errors import MetricUnavailable
 from vidaccel.generate import generate
 from vidaccel.lemica import search
+from vidaccel.lemica.segments import Move
 from vidaccel.metrics import load_lpips, summary
 from vidaccel.plan import Plan
 
-OBJECTIVES = ("leximax", "sum", "power(2)", "power(4)")
+OBJECTIVES = ("leximax", "power(4)", "power(2)")
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,35 @@ class Score:
     seconds: float
 
 
-def candidates(errors: Any, budget: int, steps: int) -> dict[str, Plan]:
+def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan]:
     """The plans of one budget that are worth a run, by a name that says what they are.
 
     Args:
-        errors: as `lemica.search.solve` takes them.
+        found: as `lemica.search.solve_moves` takes them.
         budget: number of computed steps.
         steps: T.
 
     Returns:
-        The best path of each objective and the evenly spaced plan, each with held and with
-        linearly forecast residuals. Equal plans appear once.
+        The evenly spaced plan and the best path of the paper's objective, each held and half way
+        along the line everywhere, and the best path of every objective over all that was measured.
+        Equal plans appear once, by their first name.
     """
+    held = [move for move in found if move.order == 0]
+    only_held = len(held) == len(found)
+    wanted = [("leximax", "leximax", held)]
+    wanted += [(name if only_held else f"{name}, lines", name, found) for name in OBJECTIVES]
     plans = {"evenly spaced": Plan.spread(budget, steps)}
-    for objective in OBJECTIVES:
-        solved = search.solve(errors, [budget], objective=objective)
+    for name, objective, allowed in wanted:
+        solved = search.solve_moves(allowed, steps, [budget], objective=objective)
         if budget in solved:
-            plans[objective] = solved[budget]
-    different: dict[tuple[tuple[int, ...], int], tuple[str, Plan]] = {}
+            plans.setdefault(name, solved[budget])
+    if not only_held:
+        for name in ("evenly spaced", "leximax"):
+            if name in plans:
+                plans[f"{name}, half line"] = plans[name].forecast(1, 0.5)
+    different: dict[Any, tuple[str, Plan]] = {}
     for name, plan in plans.items():
-        different.setdefault((plan.steps, 0), (name, plan))
-        different.setdefault((plan.steps, 1), (f"{name}, line", plan.forecast(1)))
+        different.setdefault((plan.steps, plan.orders, plan.scales), (name, plan))
     return dict(different.values())
 
 
@@ -104,7 +113,7 @@ def scores(
             bar.update()
             for name, (plan, steps) in variants.items():
                 if plan is not None:
-                    accelerate(pipe, policy=plan)
+                    accelerate(pipe, policy=plan, cache=None, attention=None)
                 asked = {**call, "num_inference_steps": steps}
                 run = generate(pipe, asked, seed=seed, progress=False)
                 restore(pipe)

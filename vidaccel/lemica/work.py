@@ -5,17 +5,20 @@ refused.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vidaccel.errors import BuildError, PlanError
 from vidaccel.files import write_text
-from vidaccel.lemica.calibrate import segments
+from vidaccel.lemica.calibrate import GAIN_INTERVAL, Errors, segments
+from vidaccel.lemica.replay import find_metric
 
-METHODS = ("exact", "gain")
+METHODS = ("exact", "gain", "lazy")
 
-Errors = dict[tuple[int, int], float]
+# A part of the work on one sample: all segments from one step on, one segment, or (None) all
+# segments by their gain.
+Unit = int | tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,11 @@ class Task:
         prompts, seeds: every prompt is run with every seed.
         num_inference_steps: T.
         max_skip: longest segment.
-        method: "exact" or "gain".
+        method: "exact", "gain" or "lazy".
         call: the other arguments of the pipeline's call.
         model: what tells this model from others.
+        lines: measure forecasts along lines too.
+        metric: of `replay.METRICS`.
     """
 
     prompts: tuple[str, ...]
@@ -38,6 +43,8 @@ class Task:
     method: str
     call: dict[str, Any]
     model: dict[str, Any]
+    lines: bool = False
+    metric: str = "l1"
 
     def __post_init__(self) -> None:
         steps = self.num_inference_steps
@@ -47,6 +54,7 @@ class Task:
             raise PlanError(f"max_skip: found {self.max_skip}, expected 2 to {steps - 1}")
         if self.method not in METHODS:
             raise PlanError(f"method: found {self.method!r}, expected one of {', '.join(METHODS)}")
+        find_metric(self.metric)
         for name in ("prompts", "seeds"):
             if not getattr(self, name):
                 raise PlanError(f"{name}: found none, expected at least one")
@@ -57,21 +65,37 @@ class Task:
         """(prompt, seed) of each generation that is measured."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
-    def starts(self) -> list[int | None]:
-        """The units of one sample: the step that its segments start from; None for all at once."""
+    def units(self) -> list[Unit]:
+        """The units of one sample that are known before the work begins."""
         return list(range(self.num_inference_steps - 1)) if self.method == "exact" else [None]
 
-    def cost(self, start: int | None) -> int:
-        """Steps that a unit computes, roughly."""
+    def cost(self, unit: Unit) -> int:
+        """Forwards that a unit takes: steps with all their blocks."""
         steps = self.num_inference_steps
-        if start is None:
-            return 8 * steps
-        ends = [end for s, end in segments(steps, self.max_skip) if s == start]
-        return sum(steps - end + 1 for end in ends)
+        if unit is None:
+            return sum(steps - end for end in range(2, steps, GAIN_INTERVAL))
+        if isinstance(unit, tuple):
+            return steps - unit[1]
+        return sum(steps - end for start, end in segments(steps, self.max_skip) if start == unit)
+
+    def forwards(self) -> int:
+        """Forwards of the whole task; of "lazy", whose last part is not known before, about."""
+        steps = self.num_inference_steps
+        each = steps + sum(map(self.cost, self.units()))
+        if self.method == "lazy":
+            # Seen on plans of a half to a fifth of 50 steps: 2 steps' worth of segments, 4 rounds.
+            each += (2 * steps * steps) // 4 + 4 * steps
+        return each * len(self.samples()) + steps - steps // 2
 
     def fingerprint(self) -> dict[str, Any]:
-        """The task as JSON keeps it."""
-        return json.loads(json.dumps(vars(self), default=str))
+        """The task as JSON keeps it, without the options that are as in the paper."""
+        kept = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        found: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+        return found
 
 
 class WorkFolder:
@@ -91,7 +115,8 @@ class WorkFolder:
         wanted = task.fingerprint()
         if manifest.exists():
             found = _read(manifest)
-            differing = [key for key in wanted if found.get(key) != wanted[key]]
+            keys = sorted({*wanted, *found})
+            differing = [key for key in keys if found.get(key) != wanted.get(key)]
             if differing:
                 raise BuildError(
                     f"{path} belongs to another build: its {', '.join(differing)} "
@@ -100,19 +125,38 @@ class WorkFolder:
         else:
             self._write(manifest, wanted)
 
-    def load(self, sample: int, start: int | None) -> Errors | None:
+    def load(self, sample: int, unit: Unit) -> Errors | None:
         """The errors of a unit, or None when it is still to be measured."""
-        file = self._file(sample, start)
+        file = self._file(sample, unit)
         if not file.exists():
             return None
-        return {(int(s), int(e)): float(error) for s, e, error in _read(file)}
+        found = Errors()
+        try:
+            for *ends, value in _read(file):
+                if len(ends) == 2:
+                    found.holds[int(ends[0]), int(ends[1])] = float(value)
+                else:
+                    start, end, previous = map(int, ends)
+                    found.lines[start, end, previous] = tuple(map(float, value))
+        except (TypeError, ValueError) as error:
+            raise BuildError(f"cannot read {file} ({error}); remove it and run again") from error
+        return found
 
-    def save(self, sample: int, start: int | None, errors: Errors) -> None:
+    def extra(self, sample: int) -> list[tuple[int, int]]:
+        """The single segments of a sample that were measured."""
+        names = [file.stem.split("-") for file in self.path.glob(f"sample-{sample:04d}-*-*.json")]
+        return sorted((int(start), int(end)) for _, _, start, end in names)
+
+    def save(self, sample: int, unit: Unit, errors: Errors) -> None:
         """Keep the errors of a unit."""
-        self._write(self._file(sample, start), [[s, e, error] for (s, e), error in errors.items()])
+        rows = [[*segment, error] for segment, error in errors.holds.items()]
+        lines = [[*line, row] for line, row in errors.lines.items()]
+        self._write(self._file(sample, unit), [*rows, *lines])
 
-    def _file(self, sample: int, start: int | None) -> Path:
-        return self.path / f"sample-{sample:04d}-{'all' if start is None else f'{start:04d}'}.json"
+    def _file(self, sample: int, unit: Unit) -> Path:
+        ends = unit if isinstance(unit, tuple) else (unit,)
+        name = "all" if unit is None else "-".join(f"{end:04d}" for end in ends)
+        return self.path / f"sample-{sample:04d}-{name}.json"
 
     def _write(self, file: Path, data: Any) -> None:
         try:

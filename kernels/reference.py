@@ -1,0 +1,444 @@
+"""The torch twin of every kernel: the specification, the CPU path and the oracle of the tests.
+
+Everything is accumulated in float32, or in float64 where float64 comes in. Nothing here is tuned
+for a GPU; all of it is vectorised, so that short sequences are quick on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from vidaccel.kernels.common import (
+    KernelError,
+    Selection,
+    check_clusters,
+    check_integers,
+    check_layout,
+    check_like,
+    check_top_p,
+)
+
+_CHUNK = 1 << 24  # scores held at a time
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def initial_centroids(x: Tensor, count: int) -> Tensor:
+    """Different tokens, one from each of `count` equal stretches, as the first centroids.
+
+    The place within its stretch follows the golden ratio, so that the choice is spread evenly,
+    is the same in every run, and is not in step with the rows of a frame.
+
+    Args:
+        x: [B, H, S, D].
+        count: number of centroids, at most S.
+
+    Returns:
+        [B, H, count, D] in fp32 (or float64).
+    """
+    check_clusters(count, x.shape[2], "k-means")
+    step = torch.arange(count + 1, device=x.device) * x.shape[2] // count
+    jitter = torch.arange(count, device=x.device, dtype=torch.float64) * 0.6180339887498949 % 1
+    chosen = step[:-1] + (jitter * (step[1:] - step[:-1])).long()
+    return x.index_select(2, chosen).to(_accumulator(x))
+
+
+def kmeans(x: Tensor, centroids: Tensor, iters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lloyd's algorithm with squared Euclidean distance, for every batch item and head alone.
+
+    A round assigns every token to its nearest centroid (the lowest index among equals), then
+    moves every centroid to the mean of its tokens; one without tokens stays where it is. The
+    labels and counts returned are those of the last round, before its move. Zero rounds assign
+    only. Assignment compares with centroids rounded to the dtype of `x`, as the tensor cores do.
+    A token that holds NaN gets label 0.
+
+    Args:
+        x: [B, H, S, D].
+        centroids: [B, H, K, D] to start from.
+        iters: number of rounds, 0 or more.
+
+    Returns:
+        centroids [B, H, K, D] fp32 (or float64), labels [B, H, S] int32, counts [B, H, K] int32.
+
+    Raises:
+        KernelError: the shapes do not fit, or there are more centroids than tokens.
+    """
+    check_layout("x", x, reference=True)
+    check_layout("centroids", centroids, reference=True)
+    check_like("centroids", centroids, "x", x, 0, 1, 3)
+    check_clusters(centroids.shape[2], x.shape[2], "k-means")
+    if iters < 0:
+        raise KernelError(f"the number of k-means rounds must be 0 or more, found {iters}")
+    tokens = x.to(_accumulator(x))
+    centroids = centroids.to(tokens.dtype)
+    count = centroids.shape[2]
+    labels = _nearest(tokens, centroids.to(x.dtype).to(tokens.dtype))
+    for turn in range(iters):
+        if turn > 0:
+            labels = _nearest(tokens, centroids.to(x.dtype).to(tokens.dtype))
+        centroids = cluster_means(x, labels, count, centroids)
+    return centroids, labels, cluster_counts(labels, count)
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    half = centroids.square().sum(-1) / 2
+    distance = half[:, :, None, :] - x @ centroids.transpose(-1, -2)
+    return distance.nan_to_num_(nan=math.inf).argmin(-1).int()
+
+
+def cluster_counts(labels: Tensor, count: int) -> Tensor:
+    """Tokens per label: [B, H, S] int32 -> [B, H, count] int32."""
+    counts = torch.zeros(*labels.shape[:2], count, dtype=torch.int32, device=labels.device)
+    return counts.scatter_add_(2, labels.long(), torch.ones_like(labels))
+
+
+def cluster_means(x: Tensor, labels: Tensor, count: int, empty: Tensor | None = None) -> Tensor:
+    """Mean of the tokens of each label; of one without tokens the row of `empty`, else zeros.
+
+    Args:
+        x: [B, H, S, D].
+        labels: [B, H, S] int32; labels of `count` and above are left out.
+        count: number of labels.
+        empty: [B, H, count, D].
+
+    Returns:
+        [B, H, count, D] in fp32 (or float64).
+    """
+    tokens = x.to(_accumulator(x))
+    top = max(count, int(labels.max()) + 1)
+    index = labels.long()
+    sums = torch.zeros(*x.shape[:2], top, x.shape[3], dtype=tokens.dtype, device=x.device)
+    sums.scatter_add_(2, index[..., None].expand_as(tokens), tokens)
+    counts = cluster_counts(labels, top)[..., :count, None]
+    means = sums[:, :, :count] / counts.clamp(min=1)
+    return means if empty is None else torch.where(counts > 0, means, empty.to(means.dtype))
+
+
+def sort_by_label(labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """The stable order that puts equal labels together, and where each label begins.
+
+    Args:
+        labels: [B, H, S] int32, each in [0, num_labels).
+        num_labels: number of labels, K.
+
+    Returns:
+        order [B, H, S] int32 (place -> token), offsets [B, H, K + 1] int32.
+    """
+    check_integers("labels", labels, 3)
+    order = torch.sort(labels, dim=-1, stable=True).indices.int()
+    ends = cluster_counts(labels, num_labels).cumsum(-1).int()
+    return order, torch.nn.functional.pad(ends, (1, 0))
+
+
+def permute(x: Tensor, order: Tensor) -> Tensor:
+    """The rows of x [B, H, S, D] in the given order [B, H, S] int32."""
+    check_like("order", order, "x", x, 0, 1, 2)
+    return x.gather(2, order.long()[..., None].expand(*order.shape, x.shape[3]))
+
+
+def unpermute(y: Tensor, order: Tensor) -> Tensor:
+    """Undo `permute` with the same order: the rows of y [B, H, S, D] back in their places."""
+    check_like("order", order, "y", y, 0, 1, 2)
+    index = order.long()[..., None].expand_as(y)
+    return torch.empty_like(y, memory_format=torch.contiguous_format).scatter_(2, index, y)
+
+
+def query_mass(
+    q: Tensor, q_labels: Tensor, num_queries: int, k_means: Tensor, k_counts: Tensor, scale: float
+) -> Tensor:
+    """Attention mass on each key cluster, averaged over the queries of a cluster.
+
+    Every query spreads its own softmax over the key clusters (a key is approximated by the mean
+    of its cluster), and the mean over a query cluster says more than the softmax of its centroid.
+
+    Args:
+        q: [B, H, Sq, D].
+        q_labels: [B, H, Sq] int32; labels of `num_queries` and above are left out.
+        num_queries: number of query clusters, Qc.
+        k_means: [B, H, Kc, D].
+        k_counts: [B, H, Kc] int32.
+        scale: factor on the scores.
+
+    Returns:
+        [B, H, Qc, Kc] in fp32 (or float64); a row sums to 1, that of an empty cluster to 0.
+    """
+    logits = _cluster_logits(q, k_means, k_counts, scale)
+    return cluster_means(logits.softmax(-1), q_labels, num_queries)
+
+
+def _cluster_logits(q: Tensor, k_means: Tensor, k_counts: Tensor, scale: float) -> Tensor:
+    """Score of each query row and key cluster, weighted by the size of the cluster."""
+    kind = torch.promote_types(_accumulator(q), _accumulator(k_means))
+    scores = q.to(kind) @ k_means.to(kind).transpose(-1, -2) * scale
+    size = k_counts.to(kind)[:, :, None, :]
+    return torch.where(size > 0, scores + size.log(), -math.inf)
+
+
+def select_top_p(
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    k_counts: Tensor,
+    *,
+    scale: float,
+    top_p: float,
+    min_ratio: float,
+    mass: Tensor | None = None,
+) -> Selection:
+    """For each query cluster, the fewest key clusters whose mass exceeds `top_p`.
+
+    The mass of key cluster j is proportional to count_j * exp(scale * q_centroid . k_centroid_j).
+    Clusters are taken from the heaviest down, up to and including the one with which their sum
+    first exceeds `top_p`, and never fewer than `floor(min_ratio * Kc)`; those as heavy as the last
+    one taken come along. An empty cluster is never taken, except that `top_p` 1 takes all.
+    A row whose scores hold NaN takes all: then the output has NaN where dense attention has it.
+
+    Args:
+        q_centroids: [B, H, Qc, D].
+        k_centroids: [B, H, Kc, D].
+        k_counts: [B, H, Kc] int32.
+        scale: factor on the scores, 1/sqrt(D) as a rule.
+        top_p: in (0, 1].
+        min_ratio: in [0, 1].
+        mass: [B, H, Qc, Kc] from `query_mass`, to take instead of the mass above.
+
+    Raises:
+        KernelError: the shapes do not fit, or a share is outside its range.
+    """
+    check_top_p(top_p, min_ratio)
+    check_like("k_centroids", k_centroids, "q_centroids", q_centroids, 0, 1, 3)
+    check_like("k_counts", k_counts, "k_centroids", k_centroids, 0, 1, 2)
+    if mass is None:
+        logits = _cluster_logits(q_centroids, k_centroids, k_counts, scale)
+    else:
+        logits = torch.where(k_counts[:, :, None, :] > 0, mass.log(), -math.inf)
+    columns = logits.shape[-1]
+    if top_p >= 1:
+        keep = torch.ones_like(logits, dtype=torch.bool)
+    else:
+        heavy, _ = logits.sort(-1, descending=True)
+        summed = heavy.softmax(-1).cumsum(-1)
+        taken = ((summed <= top_p).sum(-1) + 1).clamp(max=columns)
+        taken = taken.clamp(min=max(1, math.floor(min_ratio * columns)))
+        least = heavy.gather(-1, taken[..., None] - 1)
+        keep = (logits >= least) & (logits > -math.inf)
+        keep |= logits.isnan().any(-1, keepdim=True)
+    return selection_from_mask(keep, k_counts)
+
+
+def selection_from_mask(mask: Tensor, k_counts: Tensor) -> Selection:
+    """The lists of a dense [B, H, Qc, Kc] boolean mask.
+
+    Args:
+        mask: [B, H, Qc, Kc].
+        k_counts: [B, H, Kc] int32.
+    """
+    batch, heads, rows, columns = mask.shape
+    flat = mask.reshape(batch, heads, rows * columns)
+    indptr = torch.nn.functional.pad(mask.sum(-1).cumsum(-1), (1, 0)).int()
+    place = torch.where(flat, flat.cumsum(-1) - 1, rows * columns)
+    column = torch.arange(columns, dtype=torch.int32, device=mask.device).repeat(rows)
+    indices = torch.full(
+        (batch, heads, rows * columns + 1), -1, dtype=torch.int32, device=mask.device
+    )
+    indices.scatter_(2, place, column.expand(batch, heads, -1))
+    tokens = (mask * k_counts[:, :, None, :]).sum(-1).int()
+    return Selection(indptr, indices[..., :-1].contiguous(), tokens)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    selection: Selection,
+    *,
+    scale: float,
+    q_order: Tensor | None = None,
+    k_means: Tensor | None = None,
+    v_means: Tensor | None = None,
+    compensated_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query cluster to its selected key clusters only.
+
+    With `k_means` and `v_means`, the clusters that are not selected still count, each as one key:
+    the mean of its keys, weighted by its size, with the mean of its values.
+
+    Args:
+        q: [B, H, Sq, D], sorted by cluster; with `q_order`, in its own order.
+        k, v: [B, H, Sk, D], sorted by cluster.
+        q_offsets: [B, H, Qc + 1] int32, where each query cluster begins; the last is its end.
+        k_offsets: [B, H, Kc + 1] int32.
+        selection: rows for Qc query clusters, columns for Kc key clusters.
+        scale: factor on the scores.
+        q_order: [B, H, Sq] int32, place -> token; out and lse then have the order of q.
+        k_means, v_means: [B, H, M, D], for the first M of the Kc clusters.
+        compensated_rows: only the first so many query clusters use the means; all if left out.
+
+    Returns:
+        out [B, H, Sq, D] in the dtype of q, lse [B, H, Sq] fp32 (or float64). A query that nothing
+        is selected for has out 0 and lse -inf.
+
+    Raises:
+        KernelError: the shapes do not fit.
+    """
+    check_attention(q, k, v, q_offsets, k_offsets, selection, k_means, v_means, reference=True)
+    if q_order is not None:
+        out, lse = block_sparse_attention(
+            permute(q, q_order),
+            k,
+            v,
+            q_offsets,
+            k_offsets,
+            selection,
+            scale=scale,
+            k_means=k_means,
+            v_means=v_means,
+            compensated_rows=compensated_rows,
+        )
+        return unpermute(out, q_order), unpermute(lse[..., None], q_order)[..., 0]
+    kind = _accumulator(q)
+    mask = selection.mask()
+    q_label = _labels_of(q_offsets, q.shape[2])
+    k_label = _labels_of(k_offsets, k.shape[2])
+    # What is added to a score, by query cluster and key: 0, or -inf where it is hidden.
+    bias = torch.where(mask, 0.0, -math.inf).to(kind)
+    bias = bias.gather(3, k_label[:, :, None, :].expand(*mask.shape[:3], -1))
+    keys, values = k.to(kind).transpose(-1, -2), v.to(kind)
+    if k_means is not None and v_means is not None:
+        count = k_means.shape[2]
+        sizes = k_offsets.diff()[..., None, :count]
+        use = ~mask[..., :count] & (sizes > 0)
+        use[:, :, compensated_rows:] &= compensated_rows is None
+        bias = torch.cat([bias, torch.where(use, sizes.to(kind).log(), -math.inf)], -1)
+        keys = torch.cat([keys, k_means.to(kind).transpose(-1, -2)], -1)
+        values = torch.cat([values, v_means.to(kind)], 2)
+    hostile = not bool(values.isfinite().all() & keys.isfinite().all())
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=kind, device=q.device)
+    step = max(1, _CHUNK // (q.shape[0] * q.shape[1] * keys.shape[3]))
+    for start in range(0, q.shape[2], step):
+        rows = slice(start, start + step)
+        label = q_label[:, :, rows, None]
+        added = bias.gather(2, label.expand(*label.shape[:3], bias.shape[3]))
+        scores = (q[:, :, rows].to(kind) * scale) @ keys
+        if hostile:  # hidden NaN and infinity must not show
+            scores.masked_fill_(added == -math.inf, 0.0)
+        scores += added
+        top = scores.amax(-1, keepdim=True)
+        top = torch.where(top == -math.inf, 0.0, top)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        lse[:, :, rows] = (total.log() + top)[..., 0]
+        mixed = (weights @ values) / torch.where(total == 0, 1.0, total)
+        if hostile:
+            hidden = ~values.isfinite()
+            mixed = (weights @ values.masked_fill(hidden, 0.0)) / total
+            reached = (added > -math.inf).to(kind) @ hidden.to(kind) > 0
+            mixed = torch.where(reached, math.nan, torch.where(total == 0, 0.0, mixed))
+        out[:, :, rows] = mixed.to(q.dtype)
+    return out, lse
+
+
+def _labels_of(offsets: Tensor, tokens: int) -> Tensor:
+    """Cluster of each place in sorted order: [B, H, K + 1] -> [B, H, tokens] int64."""
+    place = torch.arange(tokens, device=offsets.device, dtype=torch.int32)
+    place = place.expand(*offsets.shape[:2], tokens).contiguous()
+    return torch.searchsorted(offsets[..., 1:].contiguous(), place, right=True)
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    selection: Selection,
+    k_means: Tensor | None,
+    v_means: Tensor | None,
+    *,
+    reference: bool,
+) -> None:
+    """Refuse inputs of `block_sparse_attention` that do not fit each other."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_layout(name, x, reference=reference)
+        check_like(name, x, "q", q, 0, 1, 3)
+        if x.dtype != q.dtype:
+            raise KernelError(f"{name} has dtype {x.dtype}, but q {q.dtype}")
+    check_like("v", v, "k", k, 2)
+    for name, x in (("q_offsets", q_offsets), ("k_offsets", k_offsets)):
+        check_integers(name, x, 3)
+        check_like(name, x, "q", q, 0, 1)
+    if selection.num_queries != q_offsets.shape[2] - 1:
+        raise KernelError(
+            f"the selection has {selection.num_queries} rows, "
+            f"but there are {q_offsets.shape[2] - 1} query clusters"
+        )
+    if selection.num_keys != k_offsets.shape[2] - 1:
+        raise KernelError(
+            f"the selection has {selection.num_keys} columns, "
+            f"but there are {k_offsets.shape[2] - 1} key clusters"
+        )
+    if (k_means is None) != (v_means is None):
+        raise KernelError("compensation needs k_means and v_means, found only one of them")
+    if k_means is not None and v_means is not None:
+        check_like("v_means", v_means, "k_means", k_means, 0, 1, 2, 3)
+        check_like("k_means", k_means, "q", q, 0, 1, 3)
+        if k_means.shape[2] > selection.num_keys:
+            raise KernelError(f"{k_means.shape[2]} means for {selection.num_keys} key clusters")
+
+
+def query_metric(q: Tensor, *, ridge: float = 1e-3) -> Tensor:
+    """A [B, H, D, D] factor R such that |R^T (k - l)|^2 is the mean of (q . (k - l))^2 over q.
+
+    Keys multiplied by it from the right, `k @ R`, are near each other when the queries cannot
+    tell them apart, which is what a cluster of keys should mean to attention.
+
+    Args:
+        q: [B, H, S, D].
+        ridge: added to the diagonal, as a share of its mean, so that the factor always exists.
+
+    Returns:
+        In fp32 (or float64), lower triangular.
+    """
+    rows = q.to(_accumulator(q))
+    moment = rows.transpose(-1, -2) @ rows / q.shape[2]
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    floor = ridge * diagonal.mean(-1, keepdim=True) + torch.finfo(rows.dtype).tiny
+    moment = moment + torch.diag_embed(floor.expand_as(diagonal))
+    return torch.linalg.cholesky_ex(moment).L
+
+
+def attention_recall(
+    q: Tensor,
+    k: Tensor,
+    q_labels: Tensor,
+    k_labels: Tensor,
+    selection: Selection,
+    *,
+    scale: float,
+    rows: Tensor,
+) -> Tensor:
+    """The share of the softmax mass of full attention that the selection keeps.
+
+    Args:
+        q, k: [B, H, S, D] in their own order.
+        q_labels, k_labels: [B, H, S] int32.
+        selection: of query and key clusters.
+        scale: factor on the scores.
+        rows: [R] int64, the queries to look at.
+
+    Returns:
+        [B, H, R] in fp32 (or float64).
+    """
+    kind = _accumulator(q)
+    scores = q.index_select(2, rows).to(kind) @ k.to(kind).transpose(-1, -2) * scale
+    picked = q_labels.index_select(2, rows).long()
+    mask = selection.mask()
+    seen = mask.gather(2, picked[..., None].expand(*picked.shape, mask.shape[3]))
+    seen = seen.gather(3, k_labels.long()[:, :, None, :].expand_as(scores))
+    return (scores.softmax(-1) * seen).sum(-1)

@@ -1,0 +1,290 @@
+"""What sparse attention costs in quality: PSNR against density, and recall by layer.
+
+SVG2 is compared with two ways to be as sparse without it: blocks of neighbouring tokens instead of
+clusters, and clusters that are picked at random instead of by their attention mass.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from vidaccel.api import accelerate, engines_of, restore
+from vidaccel.environment import environment
+from vidaccel.files import write_text
+from vidaccel.generate import generate
+from vidaccel.kernels import reference
+from vidaccel.kernels.semantic_attention import (
+    Clustering,
+    SemanticConfig,
+    SemanticState,
+    semantic_attention,
+)
+from vidaccel.metrics import psnr
+from vidaccel.svg2 import SVG2
+
+# As many clusters as leave a few tokens in each at the size of the embedded model.
+BASE = SVG2(
+    min_tokens=0,
+    dense_layers=0,
+    query_clusters=24,
+    key_clusters=64,
+    min_ratio=0.05,
+    mass_averaging=False,
+    compensation=False,
+    query_metric=False,
+)
+
+PROMPTS = (
+    "a magenta striped square moving down on a charcoal checkered background",
+    "a red dotted circle moving right on a navy striped background",
+)
+
+
+def fixed_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: SemanticState,
+    config: SemanticConfig,
+    *,
+    video: tuple[int, int],
+    text_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """In the place of `semantic_attention`: runs of neighbouring tokens as the clusters."""
+    scale = config.scale or q.shape[3] ** -0.5
+    sides = []
+    for x, count in ((q, config.query_clusters), (k, config.key_clusters)):
+        place = torch.arange(x.shape[2], device=x.device, dtype=torch.int32)
+        labels = (place * count // x.shape[2]).expand(*x.shape[:3]).contiguous()
+        means = reference.cluster_means(x, labels, count)
+        sides.append(Clustering(means, labels, *reference.sort_by_label(labels, count)))
+    state.query, state.key = sides
+    state.selection = reference.select_top_p(
+        state.query.centroids,
+        state.key.centroids,
+        state.key.counts,
+        scale=scale,
+        top_p=config.top_p,
+        min_ratio=config.min_ratio,
+    )
+    return _attend(q, k, v, state, scale)
+
+
+def random_clusters(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: SemanticState,
+    config: SemanticConfig,
+    *,
+    video: tuple[int, int],
+    text_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """In the place of `semantic_attention`: its clusters, as many of them, but drawn blindly."""
+    semantic_attention(q, k, v, state, config, video=video)
+    mask = state.selection.mask()
+    draw = torch.rand(mask.shape, generator=torch.Generator().manual_seed(state.calls))
+    rank = draw.to(mask.device).argsort(-1).argsort(-1)
+    mask = rank < mask.sum(-1, keepdim=True)
+    state.selection = reference.selection_from_mask(mask, state.key.counts)
+    return _attend(q, k, v, state, config.scale or q.shape[3] ** -0.5)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: SemanticState, scale: float
+) -> torch.Tensor:
+    return reference.block_sparse_attention(
+        q,
+        reference.permute(k, state.key.order),
+        reference.permute(v, state.key.order),
+        state.query.offsets,
+        state.key.offsets,
+        state.selection,
+        scale=scale,
+        q_order=state.query.order,
+    )[0]
+
+
+# What is measured over every density: the settings, and what computes the attention.
+METHODS: dict[str, tuple[SVG2, Callable[..., torch.Tensor]]] = {
+    "svg2": (BASE, semantic_attention),
+    "mass averaging": (replace(BASE, mass_averaging=True), semantic_attention),
+    "compensation": (replace(BASE, compensation=True), semantic_attention),
+    "query metric": (replace(BASE, query_metric=True), semantic_attention),
+    "averaging, compensation": (
+        replace(BASE, mass_averaging=True, compensation=True),
+        semantic_attention,
+    ),
+    "all three": (
+        replace(BASE, mass_averaging=True, compensation=True, query_metric=True),
+        semantic_attention,
+    ),
+    "fixed blocks": (BASE, fixed_blocks),
+    "random": (BASE, random_clusters),
+}
+
+# What is measured at one top_p: one change of the settings each.
+CHANGES: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "no k-means after the first": {"kmeans_iters": 0},
+    "1 k-means iteration": {"kmeans_iters": 1},
+    "5 k-means iterations": {"kmeans_iters": 5},
+    "50 first iterations": {"init_iters": 50},
+    "cluster while dense": {"cluster_while_dense": True},
+    "cluster every 2nd": {"recluster_every": 2},
+    "cluster every 4th": {"recluster_every": 4},
+    "cluster and select every 2nd": {"recluster_every": 2, "reselect_every": 2},
+    "cluster and select every 4th": {"recluster_every": 4, "reselect_every": 4},
+    "12 query clusters": {"query_clusters": 12},
+    "48 query clusters": {"query_clusters": 48},
+    "32 key clusters": {"key_clusters": 32},
+    "128 key clusters": {"key_clusters": 128},
+    "no dense steps": {"dense_steps": 0},
+    "dense first layer": {"dense_layers": 1},
+}
+
+
+def attention(
+    pipe: Any,
+    call: dict[str, Any],
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    top_ps: Sequence[float] = (0.5, 0.7, 0.9),
+    changes_at: float = 0.7,
+    partial: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure PSNR against the dense clip for each method and top_p.
+
+    Args:
+        pipe: a pipeline that `accelerate` takes; it is left without acceleration.
+        call: its arguments, but for the prompt.
+        prompts: each makes one clip, with its place in the list as the seed.
+        top_ps: where every method is measured.
+        changes_at: top_p at which single changes of the settings are measured.
+        partial: a file that keeps what is measured, so that a run that was stopped goes on.
+
+    Returns:
+        "settings", "points" (a dict each: method, its settings, psnr in dB on average and of each
+        prompt, density of the sparse calls and of all, recall, both also by layer) and
+        "environment".
+    """
+    runs = [
+        (name, replace(config, top_p=top_p, recall_rows=32), method)
+        for name, (config, method) in METHODS.items()
+        for top_p in top_ps
+    ] + [
+        (name, replace(BASE, top_p=changes_at, **change), semantic_attention)
+        for name, change in CHANGES.items()
+    ]
+    done = json.loads(partial.read_text()) if partial is not None and partial.exists() else {}
+    units = [(seed, prompt, *run) for seed, prompt in enumerate(prompts) for run in runs]
+    plain: dict[int, Any] = {}
+    found: dict[tuple[str, SVG2], list[dict[str, Any]]] = {}
+    for seed, prompt, name, config, method in tqdm(units, unit="clip", disable=not progress):
+        key = f"{prompt}: {name}: {json.dumps(asdict(config))}"
+        if key not in done:
+            if seed not in plain:
+                restore(pipe)
+                plain[seed] = _clip(pipe, call, prompt, seed)
+            done[key] = _measure(pipe, call, prompt, seed, plain[seed], config, method)
+            if partial is not None:
+                write_text(partial, json.dumps(done))
+        found.setdefault((name, config), []).append(done[key])
+    restore(pipe)
+    return {
+        "settings": {
+            **call,
+            "prompts": list(prompts),
+            "changes_at": changes_at,
+            "dtype": str(pipe.dtype),
+            "device": str(pipe.device),
+        },
+        "points": [
+            {"method": name, "settings": asdict(config)} | _averaged(found[name, config])
+            for name, config, _ in runs
+        ],
+        "environment": environment(),
+    }
+
+
+def _measure(
+    pipe: Any,
+    call: dict[str, Any],
+    prompt: str,
+    seed: int,
+    plain: Any,
+    config: SVG2,
+    method: Callable[..., torch.Tensor],
+) -> dict[str, Any]:
+    """One clip of one prompt."""
+    accelerate(pipe, policy=None, cache=None, attention=config)
+    sparse = next(iter(engines_of(pipe).values())).attention
+    sparse.method = method
+    clip = _clip(pipe, call, prompt, seed)
+    found = asdict(sparse.report())
+    names = ("density", "density_with_dense", "recall")
+    empty = ("empty_query_clusters", "empty_key_clusters")
+    return {
+        "psnr": psnr(plain, clip),
+        **{name: found[name] for name in (*names, *empty)},
+        "density_of_layers": [values["density"] for values in found["layers"].values()],
+        "recall_of_layers": [values["recall"] for values in found["layers"].values()],
+    }
+
+
+def _averaged(clips: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means over the prompts, and each prompt's PSNR."""
+
+    def mean(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], list):
+            return [mean(column) for column in zip(*values, strict=True)]
+        return None if values[0] is None else statistics.fmean(values)
+
+    means = {name: mean([clip[name] for clip in clips]) for name in clips[0]}
+    return means | {"psnr_of_prompts": [clip["psnr"] for clip in clips]}
+
+
+def _clip(pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> Any:
+    return generate(pipe, {**call, "prompt": prompt}, seed=seed, progress=False).frames
+
+
+def attention_table(result: dict[str, Any]) -> str:
+    """The result of `attention` for people."""
+    lines = [f"{'method':30s}  top_p  density  recall   PSNR"]
+    for point in result["points"]:
+        recall = "-" if point["recall"] is None else f"{point['recall']:.1%}"
+        lines.append(
+            f"{point['method']:30s}  {point['settings']['top_p']:5.2f}  {point['density']:7.1%}  "
+            f"{recall:>6s}  {point['psnr']:5.2f}"
+        )
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """PSNR against density of every method, and the recall of the layers at the highest top_p."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in METHODS:
+        points = [point for point in result["points"] if point["method"] == name]
+        points.sort(key=lambda point: point["density"])
+        densities = [point["density"] for point in points]
+        left.plot(densities, [point["psnr"] for point in points], marker="o", label=name)
+        right.plot(points[-1]["recall_of_layers"], marker="o", label=f"{densities[-1]:.0%} {name}")
+    left.set(xlabel="density of sparse calls", ylabel="PSNR against dense attention (dB)")
+    right.set(xlabel="layer", ylabel="recall of attention mass", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
