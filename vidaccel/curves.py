@@ -237,6 +237,8 @@ def figure(result: Record, path: Path) -> None:
     FigureCanvasAgg(picture)
     axes = picture.subplots(1, len(panels), squeeze=False)[0]
     methods = list(dict.fromkeys(_family(point["method"]) for point in points))
+    # The curves that matter most are drawn last, on top.
+    methods.sort(key=lambda method: (method.startswith(_OURS), method))
     for axis, (metric, label) in zip(axes, panels.items(), strict=True):
         for method in methods:
             own = [point for point in points if _family(point["method"]) == method]
@@ -267,7 +269,7 @@ def _family(method: str) -> str:
 
 
 def _style(method: str, methods: Sequence[str]) -> Record:
-    ours = [m for m in methods if m.startswith(_OURS)]
+    ours = [m for start in _OURS for m in methods if m.startswith(start)]
     simple = [m for m in methods if m.startswith(_SIMPLE)]
     others = [m for m in methods if m not in ours and m not in simple]
     if method in ours:
