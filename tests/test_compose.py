@@ -1,13 +1,12 @@
 """Acceleration together with what users do to a pipeline besides, in every order."""
 
-import threading
 from typing import Any
 
 import pytest
 import torch
-from tiny.base import STEPS, Case, generator
+from tiny.base import STEPS
 from tiny.hunyuan import hunyuan
-from tiny.wan import wan, wan_v2v
+from tiny.wan import wan
 
 from vidaccel import DBCache, Plan, accelerate, report, restore
 from vidaccel.errors import PolicyError
@@ -150,92 +149,6 @@ def test_latents_that_a_callback_edits_are_those_that_go_on():
     assert not torch.equal(case.run(callback_on_step_end=edit), case.run())
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_an_interrupted_generation_leaves_the_next_one_fresh(name):
-    case = wan()
-    accelerate(case.pipe, **SETTINGS[name])
-    expected = case.run()
-
-    def stop(pipe, step, timestep, kwargs):
-        pipe._interrupt = step == 2
-        return kwargs
-
-    case.run(callback_on_step_end=stop)
-    shown = report(case.pipe).transformers[0]
-    assert shown.timeline == KEPT[name][:3]
-    assert shown.bytes_held == 0
-    assert torch.equal(case.run(), expected)
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_guidance_that_ends_early(name):
-    """The unconditional branch is no longer called; the other goes on as it would alone."""
-
-    def end(pipe, step, timestep, kwargs):
-        if step == 2:
-            pipe._guidance_scale = 1.0
-        return kwargs
-
-    case = wan()
-    accelerate(case.pipe, policy=None, cache=DBCache(threshold=0))
-    exact = case.run(callback_on_step_end=end)
-    restore(case.pipe)
-    assert torch.equal(case.run(callback_on_step_end=end), exact)
-    accelerate(case.pipe, **SETTINGS[name])
-    case.run(callback_on_step_end=end)
-    rows = {row.branch: row for row in report(case.pipe).transformers[0].branches}
-    assert rows["cond"].steps_computed + rows["cond"].steps_reused == STEPS
-    assert rows["uncond"].steps_computed + rows["uncond"].steps_reused == 3
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_several_videos_of_a_prompt_are_those_of_single_runs_of_a_plan(name):
-    case = wan()
-    accelerate(case.pipe, **SETTINGS[name])
-    generators = [generator(seed) for seed in (0, 1)]
-    kwargs = {"output_type": "latent", **case.kwargs, "num_videos_per_prompt": 2}
-    both = case.pipe(generator=generators, **kwargs).frames
-    assert report(case.pipe).transformers[0].timeline == KEPT[name]
-    for index in range(2):
-        torch.testing.assert_close(both[index : index + 1], case.run(seed=index))
-
-
-@pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
-def test_video_to_video_starts_inside_the_schedule(strength):
-    case = wan_v2v()
-    baseline = case.run(strength=strength)
-    accelerate(case.pipe, policy=None, cache=DBCache(threshold=0, warmup_steps=0))
-    assert torch.equal(case.run(strength=strength), baseline)
-    accelerate(case.pipe, **SETTINGS["plan"])
-    case.run(strength=strength)
-    timeline = report(case.pipe).transformers[0].timeline
-    assert timeline[0] == "C"
-    assert timeline[1:] == KEPT["plan"][STEPS - len(timeline) + 1 :]
-
-
-# Serving.
-
-
-def test_pipelines_on_two_threads_do_not_meet():
-    cases = [wan(), hunyuan(), wan()]
-    settings = [SETTINGS["plan"], SETTINGS["cache"], SETTINGS["cache"]]
-    for case, chosen in zip(cases, settings, strict=True):
-        accelerate(case.pipe, **chosen)
-    expected = [[case.run(seed=seed) for seed in range(3)] for case in cases]
-    found: list[list[Any]] = [[], [], []]
-
-    def serve(case: Case, outputs: list[Any]) -> None:
-        outputs += [case.run(seed=seed) for seed in range(3)]
-
-    threads = [threading.Thread(target=serve, args=pair) for pair in zip(cases, found, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for outputs, wanted in zip(found, expected, strict=True):
-        assert all(map(torch.equal, outputs, wanted))
-
-
 # Adapters.
 
 
@@ -252,19 +165,6 @@ def test_active_adapters_are_told_of():
     case.pipe.transformer.delete_adapters("default")
     case.run()
     assert not report(case.pipe).transformers[0].notes
-
-
-def test_swapping_adapters_carries_nothing_over():
-    case, fresh = wan(), wan()
-    accelerate(case.pipe, **SETTINGS["cache"])
-    plain = case.run()
-    adapted(case.pipe)
-    adapted(fresh.pipe)
-    accelerate(fresh.pipe, **SETTINGS["cache"])
-    assert torch.equal(case.run(), fresh.run())
-    assert not torch.equal(case.run(), plain)
-    case.pipe.transformer.delete_adapters("default")
-    assert torch.equal(case.run(), plain)
 
 
 def test_a_policy_of_the_base_model_is_refused_for_a_few_step_adapter():

@@ -119,10 +119,16 @@ def fill(tab, **fields):
         field.press("Tab")
 
 
+def choose_custom(tab):
+    """Choosing it opens its controls."""
+    tab.locator("#acceleration label", has_text="custom").click()
+    tab.wait_for_selector("#plan textarea:visible")
+
+
 def long_run(tab):
     """Settings with time to look, in steps that are all computed."""
-    tab.locator("#acceleration label", has_text="custom").click()
-    fill(tab, plan="all", steps=100)
+    choose_custom(tab)
+    fill(tab, plan="all", steps=100, frames=17)
 
 
 def step(tab):
@@ -148,7 +154,7 @@ def playing(tab):
 def test_an_example_is_there_before_any_run(tab):
     tab.wait_for_selector("#numbers .va-cards")
     tab.wait_for_selector("#accelerated video")
-    assert tab.locator("#examples img").count() >= 3
+    until(lambda: tab.locator("#examples img").count() >= 3)
     assert tab.locator("#history").count() == 0 or not tab.locator("#history").is_visible()
     until(lambda: all(clip and clip[2] >= 2 and not clip[1] for clip in playing(tab)))
     tab.locator("#examples button.thumbnail-item, #examples .grid-container button").nth(1).click()
@@ -177,7 +183,7 @@ def test_generate_compare_and_look_back(tab, tmp_path):
     tab.evaluate("document.querySelector('#accelerated video').play()")
     until(lambda: [clip[1] for clip in playing(tab)] == [False, False])
 
-    assert tab.locator("#history .grid-container button").count() == 1
+    until(lambda: tab.locator("#history .grid-container button").count() == 1)
     with tab.expect_download() as download:
         tab.locator("#files a", has_text="B").first.click()
     clip = tmp_path / "clip.mp4"
@@ -245,7 +251,7 @@ def test_a_broken_policy_and_a_sound_one(tab, tmp_path):
 
 
 def test_the_block_cache_from_the_page(tab):
-    tab.locator("#acceleration label", has_text="custom").click()
+    choose_custom(tab)
     fill(tab, plan="all", threshold=5, warmup_steps=1, max_consecutive=2)
     tab.locator("#dbcache input").check()
     tab.click("#generate")
@@ -269,15 +275,14 @@ def test_a_reload_in_the_middle_goes_on_where_it_was(tab, server):
 
 
 def test_two_tabs_wait_for_each_other(tab, server):
-    other = tab.context.new_page()
+    other, third = tab.context.new_page(), tab.context.new_page()
     arrive(other, server)
+    arrive(third, server)
     long_run(tab)
     tab.click("#generate")
     until(lambda: step(tab) >= 1)
     other.click("#generate")
     other.wait_for_selector("#status:has-text('In the queue: 1 run is ahead')")
-    third = tab.context.new_page()
-    arrive(third, server)
     third.click("#generate")
     third.wait_for_selector("#status .va-error:has-text('1 runs are waiting already')")
     tab.click("#stop")
@@ -296,7 +301,7 @@ def test_two_tabs_wait_for_each_other(tab, server):
     ids=str,
 )
 def test_bad_input_is_told_in_words(tab, fields, message):
-    tab.locator("#acceleration label", has_text="custom").click()
+    choose_custom(tab)
     fill(tab, **fields)
     tab.click("#generate")
     tab.wait_for_selector("#status .va-error")

@@ -49,6 +49,14 @@ def test_build_policy(tmp_path):
     assert "policy.json" in shown and "reused" in shown
 
 
+def test_ray_calibration(tmp_path):
+    pytest.importorskip("ray")
+    shown = run("ray_calibration.py", *SMALL, "--workers", 2, folder=tmp_path)
+    assert CachePolicy.load(tmp_path / "policy.json").provenance == "measured"
+    assert len(list((tmp_path / "build" / "ray-policy").glob("sample-*.json"))) == 2
+    assert "6 steps, measured" in shown
+
+
 def test_compare_settings(tmp_path):
     shown = run("compare_settings.py", *SMALL, folder=tmp_path)
     lines = [line for line in shown.splitlines() if " dB " in line]

@@ -12,8 +12,8 @@ from tiny.hunyuan import hunyuan
 from tiny.wan import wan, wan22
 
 import vidaccel
-from vidaccel import DBCache, accelerate, report
-from vidaccel.errors import UnsupportedPipelineError
+from vidaccel import SVG2, DBCache, accelerate, report
+from vidaccel.errors import AttentionError, UnsupportedPipelineError
 from vidaccel.hosts import find_transformers
 from vidaccel.parallel import relative_change
 
@@ -42,6 +42,9 @@ class Scenario:
     order: tuple[str, ...] = ("parallel", "accelerate")
 
 
+SPARSE = SVG2(
+    top_p=0.6, query_clusters=3, key_clusters=4, min_tokens=0, dense_steps=1, dense_layers=0
+)
 PLAN = {"policy": [0, 1, 4], "cache": None}
 ALONE = {"policy": None, "cache": EAGER}
 REVERSED = ("accelerate", "parallel")
@@ -62,6 +65,8 @@ SCENARIOS = {
     "cache, mixed": Scenario(settings={"policy": None, "cache": MIXED}),
     "cache, mixed, ring": Scenario(kind="ring", settings={"policy": None, "cache": MIXED}),
     "cache, mixed, joint attention": Scenario(hunyuan, settings={"policy": None, "cache": MIXED}),
+    "sparse attention": Scenario(settings={"policy": None, "cache": None, "attention": SPARSE}),
+    "sparse attention and plan": Scenario(settings={**PLAN, "attention": SPARSE}, order=REVERSED),
     "compiled first": Scenario(settings=ALONE, order=("compile", "parallel", "accelerate")),
     "compiled last": Scenario(settings=ALONE, order=("accelerate", "parallel", "compile")),
     "offloaded first": Scenario(settings=ALONE, order=("offload", "accelerate", "parallel")),
@@ -174,6 +179,13 @@ def work(rank: int, folder: str) -> None:
         except Exception as error:  # the other rank has it too, and the rest is still of use
             found = {"error": "".join(traceback.format_exception(error))}
         results[name] = (found, expected)
+    # Kinds of context parallelism in which no rank has whole sequences of video tokens.
+    for name, build, kind in (("ring", wan, "ring"), ("joint", hunyuan, "ulysses")):
+        refused = Scenario(build, kind, {"policy": None, "cache": None, "attention": SPARSE})
+        try:
+            results[name] = (outcome(build(), refused), {})
+        except AttentionError as error:
+            results[name] = ({"refused": str(error)}, {})
     # Replicas that share nothing but the default group, and decide differently.
     cache = DBCache(threshold=1e9 * rank, warmup_steps=1, max_consecutive=None)
     alone = Scenario(settings={"policy": None, "cache": cache}, order=("accelerate",))
@@ -214,6 +226,13 @@ def test_ranks_decide_as_one(ranks, name):
     assert first["timelines"] == second["timelines"]
     assert first["differences"] == second["differences"]
     assert set("".join(first["timelines"])) == {"C", "p"}  # there was something to decide
+
+
+@pytest.mark.parametrize(("name", "reason"), [("ring", "ring attention"), ("joint", "text and")])
+def test_sparse_attention_is_refused_without_whole_sequences(ranks, name, reason):
+    for results in ranks:
+        assert reason in results[name][0]["refused"]
+        assert "pass attention=None" in results[name][0]["refused"]
 
 
 def test_replicas_decide_for_themselves(ranks):

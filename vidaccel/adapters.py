@@ -6,7 +6,7 @@ from typing import Any
 def active_adapters(transformer: Any) -> tuple[str, ...]:
     """Names of the adapters that change what `transformer` computes, in alphabetical order.
 
-    Those that are disabled do not count. One that was fused and then unloaded cannot be told from
+    Fused ones count, disabled ones do not. One that was fused and then unloaded cannot be told from
     weights that were trained that way.
     """
     if not getattr(transformer, "_hf_peft_config_loaded", False):
@@ -15,5 +15,5 @@ def active_adapters(transformer: Any) -> tuple[str, ...]:
     found: set[str] = set()
     for module in transformer.modules():
         if not getattr(module, "disable_adapters", True):
-            found |= loaded & set(module.active_adapters)
+            found |= loaded & {*module.active_adapters, *module.merged_adapters}
     return tuple(sorted(found))

@@ -18,7 +18,10 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    _templated_context_parallel_attention,
+    dispatch_attention_fn,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -170,10 +173,28 @@ def _dispatch(
     parallel_config: Any = None,
 ) -> torch.Tensor:
     """In the place of Diffusers' `dispatch_attention_fn`; tensors are [B, S, H, D]."""
-    if attention_kwargs or parallel_config is not None or not _is_plain(attn_mask):
+    if attention_kwargs or not _is_plain(attn_mask):
         raise AttentionError(
-            "this call of attention has a block mask, arguments of its own or is spread over "
-            "devices, none of which sparse attention honours: pass attention=None"
+            "this call of attention has a block mask or arguments of its own, which sparse "
+            "attention does not honour: pass attention=None"
+        )
+    if parallel_config is not None:
+        if torch.compiler.is_compiling():
+            raise AttentionError(
+                "sparse attention in compiled blocks does not run in context parallel: leave the "
+                "blocks as they are, or pass attention=None"
+            )
+        return _dispatch_parallel(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            backend,
+            parallel_config,
         )
     if torch.compiler.is_compiling():
         name = "" if backend is None else str(getattr(backend, "value", backend))
@@ -193,6 +214,50 @@ def _dispatch(
             enable_gqa=enable_gqa,
             backend=backend,
         )
+
+    return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, dense)
+
+
+def _dispatch_parallel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: Any,
+    parallel_config: Any,
+) -> torch.Tensor:
+    """In context parallel: tensors are [B, S / ranks, H, D].
+
+    Ulysses gives each rank all tokens of some heads, which is what a head's clusters need; with
+    ring attention no rank ever sees all keys, and the layer is left to Diffusers.
+    """
+
+    def attend(
+        ctx: Any, query: Any, key: Any, value: Any, attn_mask: Any, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        def dense() -> torch.Tensor:
+            return dispatch_attention_fn(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                backend=backend,
+            )  # fmt: skip
+
+        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, dense)
+
+    if parallel_config.context_parallel_config.ring_degree == 1:
+        return _templated_context_parallel_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            forward_op=attend, backward_op=None, _parallel_config=parallel_config,
+        )  # fmt: skip
+
+    def dense() -> torch.Tensor:
+        return dispatch_attention_fn(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            backend=backend, parallel_config=parallel_config,
+        )  # fmt: skip
 
     return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, dense)
 

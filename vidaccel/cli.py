@@ -248,6 +248,20 @@ def _bench_parser(commands: Any) -> None:
     overhead.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
     add_model_options(overhead)
     overhead.set_defaults(run=_bench_overhead)
+    soak = benches.add_parser(
+        "soak",
+        help="many generations in one process: memory, and outputs of equal requests",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    soak.add_argument("--model", help="folder or hub id; the embedded model if left out")
+    soak.add_argument("--generations", type=at_least(12), default=200)
+    soak.add_argument("--steps", type=at_least(8), default=8)
+    soak.add_argument("--size", type=size, metavar="WxH", default="32x32", help="in pixels")
+    soak.add_argument("--frames", type=at_least(1), default=5, help="number of frames")
+    soak.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
+    soak.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    add_model_options(soak)
+    soak.set_defaults(run=_bench_soak)
     _bench_kernel_parsers(benches)
     comparisons.add_quality(benches, add_model_options)
     comparisons.add_parity(benches, add_model_options)
@@ -370,6 +384,48 @@ def _hosts(arguments: argparse.Namespace) -> None:
     from vidaccel.hosts import markdown_table
 
     print(markdown_table())
+
+
+def _bench_soak(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    import torch
+
+    from vidaccel import generate as g
+    from vidaccel.dbcache import DBCache
+    from vidaccel.soak import Request, soak, soak_table
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    pipe = _pipeline(arguments)
+    width, height = arguments.size
+    small = {"width": width, "height": height, "num_frames": arguments.frames}
+    small |= {"num_inference_steps": arguments.steps}
+    # Another prompt, shape and number of steps in turn, each with a plan and with a block cache.
+    calls = [
+        {"prompt": g.EMBEDDED_PROMPT, **small},
+        {"prompt": "a red dotted circle moving left on a navy striped background", **small},
+        {"prompt": g.EMBEDDED_PROMPT, **small, "width": 2 * width, "num_inference_steps": 12},
+    ]
+    accelerations = [
+        {"policy": "every 3", "cache": None},
+        {"policy": None, "cache": DBCache(threshold=0.5, warmup_steps=2, forecast_order=1)},
+    ]
+    requests = [
+        Request(g.call_arguments(pipe, call), seed, acceleration)
+        for acceleration in accelerations
+        for seed, call in enumerate(calls)
+    ]
+    result = soak(pipe, requests, arguments.generations)
+    result["settings"] = {
+        "model": arguments.model or "tiny-wan",
+        "dtype": str(pipe.dtype),
+        "device": str(pipe.device),
+        "threads": torch.get_num_threads(),
+    }
+    print_result(soak_table(result), arguments.json)
+    if arguments.json is not None:
+        write_json(result, arguments.json)
 
 
 def _env_parser(commands: Any) -> None:

@@ -207,7 +207,8 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
             }
 
         def arrive(token: str, job_id: str) -> dict[Any, Any]:
-            return {owner: _owner(token), job: job_id, **gallery(token)}
+            empty = dict.fromkeys(controls.blank)
+            return {owner: _owner(token), job: job_id, **gallery(token), **empty}
 
         def submit(token: str, *values: Any) -> dict[Any, Any]:
             try:
@@ -265,9 +266,9 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         board = [status, controls.generate, controls.stop, *result, history, listed]
-        page.load(arrive, [owner, job], [owner, job, history, listed], js=ARRIVE, **quiet).then(
-            follow, [owner, job], board, **quiet
-        )
+        page.load(
+            arrive, [owner, job], [owner, job, history, listed, *controls.blank], js=ARRIVE, **quiet
+        ).then(follow, [owner, job], board, **quiet)
         controls.generate.click(
             submit,
             [owner, *controls.inputs],

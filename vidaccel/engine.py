@@ -30,7 +30,7 @@ from vidaccel.errors import ScheduleError, UnsupportedPipelineError
 from vidaccel.generation import Generation, RunningCall
 from vidaccel.hosts import Head, HostSpec
 from vidaccel.ledger import Call, Ledger
-from vidaccel.parallel import group_of, refuse_unsupported, seen_by
+from vidaccel.parallel import group_of, refuse_unsupported, seen_by, spread_of
 from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
@@ -240,7 +240,8 @@ class Engine:
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             generation.propose(call)
-        self.attention.begin(tick, refreshes=generation.keeps(tick.step) > 0)
+        refreshes = generation.keeps(tick.step) > 0
+        self.attention.begin(tick, refreshes=refreshes, spread=spread_of(model))
         self._call = call
 
     def _restart(self, tick: Tick) -> Generation:

@@ -7,12 +7,14 @@ made from the tokens has to be the same on every rank, or some would wait for ev
 of a block that the others do not run; that takes one all-reduce of two numbers.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from vidaccel.errors import UnsupportedPipelineError
+
+Spread = Literal["ulysses", "ring"]
 
 
 def refuse_unsupported(transformer: nn.Module) -> None:
@@ -38,6 +40,15 @@ def group_of(transformer: nn.Module) -> Any:
     config = getattr(transformer, "_parallel_config", None)
     context = None if config is None else config.context_parallel_config
     return None if context is None else context._flattened_mesh.get_group()
+
+
+def spread_of(transformer: nn.Module) -> Spread | None:
+    """How the attention of `transformer` works on tokens of several ranks; None: it runs alone."""
+    config = getattr(transformer, "_parallel_config", None)
+    context = None if config is None else config.context_parallel_config
+    if context is None:
+        return None
+    return "ring" if context.ring_degree > 1 else "ulysses"
 
 
 def seen_by(

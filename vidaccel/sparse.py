@@ -27,6 +27,7 @@ from vidaccel.kernels.semantic_attention import (
     semantic_attention,
 )
 from vidaccel.ledger import AttentionReport
+from vidaccel.parallel import Spread
 from vidaccel.shadow import BlockArguments
 from vidaccel.svg2 import SVG2
 
@@ -37,6 +38,8 @@ Method = Callable[..., torch.Tensor]
 # Why a call of attention was dense.
 FIRST_STEPS, FIRST_LAYERS = "first steps", "first layers"
 SHORT, MASK, NO_GPU = "short sequence", "attention mask", "not on a GPU"
+RING = "ring attention, in which no process has all keys of a head"
+JOINT = "text and video tokens spread over processes"
 
 
 def attention_of(attention: Any, transformer: nn.Module, host: HostSpec) -> "Attention":
@@ -125,12 +128,13 @@ class Attention:
     def restart(self) -> None:
         """A generation begins."""
 
-    def begin(self, tick: Tick, *, refreshes: bool) -> None:
+    def begin(self, tick: Tick, *, refreshes: bool, spread: Spread | None = None) -> None:
         """A call of the transformer begins.
 
         Args:
             tick: its place in the generation.
             refreshes: what it computes is kept and used again by later steps.
+            spread: how its tokens are spread over processes, if they are.
         """
 
     def block(
@@ -190,6 +194,7 @@ class SparseAttention(Attention):
         self._account = Account()
         # Of the running call:
         self._tick = Tick(0, 1, "", False)
+        self._spread = ""  # why it cannot be sparse in context parallel
         self._settings = config
 
     def attach(self) -> None:
@@ -208,7 +213,18 @@ class SparseAttention(Attention):
         # Loading adapters and fusing projections put other processors in.
         self._interception.install()
 
-    def begin(self, tick: Tick, *, refreshes: bool) -> None:
+    def begin(self, tick: Tick, *, refreshes: bool, spread: Spread | None = None) -> None:
+        self._spread = ""
+        if spread == "ring":
+            self._spread = RING
+        elif spread is not None and len(self._host.tokens) > 1:
+            self._spread = JOINT
+        if self._spread and not self._gpu_only:
+            raise AttentionError(
+                f"attention cannot be made sparse here: {self._spread}; use "
+                "ContextParallelConfig(ulysses_degree=...) on a model without text in its "
+                "self-attention, or pass attention=None"
+            )
         self._tick = tick
         self._settings = self.config.at_refresh() if refreshes else self.config
 
@@ -263,6 +279,8 @@ class SparseAttention(Attention):
     def _why_dense(self, block: "_RunningBlock", query: torch.Tensor, tokens: Tokens | None) -> str:
         if self.config.is_dense_layer(self._depths[block.position], self._depth):
             return FIRST_LAYERS
+        if self._spread:
+            return self._spread
         if tokens is None:
             return MASK
         if tokens.video < self.config.min_tokens:

@@ -22,6 +22,9 @@ from vidaccel.plan import Plan
 
 OBJECTIVES = ("leximax", "power(4)", "power(2)")
 
+# Gaps of the plans that compute a head of steps and then every so many.
+GAPS = (2, 3, 4, 5)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -51,8 +54,9 @@ def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan
 
     Returns:
         The evenly spaced plan and the best path of the paper's objective, each held and half way
-        along the line everywhere, and the best path of every objective over all that was measured.
-        Equal plans appear once, by their first name.
+        along the line everywhere, the best path of every objective over all that was measured, and
+        first steps followed by every 2nd to 5th one, with a line in between. Equal plans appear
+        once, by their first name.
     """
     held = [move for move in found if move.order == 0]
     only_held = len(held) == len(found)
@@ -67,10 +71,22 @@ def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan
         for name in ("evenly spaced", "leximax"):
             if name in plans:
                 plans[f"{name}, half line"] = plans[name].forecast(1, 0.5)
+        for gap in GAPS:
+            if (plan := head_and_gap(budget, steps, gap)) is not None:
+                plans[f"first steps, then every {gap}, line"] = plan.forecast(1)
     different: dict[Any, tuple[str, Plan]] = {}
     for name, plan in plans.items():
         different.setdefault((plan.steps, plan.orders, plan.scales), (name, plan))
     return dict(different.values())
+
+
+def head_and_gap(budget: int, steps: int, gap: int) -> Plan | None:
+    """The plan that computes its first steps and then every `gap`-th; None when there is none."""
+    for head in range(2, budget):
+        computed = (*range(head), *range(head - 1 + gap, steps, gap))
+        if len(computed) == budget:
+            return Plan(computed, steps)
+    return None
 
 
 def scores(

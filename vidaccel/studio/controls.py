@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from vidaccel.dbcache import DEFAULT_THRESHOLD
 from vidaccel.errors import PolicyError, SettingsError
 from vidaccel.policy import CachePolicy
 from vidaccel.studio import panels
@@ -109,7 +110,7 @@ class Controls:
             elem_id="dbcache",
         )
         with gr.Row():
-            defaults = {"threshold": None, "max_consecutive": 3, "warmup_steps": 4}
+            defaults = {"threshold": DEFAULT_THRESHOLD, "max_consecutive": 3, "warmup_steps": 4}
             self._cache = [
                 gr.Number(
                     defaults.get(name, 1 if name == "probe_blocks" else 0),
@@ -170,6 +171,13 @@ class Controls:
             self._budget,
             self._cached,
             *self._cache,
+        ]
+
+    @property
+    def blank(self) -> list[Any]:
+        """The numbers that are left to the model at first; Gradio shows 0 until told otherwise."""
+        return [
+            field for field in self.inputs if isinstance(field, gr.Number) and field.value is None
         ]
 
     @property

@@ -218,7 +218,7 @@ def curve(policy: CachePolicy, budget: int) -> str:
     if len(points) < 2:
         return f'{title}<div class="va-muted">this policy states no errors to draw</div>'
     low, high = min(points.values()), max(points.values())
-    wide, tall, left, base = 560, 190, 50, 150
+    wide, tall, left, base = 560, 190, 70, 150
 
     def at(b: int, error: float) -> tuple[float, float]:
         x = left + (wide - left - 15) * (b - budgets[0]) / max(1, budgets[-1] - budgets[0])
