@@ -107,7 +107,7 @@ def check_names(names: Sequence[str]) -> None:
 def _accelerated(name: str, setting: Setting, **options: Any) -> Variant:
     @contextmanager
     def enabled(pipe: Any) -> Iterator[None]:
-        accelerate(pipe, **options)
+        accelerate(pipe, attention=None, **options)
         try:
             yield
         finally:

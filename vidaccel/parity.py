@@ -275,7 +275,7 @@ def _with_cache_dit(pipe: Any, case: Case, latents: Callable[[], torch.Tensor]) 
 
 
 def _with_vidaccel(pipe: Any, case: Case, latents: Callable[[], torch.Tensor]) -> Result:
-    accelerate(pipe, policy=None, cache=case.cache)
+    accelerate(pipe, policy=None, cache=case.cache, attention=None)
     result = latents()
     (engine,) = engines_of(pipe).values()
     reused: dict[str, list[int]] = {"cond": [], "uncond": []}
