@@ -107,7 +107,7 @@ def check_names(names: Sequence[str]) -> None:
 def _accelerated(name: str, setting: Setting, **options: Any) -> Variant:
     @contextmanager
     def enabled(pipe: Any) -> Iterator[None]:
-        accelerate(pipe, **options)
+        accelerate(pipe, attention=None, **options)
         try:
             yield
         finally:
@@ -154,6 +154,18 @@ def _even(order: int) -> "Method":
         return [_planned(name, plan.forecast(order) if order else plan) for plan in plans]
 
     return made
+
+
+def _dense_start(name: str, contest: Contest) -> list[Variant]:
+    """Nothing measured: gaps that widen from the start to the end, and a line over each."""
+    found = []
+    for budget in contest.budgets:
+        steps = [0]
+        for i in range(1, budget):
+            wanted = round((contest.steps - 1) * (i / (budget - 1)) ** WIDENING)
+            steps.append(max(wanted, steps[-1] + 1))
+        found.append(_planned(name, Plan(tuple(steps), contest.steps).forecast(1)))
+    return found
 
 
 def _fewer_steps(name: str, contest: Contest) -> list[Variant]:
@@ -246,6 +258,8 @@ def _cache_dit(probe: int, corrector: int, order: int) -> "Method":
 
 Method = Callable[[str, Contest], list[Variant]]
 
+WIDENING = 1.8  # exponent of the position of a dense start's steps; 1 is evenly spaced
+
 # DBCache: threshold on the relative change of the probe, warm-up steps, longest run of reused steps
 # (-1: any). The one with 0.12 is what cache-dit's own command line starts from.
 DBCACHE = ((0.05, 8, -1), (0.12, 8, 3), (0.2, 4, 4), (0.4, 4, -1))
@@ -272,6 +286,7 @@ METHODS: dict[str, Method] = {
     },
     "evenly spaced": _even(0),
     "evenly spaced + line": _even(1),
+    "dense start + line": _dense_start,
     "fewer sampling steps": _fewer_steps,
     "FirstBlockCache": _peer(
         "FirstBlockCache",

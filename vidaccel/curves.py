@@ -1,6 +1,7 @@
 """Quality against speed: what many generations say, as points, curves, a table and a figure."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ def key_of(method: str | None, setting: Record) -> str:
 def is_plain(record: Record) -> bool:
     """Whether a record is of the plain pipeline."""
     return record["method"] is None
+
+
+def is_plan(setting: Record) -> bool:
+    """Whether a setting is a plan and nothing else: equal ones run the same, whoever found them."""
+    return isinstance(setting.get("steps"), list) and set(setting) <= {"steps", "orders", "scales"}
 
 
 def points_of(
@@ -200,12 +206,14 @@ def report(result: Record) -> str:
 
 
 # Colour and line of each family of methods: ours solid, other libraries dashed, simple ones dotted.
-_OURS = ("vidaccel", "LeMiCa", "DBCache", "SVG2")
-_SIMPLE = ("evenly spaced", "fewer")
+_OURS = ("vidaccel", "LeMiCa", "DBCache", "plan +", "SVG2")
+_SIMPLE = ("evenly spaced", "dense start", "fewer")
 
 
 def figure(result: Record, path: Path) -> None:
     """Draw the curves of a result of `vidaccel.quality.quality`, one line per method.
+
+    The layouts of a block cache (F1B0, F2B2, ...) share a line, the best of all of them.
 
     Args:
         result: with "points" and "settings".
@@ -228,10 +236,12 @@ def figure(result: Record, path: Path) -> None:
     picture = Figure(figsize=(5.2 * len(panels) + 2.6, 5.2), layout="constrained")
     FigureCanvasAgg(picture)
     axes = picture.subplots(1, len(panels), squeeze=False)[0]
-    methods = list(dict.fromkeys(point["method"] for point in points))
+    methods = list(dict.fromkeys(_family(point["method"]) for point in points))
+    # The curves that matter most are drawn last, on top.
+    methods.sort(key=lambda method: (method.startswith(_OURS), method))
     for axis, (metric, label) in zip(axes, panels.items(), strict=True):
         for method in methods:
-            own = [point for point in points if point["method"] == method]
+            own = [point for point in points if _family(point["method"]) == method]
             style = _style(method, methods)
             axis.plot(*_xy(own, metric), "o", color=style["color"], alpha=0.25, markersize=3)
             axis.plot(*_xy(front(own), metric), label=method, **style)
@@ -254,22 +264,20 @@ def _xy(points: Sequence[Record], metric: str) -> tuple[list[float], list[float]
     return [p["speedup"] for p in points], [p[metric] for p in points]
 
 
+def _family(method: str) -> str:
+    return re.sub(r" F\dB\d.*", "", method)
+
+
 def _style(method: str, methods: Sequence[str]) -> Record:
-    ours = [m for m in methods if m.startswith(_OURS)]
+    ours = [m for start in _OURS for m in methods if m.startswith(start)]
     simple = [m for m in methods if m.startswith(_SIMPLE)]
     others = [m for m in methods if m not in ours and m not in simple]
     if method in ours:
-        shade = ours.index(method) / max(1, len(ours))
-        return {"color": _colour(0.0 + 0.16 * shade, 0.9), "linewidth": 2.2}
+        return {"color": _WARM[ours.index(method) % len(_WARM)], "linewidth": 2.2}
     if method in simple:
-        return {"color": str(0.35 + 0.15 * simple.index(method)), "linestyle": ":"}
-    return {
-        "color": _colour(0.3 + 0.55 * others.index(method) / len(others), 0.75),
-        "linestyle": "--",
-    }
+        return {"color": str(0.15 + 0.15 * simple.index(method)), "linestyle": ":"}
+    return {"color": _COLD[others.index(method) % len(_COLD)], "linestyle": "--"}
 
 
-def _colour(hue: float, value: float) -> tuple[float, float, float]:
-    from colorsys import hsv_to_rgb
-
-    return hsv_to_rgb(hue, 0.85, value)
+_WARM = ("#d62728", "#ff7f0e", "#e377c2", "#8c564b", "#bcbd22", "#ff9896", "#c49c94")
+_COLD = ("#1f77b4", "#2ca02c", "#9467bd", "#17becf", "#000080", "#006400", "#7f7fff")

@@ -20,7 +20,7 @@ from vidaccel.generate import without_bar
 from vidaccel.hosts import find_transformers
 from vidaccel.peers import PEERS, Setting
 
-THRESHOLDS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.5)
+THRESHOLDS = (0.0, 0.04, 0.07, 0.1, 0.15, 0.2, 0.4)
 LAYOUTS = ((1, 0), (1, 1), (2, 2))  # probe and corrector blocks
 # Relative difference of the latents that rounding explains: forecasts sum the same residuals in
 # another order, and every step adds to what those before it left.
@@ -275,7 +275,7 @@ def _with_cache_dit(pipe: Any, case: Case, latents: Callable[[], torch.Tensor]) 
 
 
 def _with_vidaccel(pipe: Any, case: Case, latents: Callable[[], torch.Tensor]) -> Result:
-    accelerate(pipe, policy=None, cache=case.cache)
+    accelerate(pipe, policy=None, cache=case.cache, attention=None)
     result = latents()
     (engine,) = engines_of(pipe).values()
     reused: dict[str, list[int]] = {"cond": [], "uncond": []}

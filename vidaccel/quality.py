@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from vidaccel import metrics
 from vidaccel.contenders import Variant
-from vidaccel.curves import Record, adherence_shares, is_plain, key_of, points_of
+from vidaccel.curves import Record, adherence_shares, is_plain, is_plan, key_of, points_of
 from vidaccel.environment import environment
 from vidaccel.errors import BenchError, MetricUnavailable
 from vidaccel.files import write_text
@@ -123,7 +123,8 @@ class _Prompt:
 
     def measure(self, variants: Sequence[Variant], bar: Any) -> int:
         """Run what has no shard yet, in an order of its own, and return how many had one."""
-        known = {key_of(r["method"], r["setting"]) for r in self.folder.of(self.prompt)}
+        self._share(variants)
+        known = self._measured()
         open_ = [v for v in variants if key_of(v.method, v.setting) not in known]
         random.Random(self.prompt).shuffle(open_)
         if open_:
@@ -135,12 +136,33 @@ class _Prompt:
                 self._plain(since)
                 since = []
             bar.set_postfix_str(variant.method, refresh=False)
+            if key_of(variant.method, variant.setting) in self._measured():
+                bar.update()
+                continue
             self._variant(variant)
+            self._share(open_)
             since.append(variant.method)
             bar.update()
         if open_:
             self._plain(since)
         return len(variants) - len(open_)
+
+    def _share(self, variants: Sequence[Variant]) -> None:
+        """Two methods may find the same plan; it need not run twice."""
+        records = self.folder.of(self.prompt)
+        known = self._measured()
+        plans = {key_of("plan", r["setting"]): r for r in records if is_plan(r["setting"])}
+        for variant in variants:
+            twin = plans.get(key_of("plan", variant.setting))
+            if twin is not None and key_of(variant.method, variant.setting) not in known:
+                self._keep(variant, {**twin, "method": variant.method})
+
+    def _measured(self) -> set[str]:
+        return {key_of(r["method"], r["setting"]) for r in self.folder.of(self.prompt)}
+
+    def _keep(self, variant: Variant, record: Record) -> None:
+        name = _name(key_of(variant.method, variant.setting))
+        self.folder.add(self.prompt, name, record)
 
     def _plain(self, since: list[str]) -> None:
         """Time the plain pipeline again; raises BenchError if its clip is no longer the same."""
@@ -161,7 +183,6 @@ class _Prompt:
         if variant.steps is not None:
             call = {**call, "num_inference_steps": variant.steps}
         head = {"method": variant.method, "setting": variant.setting}
-        name = _name(key_of(variant.method, variant.setting))
         try:
             with variant.enabled(self.pipe):
                 frames, record = self._generation(call)
@@ -171,12 +192,12 @@ class _Prompt:
                 raise
             reason = str(error).strip().partition("\n")[0]
             failed = {"failed": f"{type(error).__name__}: {reason}"}
-            self.folder.add(self.prompt, name, head | failed)
+            self._keep(variant, head | failed)
             return
         assert self.reference is not None
         record |= head | _metrics(self.reference, frames, self.lpips)
         record["adherence"] = adherence_of(frames, self.prompt)
-        self.folder.add(self.prompt, name, record)
+        self._keep(variant, record)
 
     def _generation(self, call: dict[str, Any]) -> tuple[Clip, Record]:
         self.blocks.ran = 0
