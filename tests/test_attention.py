@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, STEPS, Case, embeds, transformers_of
 from test_engine import snapshot
-from tiny import CORE
+from tiny import CASES, CORE, STEPS, Case, embeds
 from tiny.base import LAYERS
+from tiny.looking import transformers_of
 from tiny.wan import wan, wan_i2v
 
 from vidaccel import SVG2, accelerate, report, restore

@@ -98,7 +98,7 @@ SINGLE = [
     (cast,),
 ]
 # An adapter changes the modules of blocks: Diffusers wants it before both others.
-COMBINED = [(adapted, compiled, model_offload), (adapted, block_offload, compiled)]
+COMBINED = [(adapted, compiled, model_offload), (adapted, model_offload, compiled)]
 
 
 def _name(actions: Any) -> str:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STEPS, embeds, generator, hunyuan, wan, wan_v2v
+from tiny import STEPS, embeds, generator
+from tiny.hunyuan import hunyuan
+from tiny.wan import wan, wan_v2v
 
 from vidaccel import DBCache, accelerate, report, restore
 from vidaccel.errors import PlanError

@@ -5,18 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import (
-    STEPS,
-    Case,
-    count_blocks,
-    embeds,
-    generator,
-    hunyuan,
-    transformers_of,
-    wan,
-    wan22,
-    wan_vace,
-)
+from tiny import STEPS, Case, embeds, generator
+from tiny.hunyuan import hunyuan
+from tiny.looking import count_blocks, transformers_of
+from tiny.wan import wan, wan22, wan_vace
 
 from vidaccel import DBCache, Plan, accelerate, report, restore
 from vidaccel.dbcache import ACCUMULATED, CACHED, CONSECUTIVE, DIFFERENCE, WARM_UP, Decider

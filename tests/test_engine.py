@@ -6,19 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    STEPS,
-    Case,
-    count_blocks,
-    embeds,
-    generator,
-    transformers_of,
-    wan,
-    wan22,
-    wan_v2v,
-    wan_vace,
-)
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny import STEPS, Case, embeds, generator
+from tiny.looking import count_blocks, transformers_of
+from tiny.wan import wan, wan22, wan_v2v, wan_vace
 
 import vidaccel
 from vidaccel import Plan, accelerate, report, restore

@@ -85,7 +85,7 @@ def test_the_space_is_what_its_read_me_says(tmp_path):
     pytest.importorskip("gradio")
     for name in (EXAMPLES / "space").iterdir():
         shutil.copy(name, tmp_path)
-    for name in ("vidaccel", "policies", "assets"):
+    for name in ("vidaccel", "kernels", "policies", "assets"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     front = (tmp_path / "README.md").read_text().split("---")[1]

@@ -8,8 +8,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import Case, count_blocks, transformers_of
 from test_engine import snapshot
+from tiny import Case
+from tiny.looking import count_blocks, transformers_of
 
 from vidaccel import DBCache, accelerate, report, restore
 from vidaccel.api import engines_of

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import wan
 from packaging.version import Version
 from tiny import CASES, SINCE, Case
+from tiny.wan import wan
 
 from vidaccel import BlockList, Head, HostSpec, accelerate, register_host
 from vidaccel.errors import UnsupportedPipelineError

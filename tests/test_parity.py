@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import wan, wan22
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny.wan import wan, wan22
 
 from vidaccel import parity
 from vidaccel.dbcache import DBCache

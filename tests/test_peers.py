@@ -4,7 +4,9 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import STEPS, count_blocks, wan, wan22
+from tiny import STEPS
+from tiny.looking import count_blocks
+from tiny.wan import wan, wan22
 
 from vidaccel import peers
 from vidaccel.errors import UnsupportedPipelineError

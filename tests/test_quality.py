@@ -5,7 +5,8 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from conftest import STEPS, embeds, wan
+from tiny import STEPS, embeds
+from tiny.wan import wan
 
 from vidaccel import accelerate, curves, quality, restore
 from vidaccel.api import engines_of

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STEPS, Case, embeds, hunyuan, wan
+from tiny import STEPS, Case, embeds
+from tiny.hunyuan import hunyuan
+from tiny.wan import wan
 
 from vidaccel import DBCache, accelerate, report
 from vidaccel.api import engines_of

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, STEPS, Case, embeds, generator, transformers_of
+from tiny import CASES, STEPS, Case, embeds, generator
 from tiny.base import LAYERS
 from tiny.hunyuan import hunyuan, hunyuan15
+from tiny.looking import transformers_of
 from tiny.others import mochi
 from tiny.wan import wan, wan22, wan_v2v
 from vidaccel.kernels.semantic_attention import semantic_attention
@@ -459,9 +460,11 @@ def test_only_centroids_are_kept_between_steps():
         return kwargs
 
     case.run(**SIZE, callback_on_step_end=look)
-    # branches x layers x heads x (query and key clusters) x width x fp32, and 8 scalars a layer
+    # branches x layers x heads x (query and key clusters) x width x fp32, and 8 scalars a layer at
+    # most that keep the shapes of the rest
     centroids = 2 * LAYERS * 2 * (4 + 8) * 12 * 4
-    assert set(held) == {centroids + 2 * LAYERS * 8 * 4}
+    assert len(set(held)) == 1
+    assert centroids <= held[0] <= centroids + 2 * LAYERS * 8 * 4
     assert found(case).bytes_held == 0
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from conftest import STEPS, hunyuan, wan, wan22
+from tiny import STEPS
+from tiny.hunyuan import hunyuan
+from tiny.wan import wan, wan22
 
 from vidaccel import DBCache, Plan, accelerate, report, suggest_threshold
 from vidaccel.errors import PlanError

@@ -2,12 +2,12 @@
 
 from typing import Any, TypeVar
 
+from vidaccel.dense import attention_of
 from vidaccel.engine import Engine, engine_of
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts import find_transformers
 from vidaccel.ledger import Report, TransformerReport
 from vidaccel.sources import course_source
-from vidaccel.sparse import attention_of
 
 Pipeline = TypeVar("Pipeline")
 

@@ -26,6 +26,7 @@ from torch import nn
 from vidaccel.adapters import active_adapters
 from vidaccel.clock import Clock, Tick, noise_grid
 from vidaccel.dbcache import DBCache
+from vidaccel.dense import Attention
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
 from vidaccel.generation import Generation, RunningCall
 from vidaccel.hosts import Head, HostSpec
@@ -34,7 +35,6 @@ from vidaccel.parallel import group_of, refuse_unsupported, seen_by, spread_of
 from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
-from vidaccel.sparse import Attention
 from vidaccel.tape import Tape
 
 # The place of a call and the residual of its probe blocks.

@@ -1,6 +1,7 @@
 """From a pipeline and prompts to a policy: measure every segment, search every budget, validate."""
 
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,7 +70,7 @@ def build_policy(
         faithful: only hold residuals, as the paper does.
         call_kwargs: further arguments of the pipeline's call, such as the size.
         workdir: folder of the shards, so that a killed build goes on; None for none.
-        validate: run the plans of a half, third, quarter and fifth of the steps end to end, beside
+        validate: run plans of three quarters down to a fifth of the steps end to end, beside
             other candidates and plain runs with as many sampling steps; keep the best of each.
         workers: measure on so many Ray workers, each with a pipeline of its own; 0 for here.
         ray_address: of a Ray cluster; None for this machine.
@@ -139,8 +140,9 @@ def build_policy(
 
 
 def validated_budgets(steps: int) -> list[int]:
-    """The budgets that are checked end to end: a half to a fifth of the steps, largest first."""
-    return sorted({steps // n for n in (2, 3, 4, 5)} - {0}, reverse=True)
+    """The budgets that are checked end to end: three quarters to a fifth of the steps."""
+    shares = (Fraction(3, 4), Fraction(2, 3), *(Fraction(1, n) for n in (2, 3, 4, 5)))
+    return sorted({int(steps * share) for share in shares} - {0}, reverse=True)
 
 
 def _policy(

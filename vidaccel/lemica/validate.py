@@ -20,7 +20,7 @@ from vidaccel.lemica.segments import Move
 from vidaccel.metrics import load_lpips, summary
 from vidaccel.plan import Plan
 
-OBJECTIVES = ("leximax", "power(4)", "power(2)")
+OBJECTIVES = ("leximax", "power(2)")
 
 # Gaps of the plans that compute a head of steps and then every so many.
 GAPS = (2, 3, 4, 5)
@@ -53,10 +53,10 @@ def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan
         steps: T.
 
     Returns:
-        The evenly spaced plan and the best path of the paper's objective, each held and half way
-        along the line everywhere, the best path of every objective over all that was measured, and
-        first steps followed by every 2nd to 5th one, with a line in between. Equal plans appear
-        once, by their first name.
+        The evenly spaced plan and the best path of the paper's objective, each held, half way and
+        all the way along the line everywhere, the best path of every objective over all that was
+        measured, and first steps followed by every 2nd to 5th one, with a line in between. Equal
+        plans appear once, by their first name.
     """
     held = [move for move in found if move.order == 0]
     only_held = len(held) == len(found)
@@ -71,6 +71,7 @@ def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan
         for name in ("evenly spaced", "leximax"):
             if name in plans:
                 plans[f"{name}, half line"] = plans[name].forecast(1, 0.5)
+                plans[f"{name}, line"] = plans[name].forecast(1)
         for gap in GAPS:
             if (plan := head_and_gap(budget, steps, gap)) is not None:
                 plans[f"first steps, then every {gap}, line"] = plan.forecast(1)
