@@ -55,7 +55,12 @@ def server(out):
     environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = (out.parent / "server.log").open("w")
     process = subprocess.Popen(
-        command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
+        command,
+        env=os.environ | environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        # Tests that were started in the background ignore Ctrl-C, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     address = f"http://127.0.0.1:{port}"
     try:

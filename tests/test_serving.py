@@ -113,7 +113,7 @@ def test_a_soak_sees_a_leak_and_a_difference():
     pipe.transformer.proj_out.register_forward_hook(leak)
     result = soak(pipe, requests(), 8, progress=False)
     assert not result["outputs_equal"]
-    assert result["growth_mib"] > 8
+    assert result["growth_mib"] > 4
     assert "_vidaccel_engine" not in vars(pipe.transformer)
 
 
