@@ -1,5 +1,6 @@
 """A process that serves many requests: nothing carries over, nothing piles up."""
 
+import mmap
 import threading
 from dataclasses import replace
 from typing import Any
@@ -104,10 +105,12 @@ def test_a_short_soak_is_flat_and_repeats_itself():
 def test_a_soak_sees_a_leak_and_a_difference():
     """Its two findings can fail: a pipeline that keeps memory and draws noise of its own."""
     pipe = wan().pipe
-    kept = []
+    kept: list[mmap.mmap] = []
 
     def leak(module: Any, args: Any, output: Any) -> Any:
-        kept.append(bytearray(b"x" * 2**20))
+        # Pages of its own: what the heap hands out may lie in pages that earlier tests left behind.
+        kept.append(mmap.mmap(-1, 2**20))
+        kept[-1].write(b"x" * 2**20)
         return output + torch.randn_like(output)
 
     pipe.transformer.proj_out.register_forward_hook(leak)
