@@ -215,7 +215,7 @@ def test_variants_that_cannot_run_are_left_out_unless_named():
         variants(["vidaccel plan"], Contest(50))
     with pytest.raises(UnsupportedPipelineError, match="not calibrated"):
         variants(["MagCache"], Contest(50))
-    with pytest.raises(PlanError, match="found warp drive, expected vidaccel plan"):
+    with pytest.raises(PlanError, match="found warp drive, expected preset quality, "):
         variants(["warp drive"], Contest(50))
 
 
