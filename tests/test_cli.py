@@ -202,7 +202,9 @@ def test_bench_overhead_measures_every_variant(capsys, tmp_path):
     for plan in result["plans"].values():
         assert plan["realised_over_ideal"] == pytest.approx(plan["speedup"] / plan["ideal_speedup"])
     assert isinstance(result["idle_overhead"], float)
+    assert isinstance(result["threshold_zero_overhead"], float)
     assert "idle overhead" in stdout
+    assert "threshold 0 " in stdout
 
 
 def test_python_dash_m():
