@@ -265,6 +265,27 @@ def test_the_block_cache_from_the_page(tab):
     assert "DBCache" in tab.inner_text("#numbers")
 
 
+def test_sparse_attention_from_the_page(tab):
+    choose_custom(tab)
+    tab.wait_for_selector("#attention-note:has-text('no GPU here')")
+    assert not tab.locator("#top-p").is_visible()
+    tab.locator("#attention label", has_text="SVG2").click()
+    tab.wait_for_selector("#top-p input:visible")
+    fill(tab, plan="all", top_p=0.5, dense_steps=2, min_tokens=0)
+    tab.click("#generate")
+    tab.wait_for_selector(DONE)
+    density = tab.locator("#numbers [data-density]").get_attribute("data-density")
+    assert 0 < float(density) < 1
+    assert "sparse calls" in tab.inner_text("#numbers")
+    # The settings of a run bring it back.
+    tab.locator("#attention label", has_text="off").click()
+    tab.wait_for_selector("#top-p", state="hidden")
+    tab.click("#reuse")
+    tab.wait_for_selector("#top-p input:visible")
+    values = [tab.input_value(f"#{name} input") for name in ("top-p", "dense-steps", "min-tokens")]
+    assert values == ["0.5", "2", "0"]
+
+
 def test_a_reload_in_the_middle_goes_on_where_it_was(tab, server):
     long_run(tab)
     tab.click("#generate")

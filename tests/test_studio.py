@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from vidaccel.errors import (
     VideoError,
 )
 from vidaccel.generate import load_pipeline
+from vidaccel.hosts import HOSTS, find_transformers
 from vidaccel.policy import CachePolicy
 from vidaccel.studio import jobs, panels
 from vidaccel.studio.jobs import Progress, Studio
@@ -28,6 +30,7 @@ from vidaccel.studio.runs import Runs
 from vidaccel.studio.settings import Limits, Settings, policy_argument, with_one_plan
 from vidaccel.studio.stage import Stage, in_words
 from vidaccel.studio.stopwatch import Stopwatch
+from vidaccel.svg2 import SVG2
 
 PROMPT = "a red striped circle moving right on a navy dotted background"
 SMALL = {"prompt": PROMPT, "width": 48, "height": 48, "frames": 5, "steps": 6, "guidance": 5.0}
@@ -215,6 +218,51 @@ def test_a_model_that_does_not_load_is_told_and_tried_again(pipe, tmp_path):
     studio.close()
 
 
+def test_sparse_attention_is_set_told_and_kept_with_the_run(studio):
+    sparse = {"top_p": 0.5, "dense_steps": 2, "min_tokens": 0}
+    run = last(studio, compare=False, policy="all", attention="svg2", svg2=sparse)
+    told = run.result["report"]["transformers"][0]["attention"]
+    assert 0 < told["density"] < 1 and told["dense_calls"]["first steps"] > 0
+    assert "top_p=0.5" in told["settings"] and "dense_steps=2" in told["settings"]
+    html = panels.numbers(run)
+    assert f'data-density="{told["density"]:.4f}"' in html
+    assert html.count("va-layer") == len(told["layers"]) > 2
+    assert f"{told['sparse_calls']} sparse calls" in html and "of the first steps" in html
+    assert Settings.from_file(run.clips["accelerated"]).svg2.top_p == 0.5
+    assert studio.runs.load(ME, run.id).settings == run.settings
+    assert run.settings.original() == settings(policy="all").original()
+    # The length from which on attention is sparse is the library's own where none is given.
+    run = last(studio, compare=False, policy="all", attention="svg2", svg2={})
+    assert "of too few video tokens to gain" in panels.numbers(run)
+    run = last(studio, compare=False, attention="off")
+    assert "attention: dense" in panels.numbers(run)
+
+
+def test_what_accelerate_is_told_about_attention():
+    assert settings().acceleration_arguments()["attention"] == "auto"
+    assert settings(attention="off").acceleration_arguments()["attention"] is None
+    chosen = settings(attention="svg2", svg2={"top_p": 0.7}).acceleration_arguments()["attention"]
+    assert chosen == SVG2(top_p=0.7)
+    # The controls of custom acceleration say nothing about a preset.
+    assert settings(acceleration="fast", attention="off").acceleration_arguments()["attention"] == (
+        "auto"
+    )
+
+
+def test_whether_attention_can_be_sparse_is_told_in_words(pipe, monkeypatch):
+    stage = Stage(lambda: pipe, "tiny-wan")
+    assert "still being loaded" in stage.attention()
+    stage.load()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU here" in stage.attention()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "shorter than 16384 tokens" in stage.attention()
+    (transformer, host), *_ = find_transformers(pipe).values()
+    linear = replace(host, attention=None, attention_note="linear attention")
+    monkeypatch.setitem(HOSTS, type(transformer).__name__, linear)
+    assert stage.attention() == "Attention stays dense with this model: linear attention."
+
+
 def test_old_runs_make_room(studio):
     studio.runs.keep = 2
     for seed in range(3):
@@ -236,6 +284,9 @@ def test_old_runs_make_room(studio):
         ({"acceleration": "warp"}, "acceleration: "),
         ({"cache": {"probe_blocks": -1}}, "cache probe blocks: "),
         ({"fps": 0}, "fps: "),
+        ({"attention": "half"}, "attention: "),
+        ({"svg2": {"top_p": 0}}, "svg2 top p: "),
+        ({"svg2": {"dense_steps": -1}}, "svg2 dense steps: "),
     ],
 )
 def test_settings_out_of_range_are_named(fields, message):

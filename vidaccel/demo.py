@@ -126,7 +126,9 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         listed = gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                controls = Controls(defaults, studio.limits, sizes)
+                controls = Controls(
+                    defaults, studio.limits, sizes, on_attention=studio.stage.attention
+                )
             with gr.Column(scale=3, min_width=320):
                 status = gr.HTML(
                     panels.note("An example, made before.") * bool(first), elem_id="status"

@@ -18,6 +18,7 @@ from vidaccel.hosts import find_transformers
 from vidaccel.studio.preview import Preview, data_uri
 from vidaccel.studio.settings import OFF, Settings
 from vidaccel.studio.stopwatch import Stopwatch
+from vidaccel.svg2 import SVG2
 from vidaccel.video import Clip
 
 PREVIEW_EVERY = 0.25  # seconds, so that looking does not slow down what is timed
@@ -55,6 +56,26 @@ class Stage:
             self._preview = Preview(getattr(config, "out_channels", None) or config.in_channels)
             self._pipe = pipe
         return self._pipe
+
+    def attention(self) -> str:
+        """In words, what becomes of this model's self-attention when it shall be sparse."""
+        if self._pipe is None:
+            return "The model is still being loaded; then this says whether it can."
+        # Only here, since Triton and Diffusers' attention take seconds to import.
+        from vidaccel.sparse import why_dense
+
+        for transformer, host in find_transformers(self._pipe).values():
+            if reason := why_dense(transformer, host):
+                return f"Attention stays dense with this model: {reason}."
+        if not torch.cuda.is_available():
+            return (
+                "There is no GPU here, so auto leaves attention dense. SVG2 runs without one and "
+                "shows what it does to the clip, but saves no time."
+            )
+        return (
+            f"Sequences shorter than {SVG2.min_tokens} tokens stay dense, since they would gain "
+            "nothing; SVG2 can set another length."
+        )
 
     def perform(self, settings: Settings, *, tell: Tell, stop: threading.Event, save: Save) -> None:
         """Make the clips that settings ask for, the accelerated one first.
