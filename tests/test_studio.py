@@ -4,10 +4,12 @@ import json
 import threading
 import time
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pytest
 import torch
+from tiny.hunyuan import hunyuan15
 
 from vidaccel import video
 from vidaccel.api import engines_of
@@ -144,6 +146,46 @@ def test_stop_ends_a_run_within_a_step_and_the_next_one_is_clean(studio, pipe):
         video.read_video(again.clips["accelerated"])[0],
         video.read_video(expected.clips["accelerated"])[0],
     )
+
+
+@pytest.fixture
+def silent():
+    """A pipeline that does not tell its steps; prompts mean nothing to it."""
+    case = hunyuan15()
+    given = {name: value for name, value in case.kwargs.items() if "prompt" in name}
+
+    def encode_prompt(prompt=None, **_):
+        prefix = "negative_" if prompt in (None, "", [""]) else ""
+        names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+        return tuple(given[prefix + name] for name in names)
+
+    case.pipe.encode_prompt = encode_prompt
+    assert "callback_on_step_end" not in signature(type(case.pipe).__call__).parameters
+    return case.pipe
+
+
+def test_a_pipeline_that_does_not_tell_its_steps_is_followed_and_stopped(silent, tmp_path):
+    studio = Studio(Stage(lambda: silent, "silent"), Runs(tmp_path), Limits())
+    asked = {"guidance": None, "width": 16, "height": 16}
+    try:
+        told = finish(studio, studio.submit(ME, settings(**asked)))
+        expected = told[-1].finished
+        assert told[-1].state == "done", told[-1].message
+        assert any(p.preview.startswith("data:image/png;base64,") for p in told)
+        for phase in ("accelerated", "original"):
+            fields = asked | {"steps": 90, "seed": 3}
+            job = studio.submit(ME, settings(**fields))
+            until(lambda j=job, p=phase: j.progress.phase == p and j.progress.step >= 2)
+            studio.stop(job)
+            assert finish(studio, job)[-1].state == "stopped"
+            assert 2 <= job.progress.step < 90 and job.progress.eta > 0
+            assert not engines_of(silent)
+            assert all(not m._forward_pre_hooks for m in silent.transformer.modules())
+        again = last(studio, **asked)
+    finally:
+        studio.close()
+    for name, clip in again.clips.items():
+        assert np.array_equal(video.read_video(clip)[0], video.read_video(expected.clips[name])[0])
 
 
 def test_the_queue_is_bounded_and_keeps_its_order(studio):
