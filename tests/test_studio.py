@@ -203,6 +203,22 @@ def test_the_queue_is_bounded_and_keeps_its_order(studio):
     assert finish(studio, second)[-1].state == "done"
 
 
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ({"steps": None}, "50 steps: this page takes 8 at most"),
+        ({"frames": None}, "81 frames: this page takes 9 at most"),
+        ({"width": None, "height": None}, "832x480 has more pixels than 64x64"),
+    ],
+    ids=str,
+)
+def test_what_is_left_to_the_model_is_bounded_too(studio, left_out, message):
+    studio.limits = Limits(width=64, height=64, frames=9, steps=8)
+    told = finish(studio, studio.submit(ME, settings(**left_out)))
+    assert told[-1].state == "failed" and message in told[-1].message
+    assert all(progress.step == 0 for progress in told)
+
+
 def test_jobs_and_runs_belong_to_one_browser(studio):
     job = studio.submit(ME, settings(compare=False))
     run = finish(studio, job)[-1].finished

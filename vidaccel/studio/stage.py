@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -56,6 +57,22 @@ class Stage:
             self._preview = Preview(getattr(config, "out_channels", None) or config.in_channels)
             self._pipe = pipe
         return self._pipe
+
+    def resolved(self, settings: Settings) -> Settings:
+        """The settings with what the pipeline takes by itself, as far as its call tells.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        known = signature(type(self.load()).__call__).parameters
+        names = ("width", "height", "num_frames", "num_inference_steps")
+        defaults = [getattr(known.get(name), "default", None) for name in names]
+        given = {
+            field: value
+            for field, value in zip(("width", "height", "frames", "steps"), defaults, strict=True)
+            if getattr(settings, field) is None and isinstance(value, int)
+        }
+        return settings.model_copy(update=given)
 
     def attention(self) -> str:
         """In words, what becomes of this model's self-attention when it shall be sparse."""
