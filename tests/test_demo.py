@@ -170,6 +170,8 @@ def test_generate_compare_and_look_back(tab, tmp_path):
     tab.click("#generate")
     seen = set()
     tab.wait_for_selector("#status .va-bar")
+    # Nothing of the example is left to be taken for this run.
+    assert tab.locator("#files a").count() == 0 and tab.locator("#numbers .va-cards").count() == 0
     while tab.locator(DONE).count() == 0:
         seen.add(tab.inner_text("#status").split("\n")[0])
         time.sleep(0.05)
@@ -311,9 +313,16 @@ def test_two_tabs_wait_for_each_other(tab, server):
     other.wait_for_selector("#status:has-text('In the queue: 1 run is ahead')")
     third.click("#generate")
     third.wait_for_selector("#status .va-error:has-text('1 runs are waiting already')")
+    # The one that waits has not begun, and the one before it goes on.
+    assert step(other) == 0 and other.locator("#numbers .va-cards").count() == 0
+    before = step(tab)
+    until(lambda: step(tab) > before)
+    assert other.locator("#generate").is_disabled() and third.locator("#generate").is_enabled()
     tab.click("#stop")
     tab.wait_for_selector("#status:has-text('Stopped at step')")
     other.wait_for_selector(DONE)
+    assert len(other.get_attribute("#numbers .va-strip", "data-timeline")) == 8
+    assert step(third) == 0 and third.locator(DONE).count() == 0
 
 
 @pytest.mark.parametrize(
