@@ -170,6 +170,8 @@ def test_generate_compare_and_look_back(tab, tmp_path):
     tab.click("#generate")
     seen = set()
     tab.wait_for_selector("#status .va-bar")
+    # Nothing of the example is left to be taken for this run.
+    assert tab.locator("#files a").count() == 0 and tab.locator("#numbers .va-cards").count() == 0
     while tab.locator(DONE).count() == 0:
         seen.add(tab.inner_text("#status").split("\n")[0])
         time.sleep(0.05)
@@ -265,6 +267,27 @@ def test_the_block_cache_from_the_page(tab):
     assert "DBCache" in tab.inner_text("#numbers")
 
 
+def test_sparse_attention_from_the_page(tab):
+    choose_custom(tab)
+    tab.wait_for_selector("#attention-note:has-text('no GPU here')")
+    assert not tab.locator("#top-p").is_visible()
+    tab.locator("#attention label", has_text="SVG2").click()
+    tab.wait_for_selector("#top-p input:visible")
+    fill(tab, plan="all", top_p=0.5, dense_steps=2, min_tokens=0)
+    tab.click("#generate")
+    tab.wait_for_selector(DONE)
+    density = tab.locator("#numbers [data-density]").get_attribute("data-density")
+    assert 0 < float(density) < 1
+    assert "sparse calls" in tab.inner_text("#numbers")
+    # The settings of a run bring it back.
+    tab.locator("#attention label", has_text="off").click()
+    tab.wait_for_selector("#top-p", state="hidden")
+    tab.click("#reuse")
+    tab.wait_for_selector("#top-p input:visible")
+    values = [tab.input_value(f"#{name} input") for name in ("top-p", "dense-steps", "min-tokens")]
+    assert values == ["0.5", "2", "0"]
+
+
 def test_a_reload_in_the_middle_goes_on_where_it_was(tab, server):
     long_run(tab)
     tab.click("#generate")
@@ -290,9 +313,16 @@ def test_two_tabs_wait_for_each_other(tab, server):
     other.wait_for_selector("#status:has-text('In the queue: 1 run is ahead')")
     third.click("#generate")
     third.wait_for_selector("#status .va-error:has-text('1 runs are waiting already')")
+    # The one that waits has not begun, and the one before it goes on.
+    assert step(other) == 0 and other.locator("#numbers .va-cards").count() == 0
+    before = step(tab)
+    until(lambda: step(tab) > before)
+    assert other.locator("#generate").is_disabled() and third.locator("#generate").is_enabled()
     tab.click("#stop")
     tab.wait_for_selector("#status:has-text('Stopped at step')")
     other.wait_for_selector(DONE)
+    assert len(other.get_attribute("#numbers .va-strip", "data-timeline")) == 8
+    assert step(third) == 0 and third.locator(DONE).count() == 0
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 import json
 import threading
 import time
+from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pytest
 import torch
+from tiny.hunyuan import hunyuan15
 
 from vidaccel import video
 from vidaccel.api import engines_of
@@ -20,6 +23,7 @@ from vidaccel.errors import (
     VideoError,
 )
 from vidaccel.generate import load_pipeline
+from vidaccel.hosts import HOSTS, find_transformers
 from vidaccel.policy import CachePolicy
 from vidaccel.studio import jobs, panels
 from vidaccel.studio.jobs import Progress, Studio
@@ -28,6 +32,7 @@ from vidaccel.studio.runs import Runs
 from vidaccel.studio.settings import Limits, Settings, policy_argument, with_one_plan
 from vidaccel.studio.stage import Stage, in_words
 from vidaccel.studio.stopwatch import Stopwatch
+from vidaccel.svg2 import SVG2
 
 PROMPT = "a red striped circle moving right on a navy dotted background"
 SMALL = {"prompt": PROMPT, "width": 48, "height": 48, "frames": 5, "steps": 6, "guidance": 5.0}
@@ -143,6 +148,46 @@ def test_stop_ends_a_run_within_a_step_and_the_next_one_is_clean(studio, pipe):
     )
 
 
+@pytest.fixture
+def silent():
+    """A pipeline that does not tell its steps; prompts mean nothing to it."""
+    case = hunyuan15()
+    given = {name: value for name, value in case.kwargs.items() if "prompt" in name}
+
+    def encode_prompt(prompt=None, **_):
+        prefix = "negative_" if prompt in (None, "", [""]) else ""
+        names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+        return tuple(given[prefix + name] for name in names)
+
+    case.pipe.encode_prompt = encode_prompt
+    assert "callback_on_step_end" not in signature(type(case.pipe).__call__).parameters
+    return case.pipe
+
+
+def test_a_pipeline_that_does_not_tell_its_steps_is_followed_and_stopped(silent, tmp_path):
+    studio = Studio(Stage(lambda: silent, "silent"), Runs(tmp_path), Limits())
+    asked = {"guidance": None, "width": 16, "height": 16}
+    try:
+        told = finish(studio, studio.submit(ME, settings(**asked)))
+        expected = told[-1].finished
+        assert told[-1].state == "done", told[-1].message
+        assert any(p.preview.startswith("data:image/png;base64,") for p in told)
+        for phase in ("accelerated", "original"):
+            fields = asked | {"steps": 90, "seed": 3}
+            job = studio.submit(ME, settings(**fields))
+            until(lambda j=job, p=phase: j.progress.phase == p and j.progress.step >= 2)
+            studio.stop(job)
+            assert finish(studio, job)[-1].state == "stopped"
+            assert 2 <= job.progress.step < 90 and job.progress.eta > 0
+            assert not engines_of(silent)
+            assert all(not m._forward_pre_hooks for m in silent.transformer.modules())
+        again = last(studio, **asked)
+    finally:
+        studio.close()
+    for name, clip in again.clips.items():
+        assert np.array_equal(video.read_video(clip)[0], video.read_video(expected.clips[name])[0])
+
+
 def test_the_queue_is_bounded_and_keeps_its_order(studio):
     running = studio.submit(ME, settings(steps=60))
     until(lambda: running.progress.state == "running")
@@ -156,6 +201,22 @@ def test_the_queue_is_bounded_and_keeps_its_order(studio):
     studio.stop(running)
     assert finish(studio, running)[-1].state == "stopped"
     assert finish(studio, second)[-1].state == "done"
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ({"steps": None}, "50 steps: this page takes 8 at most"),
+        ({"frames": None}, "81 frames: this page takes 9 at most"),
+        ({"width": None, "height": None}, "832x480 has more pixels than 64x64"),
+    ],
+    ids=str,
+)
+def test_what_is_left_to_the_model_is_bounded_too(studio, left_out, message):
+    studio.limits = Limits(width=64, height=64, frames=9, steps=8)
+    told = finish(studio, studio.submit(ME, settings(**left_out)))
+    assert told[-1].state == "failed" and message in told[-1].message
+    assert all(progress.step == 0 for progress in told)
 
 
 def test_jobs_and_runs_belong_to_one_browser(studio):
@@ -215,6 +276,51 @@ def test_a_model_that_does_not_load_is_told_and_tried_again(pipe, tmp_path):
     studio.close()
 
 
+def test_sparse_attention_is_set_told_and_kept_with_the_run(studio):
+    sparse = {"top_p": 0.5, "dense_steps": 2, "min_tokens": 0}
+    run = last(studio, compare=False, policy="all", attention="svg2", svg2=sparse)
+    told = run.result["report"]["transformers"][0]["attention"]
+    assert 0 < told["density"] < 1 and told["dense_calls"]["first steps"] > 0
+    assert "top_p=0.5" in told["settings"] and "dense_steps=2" in told["settings"]
+    html = panels.numbers(run)
+    assert f'data-density="{told["density"]:.4f}"' in html
+    assert html.count("va-layer") == len(told["layers"]) > 2
+    assert f"{told['sparse_calls']} sparse calls" in html and "of the first steps" in html
+    assert Settings.from_file(run.clips["accelerated"]).svg2.top_p == 0.5
+    assert studio.runs.load(ME, run.id).settings == run.settings
+    assert run.settings.original() == settings(policy="all").original()
+    # The length from which on attention is sparse is the library's own where none is given.
+    run = last(studio, compare=False, policy="all", attention="svg2", svg2={})
+    assert "of too few video tokens to gain" in panels.numbers(run)
+    run = last(studio, compare=False, attention="off")
+    assert "attention: dense" in panels.numbers(run)
+
+
+def test_what_accelerate_is_told_about_attention():
+    assert settings().acceleration_arguments()["attention"] == "auto"
+    assert settings(attention="off").acceleration_arguments()["attention"] is None
+    chosen = settings(attention="svg2", svg2={"top_p": 0.7}).acceleration_arguments()["attention"]
+    assert chosen == SVG2(top_p=0.7)
+    # The controls of custom acceleration say nothing about a preset.
+    assert settings(acceleration="fast", attention="off").acceleration_arguments()["attention"] == (
+        "auto"
+    )
+
+
+def test_whether_attention_can_be_sparse_is_told_in_words(pipe, monkeypatch):
+    stage = Stage(lambda: pipe, "tiny-wan")
+    assert "still being loaded" in stage.attention()
+    stage.load()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU here" in stage.attention()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "shorter than 16384 tokens" in stage.attention()
+    (transformer, host), *_ = find_transformers(pipe).values()
+    linear = replace(host, attention=None, attention_note="linear attention")
+    monkeypatch.setitem(HOSTS, type(transformer).__name__, linear)
+    assert stage.attention() == "Attention stays dense with this model: linear attention."
+
+
 def test_old_runs_make_room(studio):
     studio.runs.keep = 2
     for seed in range(3):
@@ -236,6 +342,9 @@ def test_old_runs_make_room(studio):
         ({"acceleration": "warp"}, "acceleration: "),
         ({"cache": {"probe_blocks": -1}}, "cache probe blocks: "),
         ({"fps": 0}, "fps: "),
+        ({"attention": "half"}, "attention: "),
+        ({"svg2": {"top_p": 0}}, "svg2 top p: "),
+        ({"svg2": {"dense_steps": -1}}, "svg2 dense steps: "),
     ],
 )
 def test_settings_out_of_range_are_named(fields, message):

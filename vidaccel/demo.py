@@ -20,6 +20,7 @@ from vidaccel.studio.stage import Stage
 from vidaccel.video import check_writable
 
 TITLE = "vidaccel"
+MADE_BEFORE = "An example, made before."
 
 # The size at which two CPU cores make a clip while one looks at the page.
 EMBEDDED_FIRST: dict[str, Any] = {
@@ -126,11 +127,11 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         listed = gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                controls = Controls(defaults, studio.limits, sizes)
-            with gr.Column(scale=3, min_width=320):
-                status = gr.HTML(
-                    panels.note("An example, made before.") * bool(first), elem_id="status"
+                controls = Controls(
+                    defaults, studio.limits, sizes, on_attention=studio.stage.attention
                 )
+            with gr.Column(scale=3, min_width=320):
+                status = gr.HTML(panels.note(MADE_BEFORE) * bool(first), elem_id="status")
                 with gr.Row(elem_id="pair"):
                     original, accelerated = (
                         gr.Video(
@@ -220,8 +221,8 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
                 job: started.id,
                 controls.seed: settings.seed,
                 status: panels.status(started.progress),
-                original: None,
-                accelerated: None,
+                # Nothing of what was shown before belongs to this run.
+                **dict.fromkeys(result),
                 numbers: "",
                 **buttons(busy=True),
             }
@@ -247,13 +248,13 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
                 studio.stop(followed)
 
         def choose_example(event: gr.SelectData) -> dict[Any, Any]:
-            return present(shown_first[event.index])
+            return {status: panels.note(MADE_BEFORE), **present(shown_first[event.index])}
 
         def choose_run(token: str, ids: list[str], event: gr.SelectData) -> dict[Any, Any]:
             run = studio.runs.load(_owner(token), ids[event.index])
             if run is None:
                 return {status: panels.problem("this run is no longer there"), **gallery(token)}
-            return present(run)
+            return {status: panels.note("A run of yours, made before."), **present(run)}
 
         def use(finished: Finished | None) -> dict[Any, Any]:
             return {} if finished is None else controls.show(finished.settings)
@@ -277,7 +278,7 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
             **quiet,
         ).then(None, job, None, js=REMEMBER).then(follow, [owner, job], board, js=ARRIVE, **quiet)
         controls.stop.click(stop, [owner, job], None, js=ARRIVE, queue=False, **quiet)
-        shelf.select(choose_example, None, result, **quiet)
+        shelf.select(choose_example, None, [status, *result], **quiet)
         history.select(choose_run, [owner, listed], [status, history, listed, *result], **quiet)
         reuse.click(use, shown, controls.outputs, **quiet)
         upload.upload(read, upload, [status, *controls.outputs], **quiet)

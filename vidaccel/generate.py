@@ -16,6 +16,7 @@ from vidaccel import metrics, scenes, video
 from vidaccel.api import accelerate, engines_of, report, restore
 from vidaccel.environment import embedded_model
 from vidaccel.errors import ModelError, PlanError
+from vidaccel.steps import steps_told
 from vidaccel.video import Clip, as_uint8
 
 # What the embedded model is run with when nothing else is asked for.
@@ -157,8 +158,8 @@ def generate(
         seed: of the generator, which lives on the CPU so that every device draws the same noise.
         label: shown left of the progress bar.
         progress: show a bar with step i/N and how many of them were reused.
-        on_step: called with the index and the latents of each step that has ended, where the
-            pipeline tells its steps; what it raises ends the run.
+        on_step: called with the index and the latents of each step that has ended; what it raises
+            ends the run. For pipelines that do not tell their steps see `vidaccel.steps`.
     """
     engines = list(engines_of(pipe).values())
     steps = steps_of(pipe, call)
@@ -166,22 +167,24 @@ def generate(
     ended: list[float] = []
     with tqdm(total=steps, desc=label, unit="step", disable=not progress) as bar:
 
-        def on_step_end(_: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            if step == steps - 1 and torch.cuda.is_available():
-                torch.cuda.synchronize()
-            ended.append(time.perf_counter())
+        def on_step_end(step: int, latents: Any) -> None:
             reused = sum(engine.ledger.steps_reused for engine in engines)
             bar.set_postfix(reused=reused, refresh=False)
             bar.update()
             if on_step is not None:
-                on_step(step, kwargs.get("latents"))
+                on_step(step, latents)
+
+        def callback(_: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            if step == steps - 1 and torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ended.append(time.perf_counter())
+            on_step_end(step, kwargs.get("latents"))
             return kwargs
 
         told = "callback_on_step_end" in signature(type(pipe).__call__).parameters
         if told:
-            call["callback_on_step_end"] = on_step_end
-        # Without a callback the pipeline's own bar is the only one there can be.
-        with without_bar(pipe) if told or not progress else nullcontext():
+            call["callback_on_step_end"] = callback
+        with without_bar(pipe), nullcontext() if told else steps_told(pipe, on_step_end):
             started = time.perf_counter()
             frames = as_uint8(pipe(**call).frames[0])
             seconds = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -16,9 +17,11 @@ from vidaccel.studio.settings import (
     MAX_SEED,
     Limits,
     Settings,
+    Sparse,
     policy_argument,
     with_one_plan,
 )
+from vidaccel.svg2 import SVG2
 
 SIZE = re.compile(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*")
 
@@ -31,6 +34,12 @@ CACHE_FIELDS = {
     "forecast_order": ("Forecast order", "0 holds the residual, 1 and 2 extend it"),
 }
 
+SPARSE_FIELDS = {
+    "top_p": ("top_p", "share of the attention mass that is kept"),
+    "dense_steps": ("Dense first steps", "empty for a fifth of all"),
+    "min_tokens": ("Shortest sequence", f"tokens; empty for {SVG2.min_tokens}"),
+}
+
 
 class Controls:
     """One column of controls, made inside a `gr.Blocks`.
@@ -39,9 +48,17 @@ class Controls:
         defaults: what they show at first.
         limits: told beside the numbers; `vidaccel.studio.jobs` enforces them.
         sizes: proposed sizes, as in 832x480.
+        on_attention: says what becomes of the attention of this model.
     """
 
-    def __init__(self, defaults: Settings, limits: Limits, sizes: list[str]) -> None:
+    def __init__(
+        self,
+        defaults: Settings,
+        limits: Limits,
+        sizes: list[str],
+        on_attention: Callable[[], str],
+    ) -> None:
+        self._on_attention = on_attention
         self._prompt = gr.Textbox(
             defaults.prompt, label="Prompt", lines=2, max_length=4000, elem_id="prompt"
         )
@@ -122,6 +139,34 @@ class Controls:
                 )
                 for name, (label, info) in CACHE_FIELDS.items()
             ]
+        self._attention = gr.Radio(
+            [("off", "off"), ("auto", "auto"), ("SVG2", "svg2")],
+            value="auto",
+            label="Sparse attention",
+            info="SVG2: most of each video self-attention is left out; clusters by the number of "
+            "tokens",
+            elem_id="attention",
+        )
+        self._attention_note = gr.HTML(elem_id="attention-note")
+        with gr.Row(visible=False) as self._sparse_row:
+            self._sparse = [
+                gr.Number(
+                    Sparse().top_p if name == "top_p" else None,
+                    label=label,
+                    info=info,
+                    precision=None if name == "top_p" else 0,
+                    min_width=140,
+                    elem_id=name.replace("_", "-"),
+                )
+                for name, (label, info) in SPARSE_FIELDS.items()
+            ]
+        self._attention.change(
+            lambda choice: (gr.update(visible=choice == "svg2"), self._note()),
+            self._attention,
+            [self._sparse_row, self._attention_note],
+            show_progress="hidden",
+        )
+        self._custom.expand(self._note, None, self._attention_note, show_progress="hidden")
         self._file.upload(
             self._read_policy,
             self._file,
@@ -138,11 +183,14 @@ class Controls:
             self._draw, [self._policy, self._budget], self._curve, show_progress="hidden"
         )
         self._acceleration.change(
-            lambda choice: gr.update(open=choice == CUSTOM),
+            lambda choice: (gr.update(open=choice == CUSTOM), self._note()),
             self._acceleration,
-            self._custom,
+            [self._custom, self._attention_note],
             show_progress="hidden",
         )
+
+    def _note(self) -> str:
+        return panels.note(self._on_attention())
 
     @staticmethod
     def _number(label: str, value: Any, info: str, precision: int | None = 0) -> gr.Number:
@@ -171,6 +219,8 @@ class Controls:
             self._budget,
             self._cached,
             *self._cache,
+            self._attention,
+            *self._sparse,
         ]
 
     @property
@@ -200,6 +250,9 @@ class Controls:
         if policy is not None:
             plan = with_one_plan(policy, _nearest(policy, given[self._budget])).to_json()
         cache = dict(zip(CACHE_FIELDS, (given[field] for field in self._cache), strict=True))
+        sparse = dict(zip(SPARSE_FIELDS, (given[field] for field in self._sparse), strict=True))
+        if sparse["top_p"] is None:
+            sparse.pop("top_p")
         seed = secrets.randbelow(MAX_SEED + 1) if given[self._randomise] else given[self.seed]
         return Settings.of(
             {
@@ -216,6 +269,8 @@ class Controls:
                 "compare": bool(given[self._compare]),
                 "policy": plan,
                 "cache": cache if given[self._cached] else None,
+                "attention": given[self._attention],
+                "svg2": sparse if given[self._attention] == "svg2" else {},
             }
         )
 
@@ -246,6 +301,8 @@ class Controls:
                 field: cache.get(name, gr.skip())
                 for name, field in zip(CACHE_FIELDS, self._cache, strict=True)
             },
+            self._attention: settings.attention,
+            **dict(zip(self._sparse, settings.svg2.model_dump().values(), strict=True)),
         }
 
     def _read_policy(self, path: str) -> tuple[Any, ...]:

@@ -203,6 +203,8 @@ class Studio:
     def _serve(self, job: Job) -> None:
         if time.monotonic() - job.seen > ABANDONED_AFTER:
             raise Stopped("nobody was waiting for it any more")
+        # What was left to the model is known only now, and bounded as what was asked for.
+        self.limits.check(self.stage.resolved(job.settings))
         run: str | None = None
 
         def save(result: dict[str, Any], clips: dict[str, Clip]) -> None:

@@ -11,6 +11,15 @@ from vidaccel.studio.runs import Finished
 
 KINDS = {"C": "computed", "p": "probed", "-": "reused"}
 
+# What a report says in two words, for people.
+WHY_DENSE = {
+    "short sequence": "of too few video tokens to gain",
+    "attention mask": "with a mask that sparse attention does not honour",
+    "not on a GPU": "without a GPU",
+    "first steps": "of the first steps",
+    "first layers": "of the first layers",
+}
+
 CSS = """
 .va-muted { opacity: .72; font-size: .9em; }
 .va-error { border-left: 4px solid #d64545; padding: .4em .8em; }
@@ -24,6 +33,8 @@ CSS = """
 .va-strip > span { flex: 1 1 0; min-width: 1px; border-radius: 2px; }
 .va-C { background: #2f6fdb; } .va-p { background: #e0a526; }
 .va-- { background: var(--border-color-primary); }
+.va-strip > .va-layer { background: linear-gradient(to top, #2f6fdb var(--density),
+  var(--border-color-primary) 0); }
 .va-key { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
   margin: 0 .35em 0 .9em; vertical-align: -1px; }
 .va-cards { display: flex; flex-wrap: wrap; gap: .5em; margin: .6em 0; }
@@ -113,6 +124,37 @@ def strip(timeline: str, details: dict[int, str] | None = None, rest: int = 0) -
     )
 
 
+def attention(told: dict[str, Any] | None) -> str:
+    """How much of self-attention one transformer computed, with a cell per layer.
+
+    Args:
+        told: the fields of `vidaccel.ledger.AttentionReport`; None where attention was left alone.
+    """
+    if told is None:
+        return '<div class="va-muted" data-density="">attention: dense</div>'
+    dense = told["dense_calls"]
+    reasons = ", ".join(f"{n} {WHY_DENSE.get(why, why)}" for why, n in dense.items())
+    if told["density"] is None:
+        line = f"attention: {told['settings']}" if not dense else f"attention: dense, {reasons}"
+        return f'<div class="va-muted" data-density="">{escape(line)}</div>'
+    cells = "".join(
+        f'<span class="va-layer" style="--density:{100 * layer["density"]:.0f}%" '
+        f'title="layer {index}: {layer["density"]:.0%} of the query-key pairs"></span>'
+        for index, layer in told["layers"].items()
+    )
+    line = (
+        f"attention by layer: {told['density']:.0%} of the query-key pairs in "
+        f"{told['sparse_calls']} sparse calls"
+    )
+    if dense:
+        line += f", {told['density_with_dense']:.0%} with the dense ones ({reasons})"
+    return (
+        f'<div class="va-strip" role="img" aria-label="attention density by layer" '
+        f'data-density="{told["density"]:.4f}">{cells}</div>'
+        f'<div class="va-muted">{escape(line)}</div>'
+    )
+
+
 def numbers(finished: Finished) -> str:
     """What a run measured."""
     result = finished.result
@@ -133,10 +175,12 @@ def numbers(finished: Finished) -> str:
     report = result.get("report")
     if report is not None:
         parts.append(strip(_timeline(report), _details(report)))
+        parts += [attention(part.get("attention")) for part in report["transformers"]]
     parts.append(_seconds_table(seconds, result["denoising_seconds"], near))
     words = []
     if report is not None:
         words += [report["transformers"][0]["policy"]]
+        words += _sparse_settings(report)
         words += [note for part in report["transformers"] for note in part["notes"]]
     if result.get("original_kept"):
         words.append("the original is that of an earlier run with the same prompt, seed and size")
@@ -144,6 +188,11 @@ def numbers(finished: Finished) -> str:
         words += [f"{name.upper()} is not available here" for name in near["unavailable"]]
     parts += [f'<div class="va-muted">{escape(line)}</div>' for line in words]
     return f'<div class="va-numbers">{"".join(parts)}</div>'
+
+
+def _sparse_settings(report: dict[str, Any]) -> list[str]:
+    told = (part.get("attention") for part in report["transformers"])
+    return list(dict.fromkeys(a["settings"] for a in told if a and a["density"] is not None))
 
 
 def _asked(finished: Finished) -> str:

@@ -12,8 +12,9 @@ from vidaccel.dbcache import DBCache
 from vidaccel.errors import PlanError, SettingsError
 from vidaccel.plan import EVERY, PRESETS
 from vidaccel.policy import CachePolicy
-from vidaccel.schema import Pixels, Record, Steps, Text
+from vidaccel.schema import MAX_STEPS, Pixels, Record, Steps, Text
 from vidaccel.sources import course_source
+from vidaccel.svg2 import SVG2
 from vidaccel.video import read_comment
 
 MAX_BYTES = 4 * 2**20  # of a settings file
@@ -36,6 +37,14 @@ class BlockCache(Record):
     forecast_order: Annotated[int, Field(ge=0, le=2)] = 0
 
 
+class Sparse(Record):
+    """The settings of a `vidaccel.SVG2` that the page offers; see there. None for its own."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    dense_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+
+
 class Settings(Record):
     """One run.
 
@@ -48,6 +57,8 @@ class Settings(Record):
         policy: "auto", "all", "every N", a list such as 0,1,5, or the text of a policy file. No
             path and no hub id: nothing of the server can be named.
         cache: the block cache; None for none.
+        attention: "auto" as `accelerate` has it, "off", or "svg2" for the field below.
+        svg2: how attention is made sparse.
     """
 
     prompt: Annotated[Text, StringConstraints(min_length=1)]
@@ -63,6 +74,8 @@ class Settings(Record):
     compare: bool = True
     policy: Annotated[str, StringConstraints(min_length=1, max_length=2**20)] = "auto"
     cache: BlockCache | None = None
+    attention: Literal["off", "auto", "svg2"] = "auto"
+    svg2: Sparse = Sparse()
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Settings":
@@ -129,7 +142,8 @@ class Settings(Record):
     def original(self) -> "Settings":
         """The same without acceleration: equal for two runs whose originals are the same clip."""
         plain: dict[str, Any] = {"acceleration": OFF, "policy": "auto", "cache": None, "fps": 1}
-        return self.model_copy(update={**plain, "compare": False})
+        plain |= {"attention": "auto", "svg2": Sparse(), "compare": False}
+        return self.model_copy(update=plain)
 
     def acceleration_arguments(self) -> dict[str, Any]:
         """What `accelerate` takes for these settings; for "off", nothing should be accelerated.
@@ -146,7 +160,15 @@ class Settings(Record):
             if self.cache is not None:
                 arguments["cache"] = DBCache(**self.cache.model_dump())
         course_source(**arguments)  # says what is wrong with them
-        return arguments
+        return {**arguments, "attention": self._attention()}
+
+    def _attention(self) -> Any:
+        """What `accelerate(attention=...)` takes."""
+        if self.acceleration != CUSTOM or self.attention == "auto":
+            return "auto"
+        if self.attention == "off":
+            return None
+        return SVG2(**self.svg2.model_dump(exclude_none=True))
 
 
 def policy_argument(text: str) -> Any:

@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vidaccel.hosts import find_transformers
 from vidaccel.studio.preview import Preview, data_uri
 from vidaccel.studio.settings import OFF, Settings
 from vidaccel.studio.stopwatch import Stopwatch
+from vidaccel.svg2 import SVG2
 from vidaccel.video import Clip
 
 PREVIEW_EVERY = 0.25  # seconds, so that looking does not slow down what is timed
@@ -55,6 +57,42 @@ class Stage:
             self._preview = Preview(getattr(config, "out_channels", None) or config.in_channels)
             self._pipe = pipe
         return self._pipe
+
+    def resolved(self, settings: Settings) -> Settings:
+        """The settings with what the pipeline takes by itself, as far as its call tells.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        known = signature(type(self.load()).__call__).parameters
+        names = ("width", "height", "num_frames", "num_inference_steps")
+        defaults = [getattr(known.get(name), "default", None) for name in names]
+        given = {
+            field: value
+            for field, value in zip(("width", "height", "frames", "steps"), defaults, strict=True)
+            if getattr(settings, field) is None and isinstance(value, int)
+        }
+        return settings.model_copy(update=given)
+
+    def attention(self) -> str:
+        """In words, what becomes of this model's self-attention when it shall be sparse."""
+        if self._pipe is None:
+            return "The model is still being loaded; then this says whether it can."
+        # Only here, since Triton and Diffusers' attention take seconds to import.
+        from vidaccel.sparse import why_dense
+
+        for transformer, host in find_transformers(self._pipe).values():
+            if reason := why_dense(transformer, host):
+                return f"Attention stays dense with this model: {reason}."
+        if not torch.cuda.is_available():
+            return (
+                "There is no GPU here, so auto leaves attention dense. SVG2 runs without one and "
+                "shows what it does to the clip, but saves no time."
+            )
+        return (
+            f"Sequences shorter than {SVG2.min_tokens} tokens stay dense, since they would gain "
+            "nothing; SVG2 can set another length."
+        )
 
     def perform(self, settings: Settings, *, tell: Tell, stop: threading.Event, save: Save) -> None:
         """Make the clips that settings ask for, the accelerated one first.
