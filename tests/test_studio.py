@@ -309,16 +309,19 @@ def test_what_accelerate_is_told_about_attention():
 
 def test_whether_attention_can_be_sparse_is_told_in_words(pipe, monkeypatch):
     stage = Stage(lambda: pipe, "tiny-wan")
-    assert "still being loaded" in stage.attention()
-    stage.load()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no GPU here" in stage.attention()
+    assert len(list(stage.attention(patience=0.0))) == 1  # it does not load
+    told = stage.attention()
+    assert "still being loaded" in next(told)
+    stage.load()
+    assert "no GPU here" in next(told)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "shorter than 16384 tokens" in stage.attention()
+    assert ["shorter than 16384 tokens" in line for line in stage.attention()] == [True]
     (transformer, host), *_ = find_transformers(pipe).values()
     linear = replace(host, attention=None, attention_note="linear attention")
     monkeypatch.setitem(HOSTS, type(transformer).__name__, linear)
-    assert stage.attention() == "Attention stays dense with this model: linear attention."
+    told = list(stage.attention())
+    assert told == ["Attention stays dense with this model: linear attention."]
 
 
 def test_old_runs_make_room(studio):

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
@@ -48,7 +48,7 @@ class Controls:
         defaults: what they show at first.
         limits: told beside the numbers; `vidaccel.studio.jobs` enforces them.
         sizes: proposed sizes, as in 832x480.
-        on_attention: says what becomes of the attention of this model.
+        on_attention: says what becomes of the attention of this model, and again when it knows.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Controls:
         defaults: Settings,
         limits: Limits,
         sizes: list[str],
-        on_attention: Callable[[], str],
+        on_attention: Callable[[], Iterator[str]],
     ) -> None:
         self._on_attention = on_attention
         self._prompt = gr.Textbox(
@@ -161,9 +161,9 @@ class Controls:
                 for name, (label, info) in SPARSE_FIELDS.items()
             ]
         self._attention.change(
-            lambda choice: (gr.update(visible=choice == "svg2"), self._note()),
+            lambda choice: gr.update(visible=choice == "svg2"),
             self._attention,
-            [self._sparse_row, self._attention_note],
+            self._sparse_row,
             show_progress="hidden",
         )
         self._custom.expand(self._note, None, self._attention_note, show_progress="hidden")
@@ -183,14 +183,14 @@ class Controls:
             self._draw, [self._policy, self._budget], self._curve, show_progress="hidden"
         )
         self._acceleration.change(
-            lambda choice: (gr.update(open=choice == CUSTOM), self._note()),
+            lambda choice: gr.update(open=choice == CUSTOM),
             self._acceleration,
-            [self._custom, self._attention_note],
+            self._custom,
             show_progress="hidden",
-        )
+        ).then(self._note, None, self._attention_note, show_progress="hidden")
 
-    def _note(self) -> str:
-        return panels.note(self._on_attention())
+    def _note(self) -> Iterator[str]:
+        yield from map(panels.note, self._on_attention())
 
     @staticmethod
     def _number(label: str, value: Any, info: str, precision: int | None = 0) -> gr.Number:

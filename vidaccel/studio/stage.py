@@ -45,6 +45,7 @@ class Stage:
         self.model = model
         self._load = load
         self._pipe: Any = None
+        self._loaded = threading.Event()
         self._preview: Preview | None = None
         self._warm: set[tuple[Any, ...]] = set()
         self._originals: OrderedDict[Settings, g.Run] = OrderedDict()
@@ -56,6 +57,7 @@ class Stage:
             config = next(iter(find_transformers(pipe).values()))[0].config
             self._preview = Preview(getattr(config, "out_channels", None) or config.in_channels)
             self._pipe = pipe
+            self._loaded.set()
         return self._pipe
 
     def resolved(self, settings: Settings) -> Settings:
@@ -74,14 +76,24 @@ class Stage:
         }
         return settings.model_copy(update=given)
 
-    def attention(self) -> str:
-        """In words, what becomes of this model's self-attention when it shall be sparse."""
+    def attention(self, patience: float = 120.0) -> Iterator[str]:
+        """In words, what becomes of this model's self-attention when it shall be sparse.
+
+        Args:
+            patience: seconds to wait for a model that is still being loaded.
+        """
         if self._pipe is None:
-            return "The model is still being loaded; then this says whether it can."
+            yield "The model is still being loaded; then this says whether it can."
+            self._loaded.wait(patience)
+        if self._pipe is not None:
+            yield self._attention_of(self._pipe)
+
+    @staticmethod
+    def _attention_of(pipe: Any) -> str:
         # Only here, since Triton and Diffusers' attention take seconds to import.
         from vidaccel.sparse import why_dense
 
-        for transformer, host in find_transformers(self._pipe).values():
+        for transformer, host in find_transformers(pipe).values():
             if reason := why_dense(transformer, host):
                 return f"Attention stays dense with this model: {reason}."
         if not torch.cuda.is_available():
