@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 from vidaccel.kernels import block_sparse_attention as attention
-from vidaccel.kernels import kmeans, permute, schedule, select, sort
+from vidaccel.kernels import fused, kmeans, permute, schedule, select, sort
 from vidaccel.kernels.common import HEAD_DIMS
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -117,13 +117,23 @@ def _attend(width: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped]:
             config={"ORDERED": True, **config},
             matrix=True,
         )
+    yield _made(
+        "mass",
+        fused._mass,
+        width,
+        dtype,
+        pointers=dict.fromkeys(("order", "q_offsets", "k_offsets"), "i32") | {"out": "fp32"},
+        floats=("scale",),
+        config=fused.mass_config(width, dtype),
+        matrix=True,
+    )
 
 
 def _clustering(width: int, dtype: torch.dtype) -> Iterator[Shipped]:
     types = dict.fromkeys(("first0", "first1", "means", "half", "v_means"), "fp32")
     types |= dict.fromkeys(("histogram", "order", "offset", "label"), "i32") | {"text_mask": "i8"}
-    assign = {"MASKED": True, "CHUNK": sort.CHUNK, **kmeans.assign_config(width, dtype)}
-    update = {"PERMUTE": True, "ROUND": True, **kmeans.UPDATE}
+    assign = {"MASKED": True, "CHUNK": sort.CHUNK, **kmeans.assign_config(dtype)}
+    update = {"PERMUTE": True, "ROUND": True, **kmeans.update_config(width)}
     for name, function, config in (
         ("assign", kmeans._assign, assign),
         ("prepare", kmeans._prepare, kmeans.PREPARE),

@@ -14,6 +14,7 @@ inside a compiled block the call is one opaque operator, so that all layers and 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -178,88 +179,38 @@ def _dispatch(
             "this call of attention has a block mask or arguments of its own, which sparse "
             "attention does not honour: pass attention=None"
         )
-    if parallel_config is not None:
-        if torch.compiler.is_compiling():
+    how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if torch.compiler.is_compiling():
+        if parallel_config is not None:
             raise AttentionError(
                 "sparse attention in compiled blocks does not run in context parallel: leave the "
                 "blocks as they are, or pass attention=None"
             )
-        return _dispatch_parallel(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            backend,
-            parallel_config,
-        )
-    if torch.compiler.is_compiling():
         name = "" if backend is None else str(getattr(backend, "value", backend))
-        return _self_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, name
-        )
+        return _self_attention(query, key, value, *how, name)
+    if parallel_config is not None and parallel_config.context_parallel_config.ring_degree == 1:
+        # Ulysses: tensors are [B, S / ranks, H, D] here, and [B, S, H / ranks, D] in the function
+        # that is handed over. All tokens of some heads are what a head's clusters need; with ring
+        # attention no rank ever sees all keys, and the layer is left to Diffusers.
+        def whole(
+            _: Any, query: Any, key: Any, value: Any, mask: Any, *__: Any, **___: Any
+        ) -> torch.Tensor:
+            return _dispatch(query, key, value, mask, *how[1:], backend=backend)
 
-    def dense() -> torch.Tensor:
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            backend=backend,
-        )
-
-    return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, dense)
-
-
-def _dispatch_parallel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    backend: Any,
-    parallel_config: Any,
-) -> torch.Tensor:
-    """In context parallel: tensors are [B, S / ranks, H, D].
-
-    Ulysses gives each rank all tokens of some heads, which is what a head's clusters need; with
-    ring attention no rank ever sees all keys, and the layer is left to Diffusers.
-    """
-
-    def attend(
-        ctx: Any, query: Any, key: Any, value: Any, attn_mask: Any, *_: Any, **__: Any
-    ) -> torch.Tensor:
-        def dense() -> torch.Tensor:
-            return dispatch_attention_fn(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                backend=backend,
-            )  # fmt: skip
-
-        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, dense)
-
-    if parallel_config.context_parallel_config.ring_degree == 1:
         return _templated_context_parallel_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            forward_op=attend, backward_op=None, _parallel_config=parallel_config,
+            query, key, value, *how,
+            forward_op=whole, backward_op=None, _parallel_config=parallel_config,
         )  # fmt: skip
-
-    def dense() -> torch.Tensor:
-        return dispatch_attention_fn(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            backend=backend, parallel_config=parallel_config,
-        )  # fmt: skip
-
-    return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, dense)
+    dense = partial(
+        dispatch_attention_fn,
+        query,
+        key,
+        value,
+        *how,
+        backend=backend,
+        parallel_config=parallel_config,
+    )
+    return _attend(query, key, value, *how[:-1], dense)
 
 
 def _scaled_dot_product_attention(
@@ -273,25 +224,17 @@ def _scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """In the place of torch's function of this name; tensors are [B, H, S, D]."""
+    how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     if torch.compiler.is_compiling():
-        return _self_attention(
-            *turned, attn_mask, dropout_p, is_causal, scale, enable_gqa, _TORCH
-        ).transpose(1, 2)
+        return _self_attention(*turned, *how, _TORCH).transpose(1, 2)
 
     def dense() -> torch.Tensor:
         return functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         ).transpose(1, 2)
 
-    return _attend(*turned, attn_mask, dropout_p, is_causal, scale, dense).transpose(1, 2)
+    return _attend(*turned, *how[:-1], dense).transpose(1, 2)
 
 
 # As a backend of the operator: torch's function, without Diffusers' dispatcher.
@@ -314,23 +257,12 @@ def _self_attention(
     backend: str,
 ) -> torch.Tensor:
     """Self-attention inside a compiled block; tensors are [B, S, H, D], the result contiguous."""
+    how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == _TORCH:
         turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-        result = _scaled_dot_product_attention(
-            *turned, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        ).transpose(1, 2)
+        result = _scaled_dot_product_attention(*turned, *how).transpose(1, 2)
     else:
-        result = _dispatch(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            backend=backend or None,
-        )
+        result = _dispatch(query, key, value, *how, backend=backend or None)
     return result.contiguous()  # the strides that the compiler was told
 
 
