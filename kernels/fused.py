@@ -63,6 +63,7 @@ def attend(
         gather_means([k], order, [columns], k_means, permuted=targets)
     else:
         k_means = rounds.centroids(1)
+    state.ended("clustering")
 
     names_q, names_k = query.offsets.shape[2] - 1, key.offsets.shape[2] - 1
     means = columns if config.compensate else None
@@ -93,7 +94,8 @@ def attend(
     else:
         rows = config.query_clusters
         schedule_of(state.selection, query.offsets, key.offsets, schedule, rows)
-    return work_off(
+    state.ended("selection")
+    out, _ = work_off(
         q,
         k_sorted,
         v_sorted,
@@ -104,7 +106,9 @@ def attend(
         q_order=query.order,
         k_means=k_means if config.compensate else None,
         v_means=v_means if config.compensate else None,
-    )[0]
+    )
+    state.ended("attention")
+    return out
 
 
 def cluster(

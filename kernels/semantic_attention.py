@@ -8,6 +8,7 @@ sorting changes nothing else: attention does not know the order of its keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,12 +100,19 @@ class SemanticState:
         calls: how often it was used since it was made or reset.
         query, key: the latest clustering.
         selection: the latest selection.
+        lap: is told the name of each phase of a call as it ends; None: nobody asks.
     """
 
     calls: int = 0
     query: Clustering | None = None
     key: Clustering | None = None
     selection: Selection | None = None
+    lap: Callable[[str], None] | None = None
+
+    def ended(self, phase: str) -> None:
+        """Tell whoever asks that a phase has ended."""
+        if self.lap is not None:
+            self.lap(phase)
 
     def reset(self) -> None:
         """Forget everything: the next call starts from tokens."""
@@ -135,6 +143,7 @@ class SemanticState:
         else:
             _cluster(q, k, self, config, video, text_mask)
         self.selection = None
+        self.ended("clustering")
 
     def density(self) -> Tensor:
         """Computed share of all query-key pairs in the latest call: [B, H] fp32."""
@@ -302,14 +311,17 @@ def _attend(
     k_means = v_means = None
     if state.selection is None or state.calls % config.reselect_every == 0 or config.compensate:
         k_means = reference.cluster_means(k, key.labels, columns)
-    if state.selection is None or state.calls % config.reselect_every == 0:
-        state.selection = _select(q, query, key, k_means, config, scale, video)
     if config.compensate:
         v_means = reference.cluster_means(v, key.labels, columns)
-    return reference.block_sparse_attention(
+    k, v = reference.permute(k, key.order), reference.permute(v, key.order)
+    state.ended("clustering")
+    if state.selection is None or state.calls % config.reselect_every == 0:
+        state.selection = _select(q, query, key, k_means, config, scale, video)
+    state.ended("selection")
+    out, _ = reference.block_sparse_attention(
         q,
-        reference.permute(k, key.order),
-        reference.permute(v, key.order),
+        k,
+        v,
         query.offsets,
         key.offsets,
         state.selection,
@@ -318,7 +330,9 @@ def _attend(
         k_means=k_means if config.compensate else None,
         v_means=v_means,
         compensated_rows=config.query_clusters,
-    )[0]
+    )
+    state.ended("attention")
+    return out
 
 
 def _select(

@@ -202,7 +202,9 @@ def test_bench_overhead_measures_every_variant(capsys, tmp_path):
     for plan in result["plans"].values():
         assert plan["realised_over_ideal"] == pytest.approx(plan["speedup"] / plan["ideal_speedup"])
     assert isinstance(result["idle_overhead"], float)
+    assert isinstance(result["threshold_zero_overhead"], float)
     assert "idle overhead" in stdout
+    assert "threshold 0 " in stdout
 
 
 def test_python_dash_m():
@@ -254,6 +256,51 @@ def test_prompt_files_that_are_none(prompts, message, tmp_path, capsys):
     code, _, stderr = run("build-policy", tmp_path / "p.json", "--prompts", file, capsys=capsys)
     assert code == 2 and message in stderr
     assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", 2], "expected a whole number of 3 or more: '2'"),
+        (["--steps", 5, "--max-skip", 5], "max_skip: found 5, expected 2 to 4"),
+        (["--steps", 5, "--max-skip", 1], "expected a whole number of 2 or more: '1'"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_steps_and_segments_that_no_policy_has(options, message, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n", encoding="utf-8")
+    arguments = ["build-policy", tmp_path / "p.json", "--prompts", prompts, *options]
+    try:
+        code, _, stderr = run(*arguments, capsys=capsys)
+    except SystemExit as exit:  # argparse
+        code, stderr = exit.code, capsys.readouterr().err
+    assert code == 2 and message in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize("command", ["show", "generate"])
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "found nothing in it"),
+        (b'{"schema_version": "1.0", "pl', "invalid JSON: Unterminated string"),
+        (b"\xff\xfe", "invalid JSON: 'utf-8' codec"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"schema_version": NaN}', "NaN"),
+        (b'{"schema_version": "2.0"}', "schema_version: found '2.0', expected '1.x'"),
+        (b'{"schema_version": "1.0", "plans": 3}', "model: Field required"),
+        (b"[]", "found list, expected an object"),
+    ],
+)
+def test_a_damaged_policy_is_one_line(command, raw, message, tmp_path, capsys):
+    file = tmp_path / "policy.json"
+    file.write_bytes(raw)
+    arguments = [file] if command == "show" else [*SMALL, "--plan", file]
+    code, stdout, stderr = run(command, *arguments, capsys=capsys)
+    assert code == 2 and message in stderr
+    assert "Traceback" not in stderr and not stdout
+    assert "step/s" not in stderr  # nothing was generated
 
 
 def test_bench_search_and_calibration(tmp_path, capsys, monkeypatch):

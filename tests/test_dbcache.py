@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -382,6 +383,21 @@ def test_what_does_not_fit_the_model_is_refused_at_once():
     with pytest.raises(PlanError, match="cache is 'auto', None or a DBCache, found float"):
         accelerate(case.pipe, cache=0.1)
     assert "_vidaccel_engine" not in vars(case.pipe.transformer)
+
+
+def test_a_model_without_a_row_takes_no_cache():
+    pipe = SimpleNamespace(components={"transformer": torch.nn.Linear(1, 1)})
+    with pytest.raises(UnsupportedPipelineError, match=r"has no transformer.*found transformer"):
+        accelerate(pipe, policy=None, cache=DBCache(threshold=0.1))
+
+
+def test_a_plan_for_other_steps_stops_before_any_block():
+    case = wan()
+    counts = count_blocks(case.pipe)
+    accelerate(case.pipe, policy=Plan((0, 5), 50), cache=DBCache(threshold=0.1))
+    with pytest.raises(PlanError, match=f"made for 50 steps, but this run has {STEPS}"):
+        case.run()
+    assert counts["blocks"] == 0
 
 
 def test_a_warm_up_as_long_as_the_run_stops_before_any_block():

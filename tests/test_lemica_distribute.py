@@ -73,6 +73,14 @@ def test_a_killed_worker_changes_nothing(cluster, tmp_path, monkeypatch):
     assert ray.is_initialized()  # it was there before, and is left running
 
 
+def test_plans_improved_by_workers_are_the_same(cluster, tmp_path):
+    options = {"num_inference_steps": 8, "method": "gain", "validate": True, "improve": 5}
+    expected = build_for(pipeline(), **options)
+    found = build_for(pipeline(), workers=2, workdir=tmp_path, **options)
+    assert found.plans == expected.plans
+    assert list(tmp_path.glob("trial-*.json"))
+
+
 def test_workers_that_keep_dying_end_the_build(cluster, monkeypatch):
     class Dead:
         def __init__(self, load, task):

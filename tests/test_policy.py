@@ -157,6 +157,11 @@ def test_impossible_wishes(wish, message):
         (["edges", 0, "end"], 9, "edges: found 0 to 9 in 6 steps"),
         (["plans", "4", "steps"], [0, 2, 4], "plans.4: found 3 steps, expected 4"),
         (["plans", "4", "steps"], [0, 4, 2, 5], "plans.4: .*strictly increase"),
+        (["plans", "4", "steps"], [0, 2, 2, 5], "plans.4: .*strictly increase"),
+        (["plans", "4", "steps"], [-1, 2, 4, 5], "plans.4.steps.0: "),
+        (["plans", "4", "steps"], [0, 2, "4", 5], "plans.4.steps.2: "),
+        (["plans", "4", "steps"], {"0": 2}, "plans.4.steps: "),
+        (["plans", "4", "errors"], [0.1, -0.25, 0.0], "plans.4.errors.1: "),
         (["plans", "4", "steps"], [1, 2, 4, 5], "plans.4: .*starts at step 0"),
         (["plans", "4", "steps"], [0, 2, 4, 6], "plans.4: .*computes step 6"),
         (["plans", "4", "errors"], [0.1, 0.2, 0.0], "found 0.2 from step 2 to 4, expected 0.25"),
@@ -204,10 +209,11 @@ def test_what_is_no_policy_is_refused(raw, tmp_path):
 
 def test_a_file_that_is_too_large_or_missing(tmp_path):
     file = tmp_path / "policy.json"
-    with file.open("wb") as stream:
-        stream.truncate(MAX_BYTES + 1)
-    with pytest.raises(PolicyError, match="larger than 32 MiB"):
-        CachePolicy.load(file)
+    for size in (MAX_BYTES + 1, 1 << 30):
+        with file.open("wb") as stream:
+            stream.truncate(size)
+        with pytest.raises(PolicyError, match="larger than 32 MiB"):
+            CachePolicy.load(file)
     with pytest.raises(PolicyError, match="cannot read policy"):
         CachePolicy.load(tmp_path / "nothing.json")
 

@@ -97,6 +97,26 @@ def test_lpips_with_a_random_backbone(case):
     assert result["points"][0]["worst_lpips"] >= result["points"][0]["lpips"] > 0
 
 
+def test_pieces_and_their_combinations(case):
+    policy = CachePolicy.load("policies/vidaccel--tiny-wan/50-steps.json")
+    names = ["SVG2", "DBCache F1B0 + SVG2", "plan + SVG2", "plan + DBCache F1B0 + SVG2"]
+    found, _ = variants([*names, "plan + DBCache F1B0", "preset fast"], Contest(50, policy))
+    chosen = [next(v for v in found if v.method == n) for n in (*names, "preset fast")]
+    case.call["num_inference_steps"] = 50
+    result = bench(case.pipe, case.call, PROMPTS[:1], chosen, progress=False)
+    points = {point["method"]: point for point in result["points"]}
+    assert points["SVG2"]["steps_share"] == 1.0 and 0 < points["SVG2"]["density"] <= 1
+    assert points["plan + SVG2"]["steps_share"] == points["plan + SVG2"]["blocks_share"] == 0.5
+    both = points["plan + DBCache F1B0 + SVG2"]
+    assert both["steps_share"] >= 0.5 and both["blocks_share"] > both["steps_share"]
+    assert points["preset fast"]["steps_share"] < 0.5 and points["preset fast"]["density"] is None
+    lines = curves.points_table(result).splitlines()
+    assert len(lines) == 2 + len(chosen)
+    row = next(line.split() for line in lines if line.startswith("plan + SVG2"))
+    assert row[3:5] == ["50%", "50%"] and row[5].endswith("%") and row[7].endswith("x")
+    assert lines[1].split()[:3] == ["plain", "100%", "100%"]
+
+
 def test_a_killed_run_goes_on_to_the_same_result(case, generations, tmp_path):
     contenders = [planned(f"every {n}", f"every {n}") for n in (2, 3, 4)]
     whole = run(case, contenders)
@@ -195,7 +215,7 @@ def test_variants_that_cannot_run_are_left_out_unless_named():
         variants(["vidaccel plan"], Contest(50))
     with pytest.raises(UnsupportedPipelineError, match="not calibrated"):
         variants(["MagCache"], Contest(50))
-    with pytest.raises(PlanError, match="found warp drive, expected vidaccel plan"):
+    with pytest.raises(PlanError, match="found warp drive, expected preset quality, "):
         variants(["warp drive"], Contest(50))
 
 

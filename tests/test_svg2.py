@@ -551,6 +551,43 @@ def test_recall_is_measured_when_asked_for():
     assert found(silent).recall is None
 
 
+def test_time_is_split_by_phase_when_asked_for():
+    config = {**SMALL, "top_p": 0.5, "dense_steps": 2, "dense_layers": 0}
+    silent = attend(wan(), SVG2(**config))
+    expected = silent.run(**SIZE)
+    assert found(silent).seconds == {}
+    case = attend(wan(), SVG2(**config, timed=True))
+    assert torch.equal(case.run(**SIZE), expected)
+    first = found(case)
+    assert set(first.seconds) == {"dense", "clustering", "selection", "attention"}
+    assert all(seconds > 0 for seconds in first.seconds.values())
+    computing = sum(
+        branch.seconds_computed for branch in report(case.pipe).transformers[0].branches
+    )
+    assert sum(first.seconds.values()) < computing
+    assert f"selection {first.seconds['selection']:.2f} s" in str(report(case.pipe))
+    case.run(**SIZE)
+    assert all(found(case).seconds[name] > value for name, value in first.seconds.items())
+
+
+def test_phases_are_told_in_order_and_a_layer_that_clusters_while_dense_has_both():
+    options = {"dense_steps": 1, "dense_layers": 0, "cluster_while_dense": True, "timed": True}
+    case = attend(wan(), SVG2(top_p=0.5, **SMALL, **options))
+    seen: list[str] = []
+
+    def look(q, k, v, state, config, **text):
+        tell, state.lap = state.lap, seen.append
+        out = semantic_attention(q, k, v, state, config, **text)
+        state.lap = tell
+        return out
+
+    engines_of(case.pipe)["transformer"].attention.method = look
+    case.run(**SIZE)
+    calls = (STEPS - 1) * LAYERS * 2
+    assert seen == ["clustering", "selection", "attention"] * calls
+    assert set(found(case).seconds) == {"clustering", "dense"}  # of the first step
+
+
 def test_clusters_that_came_out_empty_are_counted():
     """All tokens alike fill one cluster of each side."""
     case = attend(wan(), SVG2(top_p=0.9, **SMALL, **ALWAYS))

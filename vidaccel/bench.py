@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vidaccel.api import accelerate, engines_of, restore
+from vidaccel.dbcache import DBCache
 from vidaccel.environment import environment
 from vidaccel.generate import steps_of, without_bar
 from vidaccel.hosts import find_transformers
@@ -23,7 +24,9 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
     """What vidaccel costs when it skips nothing, and how much of the ideal speedup it realises.
 
     The cost is measured on single calls of the transformer, one plain and one with everything
-    computed in turn, so that the drift of the machine cancels within a pair.
+    computed, in shuffled order, so that the drift of the machine cancels within a pair. Once
+    nothing decides, and once a block cache of threshold 0 does, which compares its probe blocks in
+    every step, keeps every residual, and never reuses any.
 
     The ideal time of a plan is the plain time less the blocks' share of every reused step, where
     that share is the time of a plain run less that of a run whose transformer has no blocks: the
@@ -35,9 +38,10 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
         rounds: each round times every variant once, in shuffled order.
 
     Returns:
-        "settings", "seconds" (variant -> all rounds), "median_seconds", "idle_overhead" (fraction
-        of a step, the median over pairs), "plans" (every N -> computed steps, ideal and realised
-        speedup and their ratio, medians of the ratios within a round) and "environment".
+        "settings", "seconds" (variant -> all rounds), "median_seconds", "idle_overhead" and
+        "threshold_zero_overhead" (fractions of a step, medians over pairs), "plans" (every N ->
+        computed steps, ideal and realised speedup and their ratio, medians of the ratios within a
+        round) and "environment".
     """
     steps = steps_of(pipe, call)
     call = {**call, "output_type": "latent"}
@@ -84,7 +88,8 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
         },
         "seconds": seconds,
         "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "idle_overhead": _idle_overhead(pipe, generation, rounds),
+        "idle_overhead": _cost(pipe, generation, rounds, None),
+        "threshold_zero_overhead": _cost(pipe, generation, rounds, DBCache(threshold=0)),
         "plans": {
             name: {
                 "steps_computed": computed,
@@ -100,7 +105,8 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
 
 def overhead_table(result: Any) -> str:
     """The result of `overhead` for people."""
-    lines = [f"idle overhead {result['idle_overhead']:+.2%} of a step", ""]
+    lines = [f"idle overhead {result['idle_overhead']:+.2%} of a step"]
+    lines += [f"threshold 0   {result['threshold_zero_overhead']:+.2%} of a step", ""]
     lines += ["plan     computed  ideal  measured  realised"]
     lines += [
         f"{name}  {plan['steps_computed']:8d}  {plan['ideal_speedup']:4.2f}x  "
@@ -137,8 +143,12 @@ def interleave(
     return seconds
 
 
-def _idle_overhead(pipe: Any, generation: Callable[[], object], rounds: int) -> float:
-    """Cost of an attached engine that computes everything, as a fraction of a plain call."""
+def _cost(pipe: Any, generation: Callable[[], object], rounds: int, cache: DBCache | None) -> float:
+    """Cost of an attached engine that computes everything, as a fraction of a plain call.
+
+    Args:
+        cache: decides at every step; None: nothing decides.
+    """
     model, host = next(iter(find_transformers(pipe).values()))
     calls: dict[float, dict[str, Any]] = {}  # one of each step, by its timestep
 
@@ -148,7 +158,7 @@ def _idle_overhead(pipe: Any, generation: Callable[[], object], rounds: int) -> 
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     generation()
     handle.remove()
-    accelerate(pipe, policy=None)
+    accelerate(pipe, policy=None, cache=cache)
     engine = next(iter(engines_of(pipe).values()))
 
     def seconds(call: dict[str, Any]) -> float:
@@ -159,15 +169,20 @@ def _idle_overhead(pipe: Any, generation: Callable[[], object], rounds: int) -> 
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    ratios = []
-    for turn in range(rounds):
-        for step, call in enumerate(calls.values()):
-            idle_first = (turn + step) % 2 == 0
-            idle = seconds(call) if idle_first else 0.0
-            engine.detach()
-            plain = seconds(call)
-            engine.attach()
-            ratios.append((idle if idle_first else seconds(call)) / plain)
+    def plain_seconds(call: dict[str, Any]) -> float:
+        with engine.paused():
+            return seconds(call)
+
+    order, ratios = random.Random(0), []
+    for _ in range(rounds):
+        for call in calls.values():
+            if order.random() < 0.5:
+                accelerated = seconds(call)
+                plain = plain_seconds(call)
+            else:
+                plain = plain_seconds(call)
+                accelerated = seconds(call)
+            ratios.append(accelerated / plain)
     restore(pipe)
     return statistics.median(ratios) - 1
 

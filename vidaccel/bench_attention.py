@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from vidaccel.api import accelerate, engines_of, restore
 from vidaccel.environment import environment
+from vidaccel.errors import BenchError
 from vidaccel.files import write_text
 from vidaccel.generate import generate
 from vidaccel.kernels import reference
@@ -156,7 +157,7 @@ def attention(
     *,
     prompts: Sequence[str] = PROMPTS,
     top_ps: Sequence[float] = (0.5, 0.7, 0.9),
-    changes_at: float = 0.7,
+    changes_at: float | None = 0.7,
     partial: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -167,24 +168,33 @@ def attention(
         call: its arguments, but for the prompt.
         prompts: each makes one clip, with its place in the list as the seed.
         top_ps: where every method is measured.
-        changes_at: top_p at which single changes of the settings are measured.
+        changes_at: top_p at which single changes of the settings are measured, on the first
+            prompt only; None measures none.
         partial: a file that keeps what is measured, so that a run that was stopped goes on.
 
     Returns:
-        "settings", "points" (a dict each: method, its settings, psnr in dB on average and of each
-        prompt, density of the sparse calls and of all, recall, both also by layer) and
-        "environment".
+        "settings", "points" (a dict each: method, its settings, psnr in dB on average, of each
+        prompt and of the worst, density of the sparse calls and of all, recall, both also by
+        layer) and "environment".
+
+    Raises:
+        BenchError: there is no prompt, or no top_p.
     """
+    if not prompts or not top_ps:
+        raise BenchError("bench attention needs at least one prompt and one top_p")
     runs = [
         (name, replace(config, top_p=top_p, recall_rows=32), method)
         for name, (config, method) in METHODS.items()
         for top_p in top_ps
-    ] + [
+    ]
+    changed = [
         (name, replace(BASE, top_p=changes_at, **change), semantic_attention)
         for name, change in CHANGES.items()
+        if changes_at is not None
     ]
     done = json.loads(partial.read_text()) if partial is not None and partial.exists() else {}
     units = [(seed, prompt, *run) for seed, prompt in enumerate(prompts) for run in runs]
+    units += [(0, prompts[0], *run) for run in changed]
     plain: dict[int, Any] = {}
     found: dict[tuple[str, SVG2], list[dict[str, Any]]] = {}
     for seed, prompt, name, config, method in tqdm(units, unit="clip", disable=not progress):
@@ -208,7 +218,7 @@ def attention(
         },
         "points": [
             {"method": name, "settings": asdict(config)} | _averaged(found[name, config])
-            for name, config, _ in runs
+            for name, config, _ in runs + changed
         ],
         "environment": environment(),
     }
@@ -240,7 +250,7 @@ def _measure(
 
 
 def _averaged(clips: list[dict[str, Any]]) -> dict[str, Any]:
-    """The means over the prompts, and each prompt's PSNR."""
+    """The means over the prompts, each prompt's PSNR, and the worst one."""
 
     def mean(values: Sequence[Any]) -> Any:
         if isinstance(values[0], list):
@@ -248,7 +258,8 @@ def _averaged(clips: list[dict[str, Any]]) -> dict[str, Any]:
         return None if values[0] is None else statistics.fmean(values)
 
     means = {name: mean([clip[name] for clip in clips]) for name in clips[0]}
-    return means | {"psnr_of_prompts": [clip["psnr"] for clip in clips]}
+    each = [clip["psnr"] for clip in clips]
+    return means | {"psnr_of_prompts": each, "psnr_of_worst_prompt": min(each)}
 
 
 def _clip(pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> Any:
@@ -257,18 +268,23 @@ def _clip(pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> Any:
 
 def attention_table(result: dict[str, Any]) -> str:
     """The result of `attention` for people."""
-    lines = [f"{'method':30s}  top_p  density  recall   PSNR"]
+    lines = [f"{'method':30s}  top_p  density  recall   PSNR  worst  prompts"]
     for point in result["points"]:
         recall = "-" if point["recall"] is None else f"{point['recall']:.1%}"
         lines.append(
             f"{point['method']:30s}  {point['settings']['top_p']:5.2f}  {point['density']:7.1%}  "
-            f"{recall:>6s}  {point['psnr']:5.2f}"
+            f"{recall:>6s}  {point['psnr']:5.2f}  {point['psnr_of_worst_prompt']:5.2f}  "
+            f"{len(point['psnr_of_prompts']):7d}"
         )
     return "\n".join(lines)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """PSNR against density of every method, and the recall of the layers at the highest top_p."""
+    """PSNR against density of every method, and the recall of the layers at the highest top_p.
+
+    Lines show the mean over the prompts; where there are several, a thin line leads down to the
+    worst one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -279,7 +295,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         points = [point for point in result["points"] if point["method"] == name]
         points.sort(key=lambda point: point["density"])
         densities = [point["density"] for point in points]
-        left.plot(densities, [point["psnr"] for point in points], marker="o", label=name)
+        (line,) = left.plot(densities, [p["psnr"] for p in points], marker="o", label=name)
+        for point in points:
+            worst = [point["psnr"], point["psnr_of_worst_prompt"]]
+            left.plot([point["density"]] * 2, worst, color=line.get_color(), linewidth=0.8)
         right.plot(points[-1]["recall_of_layers"], marker="o", label=f"{densities[-1]:.0%} {name}")
     left.set(xlabel="density of sparse calls", ylabel="PSNR against dense attention (dB)")
     right.set(xlabel="layer", ylabel="recall of attention mass", ylim=(0, 1))

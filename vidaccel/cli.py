@@ -16,6 +16,8 @@ from vidaccel.console import (
     cache_of,
     check_writable,
     print_result,
+    read_prompts,
+    shares,
     size,
     sparse_attention_of,
     write_json,
@@ -281,7 +283,10 @@ def _bench_parser(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     attention.add_argument("--steps", type=at_least(2), default=12)
-    attention.add_argument("--prompts", type=int, choices=(1, 2), default=1)
+    attention.add_argument("--prompts", type=Path, help="a text file, one per line")
+    attention.add_argument(
+        "--top-p", type=shares, default="0.5,0.7,0.9", help="masses to keep, separated by commas"
+    )
     attention.add_argument("--partial", type=Path, help="keep what is measured, to go on from it")
     attention.add_argument("--figure", type=Path, help="draw it there; needs matplotlib")
     attention.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
@@ -350,7 +355,8 @@ def _bench_attention(arguments: argparse.Namespace) -> None:
     result = bench.attention(
         pipe,
         {**g.EMBEDDED_CALL, "num_inference_steps": arguments.steps},
-        prompts=bench.PROMPTS[: arguments.prompts],
+        prompts=read_prompts(arguments.prompts) if arguments.prompts else bench.PROMPTS,
+        top_ps=arguments.top_p,
         partial=arguments.partial,
     )
     result["settings"] |= {"model": "tiny-wan"}

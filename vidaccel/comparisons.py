@@ -32,6 +32,9 @@ def add_quality(benches: Any, add_model_options: Any) -> None:
     parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
     parser.add_argument("--methods", metavar="A,B,...", help="see --list; all if left out")
     parser.add_argument("--list", action="store_true", help="name the methods and stop")
+    parser.add_argument(
+        "--every-point", action="store_true", help="a row for every setting, not for equal times"
+    )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
     parser.add_argument("--policy", help="policy file, folder or hub id; a shipped one that fits")
     parser.add_argument(
@@ -166,7 +169,8 @@ def _quality(arguments: argparse.Namespace) -> None:
         "mag_ratios": ratios,
     }
     result |= {"left_out": left_out, "equal_time": curves.equal_time(result["points"])}
-    print_result(curves.report(result), arguments.json)
+    shown = curves.points_table if arguments.every_point else curves.report
+    print_result(shown(result), arguments.json)
     if arguments.json is not None:
         write_json(result, arguments.json)
     if arguments.plot is not None:

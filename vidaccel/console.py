@@ -110,6 +110,17 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def shares(value: str) -> list[float]:
+    """A type of argument: numbers in (0, 1], separated by commas."""
+    try:
+        found = [float(part) for part in value.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"numbers in (0, 1] expected, found {value!r}")
+    return found
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a text file, one per line; empty lines are left out."""
     try:

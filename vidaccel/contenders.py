@@ -15,8 +15,9 @@ from vidaccel.dbcache import DBCache
 from vidaccel.errors import PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.lemica import search
 from vidaccel.peers import PEERS, Setting
-from vidaccel.plan import Plan
+from vidaccel.plan import PRESETS, Plan
 from vidaccel.policy import CachePolicy
+from vidaccel.svg2 import SVG2
 
 # Plans compute the number of steps divided by these.
 SPEEDUPS = (1.3, 2, 3, 4, 5, 6)
@@ -107,7 +108,7 @@ def check_names(names: Sequence[str]) -> None:
 def _accelerated(name: str, setting: Setting, **options: Any) -> Variant:
     @contextmanager
     def enabled(pipe: Any) -> Iterator[None]:
-        accelerate(pipe, attention=None, **options)
+        accelerate(pipe, **{"attention": None, **options})
         try:
             yield
         finally:
@@ -234,6 +235,39 @@ def _guarded(probe: int, corrector: int) -> "Method":
     return made
 
 
+def _sparse(*, plan: bool = False, probe: int = 0) -> "Method":
+    """Sparse attention, alone or with the stored plans, the block cache or both."""
+
+    def made(name: str, contest: Contest) -> list[Variant]:
+        attention = SVG2(top_p=TOP_P, min_tokens=0)
+        found = []
+        # Alone it has one setting, and the others the speeds of the guarded plans.
+        for speedup, threshold in GUARDS if plan or probe else GUARDS[:1]:
+            setting: Setting = {"top_p": TOP_P}
+            options: dict[str, Any] = {"policy": None, "cache": None, "attention": attention}
+            if plan:
+                policy, budget = contest.known_policy(), int(contest.steps / speedup)
+                if budget not in policy.budgets():
+                    continue
+                options["policy"] = policy.plan(budget=budget)
+                setting |= _planned(name, options["policy"]).setting
+            if probe:
+                cache: Setting = {"probe_blocks": probe, "threshold": threshold}
+                options["cache"] = DBCache(**cache)
+                setting |= cache
+            found.append(_accelerated(name, setting, **options))
+        return found
+
+    return made
+
+
+def _preset(preset: str) -> "Method":
+    def made(name: str, contest: Contest) -> list[Variant]:
+        return [_accelerated(name, {"preset": preset}, preset=preset, attention="auto")]
+
+    return made
+
+
 def _digest(ratios: Sequence[float] | None) -> str:
     return sha256(json.dumps(ratios).encode()).hexdigest()[:8]
 
@@ -267,7 +301,10 @@ DBCACHE = ((0.05, 8, -1), (0.12, 8, 3), (0.2, 4, 4), (0.4, 4, -1))
 # A plan with a guard: steps over the plan's computed ones, threshold.
 GUARDS = ((2, 0.12), (3, 0.2), (5, 0.4))
 
+TOP_P = 0.9  # of sparse attention, its default
+
 METHODS: dict[str, Method] = {
+    **{f"preset {preset}": _preset(preset) for preset in PRESETS},
     "vidaccel plan": _stored,
     "LeMiCa leximax": _solved("leximax"),
     "LeMiCa leximax + line": _solved("leximax", order=1),
@@ -284,6 +321,10 @@ METHODS: dict[str, Method] = {
         f"plan + DBCache F{probe}B{corrector}": _guarded(probe, corrector)
         for probe, corrector in ((1, 0), (1, 1), (2, 2), (0, 1))
     },
+    "SVG2": _sparse(),
+    "DBCache F1B0 + SVG2": _sparse(probe=1),
+    "plan + SVG2": _sparse(plan=True),
+    "plan + DBCache F1B0 + SVG2": _sparse(plan=True, probe=1),
     "evenly spaced": _even(0),
     "evenly spaced + line": _even(1),
     "dense start + line": _dense_start,

@@ -101,6 +101,9 @@ def _point(rows: Sequence[Record], clock: str) -> Record:
     point["cpu_speedup"] = median(row["cpu_seconds_speedup"] for row in rows)
     point["speedup"] = point["wall_speedup" if clock == "seconds" else "cpu_speedup"]
     point["blocks_share"] = fmean(row["blocks_share"] for row in rows)
+    for name in ("steps_share", "density"):
+        told = [row[name] for row in rows if name in row]
+        point[name] = fmean(told) if len(told) == len(rows) else None
     return point
 
 
@@ -178,6 +181,46 @@ def table(equal: dict[str, dict[str, Record]], metric: str = "psnr", form: str =
 
     for method in sorted(equal, key=rank, reverse=True):
         rows.append([method, *(cell(equal[method].get(column)) for column in columns)])
+    return aligned(rows)
+
+
+def points_table(result: Record) -> str:
+    """Every point of a result: what ran, how long it took, and how close it came."""
+    plain = result["plain"]
+    header = ["method", "steps", "blocks", "density", "seconds", "speedup", "PSNR", "worst"]
+    rows = [[*header, "LPIPS", "follows"]]
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.0%}"
+
+    def follows(adherence: dict[str, float] | None) -> str:
+        return share(None if adherence is None else fmean(adherence.values()))
+
+    times = f"{plain['seconds']:.2f}"
+    rows.append(
+        ["plain", "100%", "100%", "-", times, "1.00x", "-", "-", "-", follows(plain["adherence"])]
+    )
+    for point in result["points"]:
+        lpips = point["lpips"]
+        rows.append(
+            [
+                point["method"],
+                share(point["steps_share"]),
+                share(point["blocks_share"]),
+                share(point["density"]),
+                f"{point['seconds']:.2f}",
+                f"{point['speedup']:.2f}x",
+                f"{point['psnr']:.1f}",
+                f"{point['worst_psnr']:.1f}",
+                "-" if lpips is None else f"{lpips:.3f}",
+                follows(point["adherence"]),
+            ]
+        )
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

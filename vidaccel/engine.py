@@ -11,7 +11,6 @@ again.
 """
 
 import json
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from vidaccel.parallel import group_of, refuse_unsupported, seen_by, spread_of
 from vidaccel.plan import Plan, Setting
 from vidaccel.shadow import Argument, BlockArguments, ShadowList
 from vidaccel.sources import CourseSource
+from vidaccel.stopwatch import moment
 from vidaccel.tape import Tape
 
 # The place of a call and the residual of its probe blocks.
@@ -182,6 +182,17 @@ class Engine:
         self.attention.detach()
         self._generation = None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Detach for a while in the middle of a generation, which goes on afterwards."""
+        generation = self._generation
+        self.detach()
+        try:
+            yield
+        finally:
+            self.attach()
+            self._generation = generation
+
     def serve(self, pipe: Any) -> None:
         """Follow the scheduler of `pipe`, which runs this transformer."""
         self._pipelines = [(ref, s) for ref, s in self._pipelines if ref() not in (None, pipe)]
@@ -236,7 +247,7 @@ class Engine:
         elif tick.reshaped:
             generation.forget_tensors()
         device = samples[0].device
-        call = RunningCall(tick, device, _mark(device))
+        call = RunningCall(tick, device, moment(device))
         call.playing = self.tape is not None and self.tape.plays(tick.step)
         if not call.playing:
             generation.propose(call)
@@ -404,22 +415,13 @@ class Engine:
                 planned=generation.plan is None or generation.plans(tick.step),
                 blocks=call.blocks_run,
                 started=call.started,
-                ended=_mark(call.device),
+                ended=moment(call.device),
                 reason=call.reason,
                 difference=call.difference,
             ),
             generation.bytes_held,
         )
         return None
-
-
-def _mark(device: torch.device) -> Any:
-    """A moment on the device's own time line, without waiting for the device."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 _WHOLE_MODEL = (

@@ -149,11 +149,24 @@ _VIDEO = (
     ),
     HostSpec(
         "LTX2VideoTransformer3DModel",
-        ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"),
+        (
+            "LTX2Pipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2ConditionPipeline",
+            "LTX2InContextPipeline",
+            "LTX2HDRPipeline",
+            "LTX2DFRPipeline",
+        ),
         (BlockList("transformer_blocks", ("hidden_states", "audio_hidden_states")),),
         (Head("norm_out"), Head("audio_norm_out", ("audio_hidden_states",))),
         family="LTX-2",
         guidance="batched",
+        untested=(
+            (
+                "LTX2DFRTemporalRefinePipeline",
+                "refines in four distilled steps, too few to reuse any",
+            ),
+        ),
     ),
     HostSpec(
         "MochiTransformer3DModel",
@@ -188,6 +201,13 @@ _VIDEO = (
         family="EasyAnimate",
         guidance="batched",
         tokens=("text", "video"),
+        untested=(
+            (
+                "EasyAnimateControlPipeline",
+                "fails in Diffusers itself: it gives its prompt encoder an argument that this "
+                "does not take",
+            ),
+        ),
     ),
     HostSpec(
         "CosmosTransformer3DModel",
@@ -227,6 +247,18 @@ _VIDEO = (
         attention_note="linear attention",
     ),
     HostSpec(
+        "SanaWMTransformer3DModel",
+        ("SanaWMPipeline",),
+        (BlockList("blocks", ("x",)),),
+        (Head("final_layer", ("x",)),),
+        family="SANA-WM",
+        since="0.42",
+        guidance="batched",
+        attention=None,
+        attention_note="recurrent attention in most blocks",
+        main="x",
+    ),
+    HostSpec(
         "Kandinsky5Transformer3DModel",
         ("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline"),
         (BlockList("visual_transformer_blocks", ("visual_embed",)),),
@@ -248,8 +280,19 @@ _VIDEO = (
         main="vis",
     ),
     HostSpec(
+        "Kandinsky6SRTransformer3DModel",
+        ("Kandinsky6SRPipeline",),
+        (BlockList("visual_transformer_blocks"),),
+        (),
+        family="Kandinsky 6 super-resolution",
+        since="0.42",
+        guidance="embedded",
+        attention=None,
+        attention_note="sparse by itself",
+    ),
+    HostSpec(
         "MotifVideoTransformer3DModel",
-        ("MotifVideoPipeline",),
+        ("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
         (
             BlockList("transformer_blocks", _JOINT),
             BlockList("single_transformer_blocks", _JOINT),

@@ -98,6 +98,7 @@ def markdown_table() -> str:
     rows = [head, ("---",) * len(head)]
     for row in HOSTS.values():
         pipelines = ", ".join(f"`{name}`" for name in row.pipelines)
+        pipelines += "".join(f"; not `{name}`, which {reason}" for name, reason in row.untested)
         if row.unsupported:
             cells = ("no", f"no: {row.transformer} {row.unsupported}", "")
         else:

@@ -46,6 +46,7 @@ class HostSpec:
     Attributes:
         transformer: name of the class.
         pipelines: the pipelines it is tested in.
+        untested: others that run it, with the reason why they are not among the tested ones.
         blocks: its block lists, in the order in which they run.
         heads: where the result is read, one per output stream, in the order in which they run;
             none where the last block's own output is the place to take it, because it reaches the
@@ -91,6 +92,7 @@ class HostSpec:
     timestep: str = "timestep"
     times: tuple[Time, ...] = ("t",)
     since: str = "0.38"
+    untested: tuple[tuple[str, str], ...] = ()
     unsupported: str = ""
 
     @property

@@ -41,10 +41,15 @@ class Call:
     @property
     def seconds(self) -> float:
         """Duration; waits for the device when it was timed there."""
-        if isinstance(self.started, float):
-            return float(self.ended - self.started)
-        self.ended.synchronize()
-        return float(self.started.elapsed_time(self.ended)) / 1000.0
+        return elapsed(self.started, self.ended)
+
+
+def elapsed(started: Any, ended: Any) -> float:
+    """Seconds between two moments on the host's clock or two CUDA events; waits for the latter."""
+    if isinstance(started, float):
+        return float(ended - started)
+    ended.synchronize()
+    return float(started.elapsed_time(ended)) / 1000.0
 
 
 @dataclass
@@ -136,6 +141,8 @@ class AttentionReport:
         density_with_dense: the same over all calls, a dense one counting as 1.
         empty_query_clusters, empty_key_clusters: mean share of clusters without tokens.
         recall: mean share of the attention mass that sampled rows kept; None: not measured.
+        seconds: time by phase: clustering (with sorting), selection, attention itself, and all of
+            dense calls; empty: not measured.
         layers: by position of the block, its own mean density and recall.
         bytes_held: bytes of clusters at this moment.
     """
@@ -148,20 +155,24 @@ class AttentionReport:
     empty_query_clusters: float | None = None
     empty_key_clusters: float | None = None
     recall: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
     layers: dict[int, dict[str, float | None]] = field(default_factory=dict)
     bytes_held: int = 0
 
     def __str__(self) -> str:
         dense = ", ".join(f"{calls} {reason}" for reason, calls in self.dense_calls.items())
+        spent = ", ".join(f"{phase} {value:.2f} s" for phase, value in self.seconds.items())
+        spent = f"; {spent}" if spent else ""
         if self.density is None:
             ran = f", all dense ({dense})" if dense else ""
-            return f"attention: {self.settings}{ran}"
+            return f"attention: {self.settings}{ran}{spent}"
         line = (
             f"attention: {self.settings}, density {self.density:.1%} in {self.sparse_calls} calls, "
             f"{self.density_with_dense:.1%} with {sum(self.dense_calls.values())} dense ones"
         )
         line += f" ({dense})" if dense else ""
-        return line + (f", recall {self.recall:.1%}" if self.recall is not None else "")
+        line += f", recall {self.recall:.1%}" if self.recall is not None else ""
+        return line + spent
 
 
 @dataclass(frozen=True)

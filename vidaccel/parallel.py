@@ -68,7 +68,9 @@ def seen_by(
 
 def relative_change(last: torch.Tensor, now: torch.Tensor, group: Any = None) -> torch.Tensor:
     """sum(|last - now|) / sum(|last|), over the tokens of all ranks of `group`, as a scalar."""
-    sums = torch.stack([(last.float() - now.float()).abs().sum(), last.float().abs().sum()])
+    # Norms read their input once and keep no absolute values.
+    norm = torch.linalg.vector_norm
+    sums = torch.stack([norm(last.float() - now.float(), 1), norm(last, 1, dtype=torch.float32)])
     if group is not None:
         torch.distributed.all_reduce(sums, group=group)
     return sums[0] / sums[1]

@@ -177,8 +177,11 @@ class CachePolicy(Record):
         try:
             text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
             data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        except (UnicodeDecodeError, RecursionError, ValueError) as error:
-            raise PolicyError(f"not a policy file: {str(error) or type(error).__name__}") from error
+        except RecursionError as error:
+            raise PolicyError("not a policy file: nested too deeply") from error
+        except ValueError as error:  # of the encoding, too
+            found = f"invalid JSON: {error}" if raw.strip() else "found nothing in it"
+            raise PolicyError(f"not a policy file: {found}") from error
         if not isinstance(data, dict):
             raise PolicyError(f"not a policy file: found {type(data).__name__}, expected an object")
         version = _version(data.get("schema_version"))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from vidaccel import metrics
+from vidaccel.api import engines_of, report
 from vidaccel.contenders import Variant
 from vidaccel.curves import Record, adherence_shares, is_plain, is_plan, key_of, points_of
 from vidaccel.environment import environment
@@ -186,6 +187,7 @@ class _Prompt:
         try:
             with variant.enabled(self.pipe):
                 frames, record = self._generation(call)
+                record |= _told(self.pipe)
         # Whatever a foreign cache raises on a model is a result; only our own errors end the run.
         except Exception as error:
             if not variant.foreign:
@@ -325,6 +327,19 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    return found
+
+
+def _told(pipe: Any) -> Record:
+    """What a report says of the last generation: share of steps computed, density of attention."""
+    if not engines_of(pipe):
+        return {}
+    parts = report(pipe).transformers
+    letters = "".join(part.timeline for part in parts)
+    found: Record = {"steps_share": letters.count("C") / len(letters)}
+    densities = [p.attention.density_with_dense for p in parts if p.attention is not None]
+    if densities and None not in densities:
+        found["density"] = fmean(density for density in densities if density is not None)
     return found
 
 

@@ -30,6 +30,7 @@ from vidaccel.kernels.semantic_attention import (
 from vidaccel.ledger import AttentionReport
 from vidaccel.parallel import Spread
 from vidaccel.shadow import BlockArguments
+from vidaccel.stopwatch import Stopwatch
 from vidaccel.svg2 import SVG2
 
 # Computes the attention of a sparse call as `semantic_attention` does; another one is put in its
@@ -180,16 +181,18 @@ class SparseAttention(Attention):
         if reason:
             self._account.dense[reason] += 1
         warming = reason == FIRST_STEPS and self.config.cluster_while_dense
+        watch = self._account.watch(query.device) if self.config.timed else None
         if tokens is None or (reason and not warming):
-            return dense()
+            return _timed(dense, watch)
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
         layer = self._layer((block.position, self._tick.branch, sample), q, tokens)
         config = self._kernel_config(tokens.video, scale)
         text = {"video": (tokens.start, tokens.stop), "text_mask": tokens.text_mask}
+        layer.state.lap = None if watch is None else watch.lap
         if warming:
             layer.state.cluster(q, k, config, **text)
             layer.trim(self.config, q.dtype)
-            return dense()
+            return _timed(dense, watch)
         if layer.top_p != config.top_p:
             layer.state.selection, layer.top_p = None, config.top_p
         out = self.method(q, k, v, layer.state, config, **text)
@@ -349,6 +352,8 @@ class Account:
     )
     # Layers, and for each: density, share of empty query and of empty key clusters, recall.
     _gathered: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
+    _watches: list[Stopwatch] = field(default_factory=list)
+    _seconds: Counter[str] = field(default_factory=Counter)
     # By layer: calls, then the sums of these four.
     _sums: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
 
@@ -356,6 +361,11 @@ class Account:
         """Count one sparse call in."""
         tokens = state.selection.tokens
         self._new.append((layer, tokens, state.query.counts, state.key.counts, recall))
+
+    def watch(self, device: torch.device) -> Stopwatch:
+        """Start to time one call."""
+        self._watches.append(Stopwatch(device))
+        return self._watches[-1]
 
     def gather(self) -> None:
         """Reduce what was added to a few numbers: a few launches for all layers together."""
@@ -384,6 +394,10 @@ class Account:
                 for column, value in enumerate((1.0, *row)):
                     self._sums[layer][column] += value
         self._gathered = []
+        for watch in self._watches:
+            for phase, seconds in watch.seconds():
+                self._seconds[phase] += seconds
+        self._watches = []
 
     def report(self, settings: str, bytes_held: int) -> AttentionReport:
         """The sums as they stand."""
@@ -403,12 +417,21 @@ class Account:
             empty_query_clusters=mean(2),
             empty_key_clusters=mean(3),
             recall=mean(4) or None,
+            seconds=dict(self._seconds),
             layers={
                 layer: {"density": sums[1] / sums[0], "recall": sums[4] / sums[0] or None}
                 for layer, sums in sorted(self._sums.items())
             },
             bytes_held=bytes_held,
         )
+
+
+def _timed(dense: Callable[[], torch.Tensor], watch: Stopwatch | None) -> torch.Tensor:
+    """Dense attention, noted on the watch."""
+    out = dense()
+    if watch is not None:
+        watch.lap("dense")
+    return out
 
 
 def _modules(transformer: nn.Module, host: HostSpec) -> list[nn.Module]:

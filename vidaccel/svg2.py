@@ -42,6 +42,8 @@ class SVG2:
         min_tokens: video sequences shorter than this stay dense, since they gain nothing.
         recall_rows: query rows per head and call whose kept share of the true attention mass is
             measured; 0 measures none. It costs as much as dense attention of these rows.
+        timed: measure how the time of attention divides between its phases. It costs up to four
+            marks on the device's time line per call.
 
     Raises:
         AttentionError: a value is out of its range.
@@ -64,6 +66,7 @@ class SVG2:
     refresh_top_p: float | None = None
     min_tokens: int = 16_384
     recall_rows: int = 0
+    timed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("top_p", "refresh_top_p"):

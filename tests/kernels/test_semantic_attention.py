@@ -112,6 +112,18 @@ def test_two_runs_are_bit_equal_and_batch_items_are_alone(device):
     assert torch.equal(both[1:], run(slice(1, 2)))
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_end_of_each_phase_is_told(impl, device):
+    q, k, v = (x.to(device) for x in tokens(size=32))
+    seen: list[str] = []
+    state = SemanticState(lap=seen.append)
+    config = SemanticConfig(2, 4, init_iters=1, iters=1)
+    state.cluster(q, k, config, impl=impl)
+    assert seen == ["clustering"]
+    semantic_attention(q, k, v, state, config, impl=impl)
+    assert seen[1:] == ["clustering", "selection", "attention"]
+
+
 def test_the_layout_of_a_host_is_kept(device):
     q, k, v = (x.to(device).transpose(1, 2).contiguous().transpose(1, 2) for x in tokens(heads=2))
     config = SemanticConfig(3, 5, top_p=1.0, init_iters=1)

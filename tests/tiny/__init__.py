@@ -11,6 +11,7 @@ __all__ = [
     "NO_OTHER_SCHEDULER",
     "SINCE",
     "STEPS",
+    "WITHOUT_CASE",
     "Build",
     "Case",
     "embeds",
@@ -45,6 +46,12 @@ SINCE = {
     "anyflow": "0.39",
     "kandinsky6": "0.42",
     "kandinsky6_silent": "0.42",
+    "kandinsky6_sr": "0.42",
+    "motif_i2v": "0.39",
+    "sana_wm": "0.42",
+    "ltx2_in_context": "0.39",
+    "ltx2_hdr": "0.39",
+    "ltx2_dfr": "0.42",
 }
 
 # What is up to Diffusers: pipelines that take no batch of prompts with a generator each ...
@@ -75,6 +82,9 @@ NO_BATCH = {
     "cosmos25_i2w": _IMAGE_EACH,
     "cosmos3": "takes one prompt",
     "easyanimate_inpaint": _ONE_CLIP,
+    "sana_wm": "takes one prompt",
+    "kandinsky6_sr": "has no prompt",
+    "motif_i2v": _IMAGE_EACH,
     "kandinsky5": "counts words over the whole batch",
     "kandinsky5_i2v": "counts words over the whole batch",
     "helios_pyramid": "draws the noise of its later stages for the batch as a whole",
@@ -91,8 +101,32 @@ NO_OTHER_SCHEDULER = {
     "cogvideox_control": "calls the step of CogVideoXDDIMScheduler",
     "ltx_condition": _TIMESTEPS,
     "ltx_long": "hands its scheduler a generator",
+    "ltx2_dfr": _TIMESTEPS,
+    "sana_wm": "hands its scheduler a time per token",
     "cosmos2_t2i": _TIMESTEPS,
     "cosmos2_v2w": _TIMESTEPS,
     "cogview4": _TIMESTEPS,
     "z_image": _TIMESTEPS,
+}
+
+# Pipelines for video that no case runs, besides those that a row of the table leaves out.
+_UNET = "has a UNet, not a transformer"
+_ENLARGES = "enlarges latents in one call of a network, without denoising"
+WITHOUT_CASE = {
+    "AnimateDiffControlNetPipeline": _UNET,
+    "AnimateDiffPAGPipeline": _UNET,
+    "AnimateDiffPipeline": _UNET,
+    "AnimateDiffSDXLPipeline": _UNET,
+    "AnimateDiffSparseControlNetPipeline": _UNET,
+    "AnimateDiffVideoToVideoControlNetPipeline": _UNET,
+    "AnimateDiffVideoToVideoPipeline": _UNET,
+    "I2VGenXLPipeline": _UNET,
+    "LTX2LatentUpsamplePipeline": _ENLARGES,
+    "LTXLatentUpsamplePipeline": _ENLARGES,
+    "PIAPipeline": _UNET,
+    "StableVideoDiffusionPipeline": _UNET,
+    "TextToVideoSDPipeline": _UNET,
+    "TextToVideoZeroPipeline": _UNET,
+    "TextToVideoZeroSDXLPipeline": _UNET,
+    "VideoToVideoSDPipeline": _UNET,
 }

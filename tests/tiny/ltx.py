@@ -1,12 +1,13 @@
 """LTX-Video and LTX-2."""
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
 import diffusers
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from tiny.base import LAYERS, Case, built, case, image, masks
+from tiny.base import LAYERS, Case, built, case, image, masks, video
 
 
 def _ltx(cls: str, call: dict[str, Any], drop: tuple[str, ...] = (), **parts: Any) -> Case:
@@ -78,7 +79,28 @@ def ltx_long() -> Case:
     return _ltx("LTXI2VLongMultiPromptPipeline", call, drop, **parts)
 
 
-def _ltx2(cls: str, call: dict[str, Any], **config: Any) -> Case:
+def ltx2_vae() -> Any:
+    return built(
+        "AutoencoderKLLTX2Video",
+        latent_channels=4,
+        block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True),
+        decoder_spatio_temporal_scaling=(True, True, True),
+        decoder_inject_noise=(False, False, False, False),
+        downsample_type=("spatial", "spatiotemporal", "spatiotemporal"),
+        upsample_residual=(False, False, False),
+        upsample_factor=(1, 1, 1),
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+
+
+def _ltx2(cls: str, call: dict[str, Any], drop: tuple[str, ...] = (), **config: Any) -> Case:
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
     from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 
@@ -118,24 +140,6 @@ def _ltx2(cls: str, call: dict[str, Any], **config: Any) -> Case:
         causal_temporal_positioning=False,
         rope_type="split",
     )
-    vae = built(
-        "AutoencoderKLLTX2Video",
-        latent_channels=4,
-        block_out_channels=(8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
-        layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1),
-        spatio_temporal_scaling=(True, True, True),
-        decoder_spatio_temporal_scaling=(True, True, True),
-        decoder_inject_noise=(False, False, False, False),
-        downsample_type=("spatial", "spatiotemporal", "spatiotemporal"),
-        upsample_residual=(False, False, False),
-        upsample_factor=(1, 1, 1),
-        patch_size=1,
-        patch_size_t=1,
-        encoder_causal=True,
-        decoder_causal=False,
-    )
     audio_vae = built(
         "AutoencoderKLLTX2Audio",
         base_channels=4,
@@ -169,7 +173,8 @@ def _ltx2(cls: str, call: dict[str, Any], **config: Any) -> Case:
         cls,
         transformer,
         common | masks() | call,
-        vae=vae,
+        drop,
+        vae=ltx2_vae(),
         audio_vae=audio_vae,
         vocoder=vocoder,
         connectors=connectors,
@@ -209,4 +214,51 @@ def ltx2_condition() -> Case:
     return _ltx2("LTX2ConditionPipeline", {"conditions": condition})
 
 
-CASES = (ltx, ltx_i2v, ltx_condition, ltx_long, ltx2, ltx2_plain, ltx2_i2v, ltx2_condition)
+def ltx2_in_context() -> Case:
+    """Tokens of a reference clip stand behind those of the video."""
+    from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
+
+    reference = LTX2ReferenceCondition(frames=video(9, 32), strength=1.0)
+    return _ltx2("LTX2InContextPipeline", {"reference_conditions": reference})
+
+
+def ltx2_hdr() -> Case:
+    """Its sound is frozen."""
+    from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
+
+    reference = LTX2HDRReferenceCondition(frames=video(9, 32), strength=1.0)
+    return _ltx2("LTX2HDRPipeline", {"reference_conditions": reference})
+
+
+# Of noise levels that the caller gives instead of a number of steps.
+_SIGMAS = [1.0, 0.95, 0.9, 0.8, 0.6, 0.3]
+
+
+def ltx2_dfr() -> Case:
+    """Keyframes beside the frames; no guidance, and no name for its one branch."""
+    call = {"sigmas": _SIGMAS}
+    drop = (
+        "num_inference_steps",
+        "guidance_scale",
+        "spatio_temporal_guidance_blocks",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
+    other = {"height": 32, "width": 64, "sigmas": _SIGMAS[2:]}
+    found = _ltx2("LTX2DFRPipeline", call, drop, use_keyframes_abs_pos_embedding=True)
+    return replace(found, other=other)
+
+
+CASES = (
+    ltx,
+    ltx_i2v,
+    ltx_condition,
+    ltx_long,
+    ltx2,
+    ltx2_plain,
+    ltx2_i2v,
+    ltx2_condition,
+    ltx2_in_context,
+    ltx2_hdr,
+    ltx2_dfr,
+)

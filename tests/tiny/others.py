@@ -1,9 +1,10 @@
-"""Mochi, Allegro, Latte, EasyAnimate, SANA-Video, Kandinsky, Motif, Helios and AnyFlow."""
+"""Mochi, Allegro, Latte, EasyAnimate, SANA, Kandinsky, Motif, Helios and AnyFlow."""
 
 from dataclasses import replace
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from tiny.base import (
@@ -16,6 +17,7 @@ from tiny.base import (
     generator,
     image,
     masks,
+    video,
 )
 from tiny.hunyuan import hunyuan_vae
 from tiny.wan import wan_vae
@@ -199,6 +201,40 @@ def sana_i2v() -> Case:
     return _sana("SanaImageToVideoPipeline", {"image": image(32)}, scheduler)
 
 
+def sana_wm() -> Case:
+    """Camera paths; recurrent attention, and softmax in every second block."""
+    from tiny.ltx import ltx2_vae
+
+    transformer = built(
+        "SanaWMTransformer3DModel",
+        in_channels=4,
+        num_layers=LAYERS,
+        hidden_size=32,
+        num_attention_heads=2,
+        softmax_every_n=2,
+        linear_head_dim=16,
+        caption_channels=32,
+        chunk_plucker_channels=48,
+    )
+    for weight in transformer.parameters():
+        if not weight.any():  # starts as zeros, so that the branch would do nothing
+            torch.nn.init.normal_(weight, std=0.1, generator=generator(7))
+    call = {
+        "image": image(32),
+        "prompt": "",
+        "c2w": np.tile(np.eye(4, dtype=np.float32), (9, 1, 1)),
+        "intrinsics": [30.0, 30.0, 16.0, 16.0],
+        "height": 32,
+        "width": 32,
+        "num_frames": 9,
+        "prompt_embeds": embeds(1)[:, None],
+        "negative_prompt_embeds": embeds(2)[:, None],
+    }
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    parts = {"vae": ltx2_vae(), "scheduler": scheduler}
+    return case("SanaWMPipeline", transformer, call | masks(torch.long), **parts)
+
+
 def _kandinsky5(cls: str, call: dict[str, Any], **config: Any) -> Case:
     transformer = built(
         "Kandinsky5Transformer3DModel",
@@ -295,6 +331,37 @@ def kandinsky6_silent() -> Case:
     return _kandinsky6(sample_audio=False)
 
 
+def kandinsky6_sr() -> Case:
+    """No text and no guidance; every tile of the clip is a generation of its own."""
+    transformer = built(
+        "Kandinsky6SRTransformer3DModel",
+        in_visual_dim=4,
+        out_visual_dim=4,
+        time_dim=16,
+        model_dim=24,
+        ff_dim=24,
+        num_visual_blocks=LAYERS,
+        axes_dims=(4, 4, 4),
+        nabla_window=(3, 3, 3),
+        tile_sizes=((16, 16),),
+    )
+    vae = built(
+        "Kandinsky6SRVAE",
+        latent_channels=4,
+        encoder_block_out_channels=(16, 32),
+        decoder_block_out_channels=(16, 32),
+        layers_per_block=1,
+        temporal_compression_start_level=0,
+    )
+    cls = diffusers.Kandinsky6SRPipeline
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    pipe = cls(transformer=transformer, vae=vae, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"video": video(5), "resolution_scale": 2, "min_overlap": 0.0, "output_type": "pt"}
+    other = {"video": video(5, 8), "num_inference_steps": 4}
+    return Case(pipe, call | {"num_inference_steps": STEPS}, other)
+
+
 def _motif(cls: str, decoders: int, **call: Any) -> Case:
     transformer = built(
         diffusers.MotifVideoTransformer3DModel,
@@ -312,7 +379,7 @@ def _motif(cls: str, decoders: int, **call: Any) -> Case:
     )
     guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.0)
     common = {"num_frames": 9} | masks(torch.long)
-    parts = {"vae": wan_vae(), "guider": guider}
+    parts = {"vae": wan_vae(), "guider": guider, "feature_extractor": None}
     return case(cls, transformer, common | call, ("guidance_scale",), **parts)
 
 
@@ -323,6 +390,10 @@ def motif() -> Case:
 def motif_decoder() -> Case:
     """The last blocks start over from the patches and read what the others made of them."""
     return _motif("MotifVideoPipeline", 2)
+
+
+def motif_i2v() -> Case:
+    return _motif("MotifVideoImage2VideoPipeline", 0, image=image(), prompt=None)
 
 
 def _helios_transformer() -> Any:
@@ -400,12 +471,15 @@ CASES = (
     easyanimate_inpaint,
     sana_video,
     sana_i2v,
+    sana_wm,
     kandinsky5,
     kandinsky5_i2v,
     kandinsky6,
     kandinsky6_silent,
+    kandinsky6_sr,
     motif,
     motif_decoder,
+    motif_i2v,
     helios,
     helios_pyramid,
     anyflow,

@@ -15,7 +15,15 @@ from vidaccel.hosts import find_transformers
 from vidaccel.lemica import search
 from vidaccel.lemica import validate as validation
 from vidaccel.lemica.graph import Aggregation, aggregator, moves, stability
-from vidaccel.lemica.measure import Facts, LocalRunner, Session, announce, measure
+from vidaccel.lemica.measure import (
+    Facts,
+    LocalRunner,
+    Runner,
+    Session,
+    announce,
+    improved,
+    measure,
+)
 from vidaccel.lemica.segments import Move
 from vidaccel.lemica.work import Task, WorkFolder
 from vidaccel.plan import Plan
@@ -24,6 +32,8 @@ from vidaccel.schema import Edge, GuidanceInfo, ModelInfo, SchedulerInfo, Stored
 
 # Resamples of the samples that a policy states the stability of its steps from.
 STABILITY_ROUNDS = 50
+
+Candidates = dict[int, dict[str, Plan]]  # by budget, then by name
 
 
 def build_policy(
@@ -41,6 +51,7 @@ def build_policy(
     call_kwargs: dict[str, Any] | None = None,
     workdir: str | Path | None = None,
     validate: bool = True,
+    improve: int = 0,
     workers: int = 0,
     ray_address: str | None = None,
     load: Callable[[], Any] | None = None,
@@ -72,6 +83,9 @@ def build_policy(
         workdir: folder of the shards, so that a killed build goes on; None for none.
         validate: run plans of three quarters down to a fifth of the steps end to end, beside
             other candidates and plain runs with as many sampling steps; keep the best of each.
+        improve: so many runs for each of these budgets, on the prompts that are not kept back,
+            improve the best candidate by small changes before it is validated; a run computes no
+            more steps than the budget. 100 to 250 are plenty for 50 steps.
         workers: measure on so many Ray workers, each with a pipeline of its own; 0 for here.
         ray_address: of a Ray cluster; None for this machine.
         load: gives a worker its pipeline; None sends it a copy of `pipe`.
@@ -108,35 +122,61 @@ def build_policy(
     # Wrong names are refused before any work.
     search.solve([[0, 0, 0]] * 3, objective=objective)
     aggregator(aggregation)
+    if improve < 0 or (improve and not validate):
+        raise PlanError(
+            f"improve: found {improve}"
+            + (", expected 0 or more" if improve < 0 else "; improved plans need validate=True")
+        )
     if workers < 0:
         raise PlanError(f"workers: found {workers}, expected 0 or more")
     remote = workers > 0 or ray_address is not None
     with TemporaryDirectory() as temporary:
         folder = WorkFolder(Path(temporary if workdir is None else workdir), task)
         if progress:
-            announce(pipe, task)
-        options: dict[str, Any] = {
-            "budgets": validated_budgets(num_inference_steps),
-            "objective": objective,
-            "progress": progress,
-        }
+            announce(pipe, task, improve * sum(validated_budgets(num_inference_steps)))
+
+        def work(runner: Runner) -> tuple[CachePolicy, Candidates]:
+            graph, facts = measure(
+                runner,
+                task,
+                folder,
+                budgets=validated_budgets(num_inference_steps),
+                objective=objective,
+                progress=progress,
+            )
+            found = moves(graph, aggregation, faithful=faithful)
+            policy = _policy(pipe, task, graph, found, facts, objective, aggregation)
+            tried = _candidates(policy, found)
+            if improve:
+                best = improved(
+                    runner,
+                    task,
+                    folder,
+                    {budget: list(plans.values()) for budget, plans in tried.items()},
+                    improve,
+                    forced=() if facts.switch is None else (facts.switch,),
+                    progress=progress,
+                )
+                for budget, plan in best.items():
+                    if plan not in tried[budget].values():
+                        tried[budget]["improved"] = plan
+            return policy, tried
+
         if remote:
             from vidaccel.lemica.distribute import ray_runner
 
             with ray_runner(pipe, task, max(1, workers), address=ray_address, load=load) as runner:
-                graph, facts = measure(runner, task, folder, **options)
+                policy, tried = work(runner)
         else:
             session = Session(pipe, task)
             try:
-                graph, facts = measure(LocalRunner(session), task, folder, **options)
+                policy, tried = work(LocalRunner(session))
             finally:
                 session.close()
-    found = moves(graph, aggregation, faithful=faithful)
-    policy = _policy(pipe, task, graph, found, facts, objective, aggregation)
     if not validate:
         return policy
     samples = [(prompt, seeds[0]) for prompt in prompts[len(prompts) - held_out :]]
-    return _validated(pipe, policy, found, call, samples, progress)
+    return _validated(pipe, policy, tried, call, samples, progress)
 
 
 def validated_budgets(steps: int) -> list[int]:
@@ -221,18 +261,23 @@ def _stored(plan: Plan, certain: Any = (), chosen_as: str | None = None) -> Stor
     )
 
 
+def _candidates(policy: CachePolicy, found: list[Move]) -> Candidates:
+    """The plans of each validated budget that are worth a run, by name."""
+    steps = policy.num_inference_steps
+    budgets = [b for b in validated_budgets(steps) if str(b) in policy.plans]
+    return {budget: validation.candidates(found, budget, steps) for budget in budgets}
+
+
 def _validated(
     pipe: Any,
     policy: CachePolicy,
-    found: list[Move],
+    tried: Candidates,
     call: dict[str, Any],
     samples: list[tuple[str, int]],
     progress: bool,
 ) -> CachePolicy:
     """The policy with the best candidate of each validated budget, and what all of them gave."""
-    steps = policy.num_inference_steps
-    budgets = [b for b in validated_budgets(steps) if str(b) in policy.plans]
-    tried = {budget: validation.candidates(found, budget, steps) for budget in budgets}
+    budgets = list(tried)
     plans = {f"{b}: {name}": plan for b in budgets for name, plan in tried[b].items()}
     scores, plain_seconds = validation.scores(
         pipe, call, samples, plans, fewer_steps=budgets, progress=progress

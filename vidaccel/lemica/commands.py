@@ -49,6 +49,13 @@ def add_build(commands: Any, add_model_options: AddOptions, load: LoadPipeline) 
     parser.add_argument("--frames", type=at_least(1), help="number of frames")
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--no-validate", action="store_true", help="skip the end-to-end check")
+    parser.add_argument(
+        "--improve",
+        type=at_least(0),
+        default=0,
+        metavar="RUNS",
+        help="so many runs for each validated budget improve its plan by small changes",
+    )
     parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
     parser.add_argument(
         "--workers", type=at_least(0), default=0, help="Ray workers with a pipeline each; 0: here"
@@ -91,6 +98,7 @@ def _build(load: LoadPipeline, arguments: argparse.Namespace) -> None:
         call_kwargs=g.call_arguments(pipe, defaults | given),
         workdir=arguments.workdir,
         validate=not arguments.no_validate,
+        improve=arguments.improve,
         workers=arguments.workers,
         ray_address=arguments.ray_address,
         load=partial(load, model),

@@ -12,13 +12,15 @@ from typing import Any
 
 from vidaccel.errors import BuildError, VidaccelError
 from vidaccel.lemica.calibrate import Errors
+from vidaccel.lemica.improve import Trial
 from vidaccel.lemica.measure import Facts, Session
 from vidaccel.lemica.work import Task, Unit
+from vidaccel.plan import Plan
 
 # How many new workers may take the place of dead ones, for each worker asked for.
 REPLACEMENTS = 2
 
-Job = tuple[int, Unit]
+Job = tuple[int, Any]  # a sample, and a unit or plan
 
 
 class Worker:
@@ -48,6 +50,13 @@ class Worker:
         """As `Session.measure`; an error of the task itself comes back as a value."""
         try:
             return self._session.measure(sample, unit)
+        except VidaccelError as error:
+            return error
+
+    def trial(self, sample: int, plan: Plan) -> float | VidaccelError:
+        """As `Session.trial`; an error of the task itself comes back as a value."""
+        try:
+            return self._session.trial(sample, plan)
         except VidaccelError as error:
             return error
 
@@ -142,6 +151,14 @@ class RayRunner:
             todo, lambda worker, job: worker.measure.remote(*job)
         ):
             yield sample, unit, errors
+
+    def trials(self, todo: Iterable[Trial]) -> Iterator[tuple[Trial, float]]:
+        """Run samples with plans on whichever worker is free.
+
+        Raises:
+            BuildError: all workers died.
+        """
+        yield from self._spread(todo, lambda worker, job: worker.trial.remote(*job))
 
     def _spread(
         self, jobs: Iterable[Job], start: Callable[[Any, Job], Any]

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 
 from vidaccel.lemica.calibrate import Errors, exact_unit, gain_errors
 from vidaccel.lemica.graph import moves, segment_graph
+from vidaccel.lemica.improve import Trial, improving
 from vidaccel.lemica.replay import Replayer
 from vidaccel.lemica.search import solve_moves
 from vidaccel.lemica.work import Task, Unit, WorkFolder
-from vidaccel.plan import Setting
+from vidaccel.plan import Plan, Setting
 
 # More rounds of "lazy" than ever seen; each of them measures at least one new segment.
 LAZY_ROUNDS = 50
@@ -23,10 +24,17 @@ LAZY_ROUNDS = 50
 
 @dataclass(frozen=True)
 class Facts:
-    """What the first generation tells of all of them."""
+    """What the first generation tells of all of them.
+
+    Attributes:
+        setting: of the runs.
+        noise_floor: the error of a replay that reuses nothing.
+        switch: first step of the second transformer of a pipeline that has two.
+    """
 
     setting: Setting
     noise_floor: float
+    switch: int | None
 
 
 class Session:
@@ -41,11 +49,12 @@ class Session:
         self._pipe, self._task = pipe, task
         self._sample: int | None = None
         self._replayer: Replayer | None = None
+        self._finished: dict[int, Replayer] = {}  # know how each sample ends, and little more
 
     def facts(self) -> Facts:
         """The setting of the runs and the error of a replay that reuses nothing."""
         replayer = self._open(0)
-        return Facts(replayer.setting, replayer.noise_floor())
+        return Facts(replayer.setting, replayer.noise_floor(), replayer.reference.switch)
 
     def measure(self, sample: int, unit: Unit) -> Errors:
         """The errors of one unit."""
@@ -56,15 +65,29 @@ class Session:
             return Errors({unit: replayer.error(*unit)})
         return exact_unit(replayer, task.max_skip, unit, lines=task.lines)
 
+    def trial(self, sample: int, plan: Plan) -> float:
+        """The error of one sample run with a plan."""
+        if sample not in self._finished:
+            replayer = self._open(sample)
+            replayer.forget_steps()
+            self._finished[sample], self._replayer = replayer, None
+        return self._finished[sample].error_of(plan)
+
     def close(self) -> None:
         """Leave the pipeline without acceleration."""
+        for replayer in self._finished.values():
+            replayer.__exit__()
+        self._finished.clear()
+        self._leave()
+
+    def _leave(self) -> None:
         if self._replayer is not None:
             self._replayer.__exit__()
         self._sample = self._replayer = None
 
     def _open(self, sample: int) -> Replayer:
         if self._replayer is None or self._sample != sample:
-            self.close()
+            self._leave()
             prompt, seed = self._task.samples()[sample]
             call = {**self._task.call, "prompt": prompt}
             self._replayer = Replayer(self._pipe, call, seed, self._task.metric)
@@ -81,6 +104,9 @@ class Runner(Protocol):
     def run(self, todo: Iterable[tuple[int, Unit]]) -> Iterator[tuple[int, Unit, Errors]]:
         """Measure (sample, unit)s, in any order, each once."""
 
+    def trials(self, todo: Iterable[Trial]) -> Iterator[tuple[Trial, float]]:
+        """Run samples with plans, in any order, each once, and give the errors."""
+
 
 class LocalRunner:
     """Does them here, one after another."""
@@ -94,6 +120,10 @@ class LocalRunner:
     def run(self, todo: Iterable[tuple[int, Unit]]) -> Iterator[tuple[int, Unit, Errors]]:
         for sample, unit in todo:
             yield sample, unit, self._session.measure(sample, unit)
+
+    def trials(self, todo: Iterable[Trial]) -> Iterator[tuple[Trial, float]]:
+        for sample, plan in todo:
+            yield (sample, plan), self._session.trial(sample, plan)
 
 
 def measure(
@@ -159,6 +189,56 @@ def measure(
         return graph, facts
 
 
+def improved(
+    runner: Runner,
+    task: Task,
+    folder: WorkFolder,
+    starts: Mapping[int, Sequence[Plan]],
+    runs: int,
+    *,
+    forced: Collection[int] = (),
+    progress: bool,
+) -> dict[int, Plan]:
+    """The plan of each budget that a local search over whole runs ends at.
+
+    Args:
+        runner: where the runs are made; those of different budgets are made side by side.
+        task, folder: as `measure` takes them; what the shards hold is not run again.
+        starts: budget -> plans to start from.
+        runs: the most for each budget.
+        forced: steps that stay computed.
+        progress: a bar in units of runs.
+    """
+    samples = len(task.samples())
+    searches = {
+        budget: improving(plans, samples, runs, forced=forced, lines=task.lines)
+        for budget, plans in starts.items()
+    }
+    found: dict[int, Plan] = {}
+    asked: dict[int, Trial] = {}
+    with tqdm(total=runs * len(starts), unit="run", desc="improving", disable=not progress) as bar:
+
+        def advance(budget: int, error: float | None) -> None:
+            try:
+                asked[budget] = searches[budget].send(error)  # type: ignore[arg-type]
+            except StopIteration as end:
+                asked.pop(budget, None)
+                found[budget] = end.value
+
+        for budget in starts:
+            advance(budget, None)
+        while asked:
+            known = {trial: folder.load_trial(*trial) for trial in {*asked.values()}}
+            errors = {trial: error for trial, error in known.items() if error is not None}
+            for trial, error in runner.trials(t for t in known if t not in errors):
+                folder.save_trial(*trial, error)
+                errors[trial] = error
+            for budget, trial in list(asked.items()):
+                advance(budget, errors[trial])
+                bar.update()
+    return found
+
+
 def _graph(task: Task, done: dict[int, dict[Unit, Errors]]) -> DiGraph:
     holds: dict[tuple[int, int], list[float]] = defaultdict(list)
     lines: dict[tuple[int, int, int], list[tuple[float, ...]]] = defaultdict(list)
@@ -177,8 +257,14 @@ def _graph(task: Task, done: dict[int, dict[Unit, Errors]]) -> DiGraph:
     return segment_graph(holds, task.num_inference_steps, lines)
 
 
-def announce(pipe: Any, task: Task) -> None:
-    """Say on stderr what a task will cost, from three steps of its first sample."""
+def announce(pipe: Any, task: Task, improving: int = 0) -> None:
+    """Say on stderr what a task will cost, from three steps of its first sample.
+
+    Args:
+        pipe: the pipeline.
+        task: what is measured.
+        improving: the most forwards that improving its plans takes.
+    """
     steps, samples = task.num_inference_steps, task.samples()
     prompt, seed = samples[0]
     call = {**task.call, "prompt": prompt, "num_inference_steps": 3}
@@ -194,6 +280,12 @@ def announce(pipe: Any, task: Task) -> None:
         f"per step; {held / 2**30:.2f} GiB of host memory",
         file=sys.stderr,
     )
+    if improving:
+        print(
+            f"improving the plans: at most {improving:,} forwards, {improving / steps:.0f} "
+            f"generations, {duration(improving * seconds)}",
+            file=sys.stderr,
+        )
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ at its heads. Later runs play its first steps back and compute or reuse only wha
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,6 +128,10 @@ class Replayer:
 
     def __exit__(self, *_: Any) -> None:
         restore(self.pipe)
+
+    def forget_steps(self) -> None:
+        """Keep only what `error_of` a plan needs from its first step on."""
+        self.reference = replace(self.reference, tape=_blank_tape(), inputs={})
 
     def allowed(self, start: int, end: int) -> bool:
         """Whether the segment stays on one side of the switch between two transformers."""
@@ -287,6 +291,12 @@ class Replayer:
             del attributes["encode_prompt"]
             if previous is not None:
                 attributes["encode_prompt"] = previous
+
+
+def _blank_tape() -> Tape:
+    tape = Tape()
+    tape.recording = False
+    return tape
 
 
 @contextmanager

@@ -6,6 +6,7 @@ refused.
 
 import json
 from dataclasses import dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from vidaccel.errors import BuildError, PlanError
 from vidaccel.files import write_text
 from vidaccel.lemica.calibrate import GAIN_INTERVAL, Errors, segments
 from vidaccel.lemica.replay import find_metric
+from vidaccel.plan import Plan
 
 METHODS = ("exact", "gain", "lazy")
 
@@ -153,6 +155,24 @@ class WorkFolder:
         lines = [[*line, row] for line, row in errors.lines.items()]
         self._write(self._file(sample, unit), [*rows, *lines])
 
+    def load_trial(self, sample: int, plan: Plan) -> float | None:
+        """The error of a run with a plan, or None when it is still to be made."""
+        file = self._trial(sample, plan)
+        if not file.exists():
+            return None
+        try:
+            return float(_read(file)["error"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise BuildError(f"cannot read {file} ({error}); remove it and run again") from error
+
+    def save_trial(self, sample: int, plan: Plan, error: float) -> None:
+        """Keep the error of a run with a plan."""
+        self._write(self._trial(sample, plan), {**_parts(plan), "error": error})
+
+    def _trial(self, sample: int, plan: Plan) -> Path:
+        digest = sha256(json.dumps(_parts(plan)).encode()).hexdigest()[:16]
+        return self.path / f"trial-{sample:04d}-{digest}.json"
+
     def _file(self, sample: int, unit: Unit) -> Path:
         ends = unit if isinstance(unit, tuple) else (unit,)
         name = "all" if unit is None else "-".join(f"{end:04d}" for end in ends)
@@ -166,6 +186,10 @@ class WorkFolder:
                 f"cannot write {file}: {error.strerror}; what was measured before is kept, and "
                 "the same command goes on from there"
             ) from error
+
+
+def _parts(plan: Plan) -> dict[str, Any]:
+    return {"steps": plan.steps, "orders": plan.orders, "scales": plan.scales}
 
 
 def _read(file: Path) -> Any:
