@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -256,7 +256,8 @@ _SIMPLE = ("evenly spaced", "dense start", "fewer")
 def figure(result: Record, path: Path) -> None:
     """Draw the curves of a result of `vidaccel.quality.quality`, one line per method.
 
-    The layouts of a block cache (F1B0, F2B2, ...) share a line, the best of all of them.
+    The layouts of a block cache (F1B0, F2B2, ...) share a line, the best of all of them. Left out
+    are methods of one point, and sparse attention, whose tables tell density instead.
 
     Args:
         result: with "points" and "settings".
@@ -273,13 +274,14 @@ def figure(result: Record, path: Path) -> None:
             'a figure needs matplotlib: pip install "vidaccel[bench]"'
         ) from error
     panels = {"psnr": "PSNR, mean of the prompts (dB)", "worst_psnr": "PSNR, worst prompt (dB)"}
-    points = result["points"]
+    points = [point for point in result["points"] if point.get("density") is None]
     if all(point["lpips"] is not None for point in points):
         panels["lpips"] = "LPIPS, mean (lower is closer)"
     picture = Figure(figsize=(5.2 * len(panels) + 2.6, 5.2), layout="constrained")
     FigureCanvasAgg(picture)
     axes = picture.subplots(1, len(panels), squeeze=False)[0]
-    methods = list(dict.fromkeys(_family(point["method"]) for point in points))
+    counts = Counter(_family(point["method"]) for point in points)
+    methods = [method for method, count in counts.items() if count > 1]
     # The curves that matter most are drawn last, on top.
     methods.sort(key=lambda method: (method.startswith(_OURS), method))
     for axis, (metric, label) in zip(axes, panels.items(), strict=True):
