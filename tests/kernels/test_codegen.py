@@ -25,7 +25,7 @@ def result(tmp_path_factory):
 
 def test_nothing_spills_and_the_fast_units_are_used(result):
     assert codegen.problems(result) == []
-    expected = {"attend", "add_means", "assign", "prepare", "update", "move"}
+    expected = {"attend", "add_means", "mass", "assign", "prepare", "update", "move"}
     assert {row["kernel"] for row in result} == expected
     for row in result:
         assert row["spills"] == 0 and row["stack_bytes"] == 0
