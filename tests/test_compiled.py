@@ -28,8 +28,15 @@ CACHE = {
 SPARSE = {
     "policy": Plan((0, 1, 4), STEPS),
     "cache": None,
+    # Clusters and the selection of blocks are kept for the next step.
     "attention": SVG2(
-        top_p=0.5, query_clusters=2, key_clusters=3, min_tokens=0, dense_steps=0, dense_layers=0
+        top_p=0.5,
+        query_clusters=2,
+        key_clusters=3,
+        min_tokens=0,
+        dense_steps=0,
+        dense_layers=0,
+        recluster_every=2,
     ),
 }
 SETTINGS = {"plan": PLAN, "cache": CACHE, "sparse": SPARSE}
