@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.quantizers.torchao import TorchAoHfQuantizer
 from tiny.base import STEPS, Case
+from tiny.setups import compiled, leaf_offload, lora
 from tiny.wan import wan, wan_transformer
 
 from vidaccel import SVG2, DBCache, Plan, accelerate, report, restore
@@ -99,6 +100,9 @@ def llm_int8(folder: Path, patch: pytest.MonkeyPatch) -> Any:
     return bitsandbytes(folder, patch, load_in_8bit=True)
 
 
+LOADS = (gguf, int8, float8, nf4, llm_int8)
+
+
 def whole() -> Any:
     """Widths that are whole blocks of 64, which the formats ask for."""
     return wan_transformer(attention_head_dim=32, ffn_dim=64)
@@ -120,7 +124,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("load", [gguf, int8, float8, nf4, llm_int8], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("load", LOADS, ids=lambda load: load.__name__)
 def test_quantised_weights_change_nothing_but_the_weights(
     load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -146,6 +150,27 @@ def test_quantised_weights_change_nothing_but_the_weights(
         json.dumps(report(quantised.pipe).to_dict())
     restore(quantised.pipe)
     assert torch.equal(quantised.run(), baseline)
+
+
+@pytest.mark.parametrize("setups", [(lora, compiled), (leaf_offload,)], ids=["compiled", "offload"])
+@pytest.mark.parametrize("load", LOADS, ids=lambda load: load.__name__)
+def test_accelerate_stands_anywhere_among_setups_of_a_quantised_transformer(
+    load: Load, setups: tuple[Any, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And compiled blocks are compiled once."""
+    outputs = []
+    for place in (0, len(setups)):
+        made = case(load(folder, monkeypatch))
+        for setup in setups[:place]:
+            setup(made.pipe)
+        accelerate(made.pipe, policy=None, cache=CACHE)
+        for setup in setups[place:]:
+            setup(made.pipe)
+        outputs.append(made.run())
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            outputs.append(made.run())
+        assert report(made.pipe).transformers[0].timeline == "CppCpp"
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 @pytest.mark.parametrize("config", [INT8, FLOAT8])
