@@ -69,7 +69,8 @@ def block_sparse_attention(
     k = k.contiguous()
     keys: Tensor | Int8Keys = k
     if int8_qk:
-        keys = quantise_keys(k, k_offsets, shift_clusters or selection.num_keys)
+        sampled = selection.num_keys if shift_clusters is None else shift_clusters
+        keys = quantise_keys(k, k_offsets, sampled)
     rows = selection.num_queries if compensated_rows is None else compensated_rows
     schedule_of(selection, q_offsets, k_offsets, schedule, rows)
     return attend(
