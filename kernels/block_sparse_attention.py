@@ -3,6 +3,7 @@
 One program per tile of queries. It reads its queries through the sorted order and writes its
 output back through it, walks the full tiles of keys without a mask, then the tiles made of
 pieces. Compensation is a second kernel that adds the means of the clusters that were not selected.
+With keys in int8 (see `quantise`) scores are products of whole numbers; all else stays as it is.
 """
 
 from __future__ import annotations
@@ -264,7 +265,11 @@ def _attend(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of queries. Scores are in powers of two: `scale` holds log2(e)."""
+    """One tile of queries. Scores are in powers of two: `scale` holds log2(e).
+
+    With INT8 the queries are rounded here, and a score is a product of whole numbers times the
+    scales of its query and its key.
+    """
     # Tiles of one head run together, so that its keys and values stay in the L2 cache.
     group = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles

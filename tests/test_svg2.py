@@ -244,6 +244,17 @@ def test_int8_scores_go_with_plans_caches_and_padding(reuse):
     assert torch.equal(*outs) and outs[0].isfinite().all()
 
 
+def test_int8_scores_in_compiled_blocks_are_those_in_eager_ones():
+    config = SVG2(top_p=0.5, int8_qk=True, **SMALL, **ALWAYS)
+    eager, case = attend(wan(), config), attend(wan(), config)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    case.pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(case.run(**SIZE), eager.run(**SIZE), rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 # Which calls are sparse.
 
 
