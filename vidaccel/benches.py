@@ -183,6 +183,9 @@ def add_attention(benches: Any, add_model_options: AddOptions, load: LoadPipelin
     attention.add_argument(
         "--top-p", type=shares, default="0.5,0.7,0.9", help="masses to keep, separated by commas"
     )
+    attention.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="measure these alone, without single changes"
+    )
     attention.add_argument("--partial", type=Path, help="keep what is measured, to go on from it")
     attention.add_argument("--figure", type=Path, help="draw it there; needs matplotlib")
     attention.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
@@ -203,6 +206,8 @@ def _attention(load: LoadPipeline, arguments: argparse.Namespace) -> None:
         {**g.EMBEDDED_CALL, "num_inference_steps": arguments.steps},
         prompts=read_prompts(arguments.prompts) if arguments.prompts else bench.PROMPTS,
         top_ps=arguments.top_p,
+        methods=arguments.methods,
+        changes_at=0.7 if arguments.methods is None else None,
         partial=arguments.partial,
     )
     result["settings"] |= {"model": "tiny-wan"}
