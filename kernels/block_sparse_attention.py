@@ -3,6 +3,7 @@
 One program per tile of queries. It reads its queries through the sorted order and writes its
 output back through it, walks the full tiles of keys without a mask, then the tiles made of
 pieces. Compensation is a second kernel that adds the means of the clusters that were not selected.
+With keys in int8 (see `quantise`) scores are products of whole numbers; all else stays as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import Impl, Selection, check_integers, check_like, resolve
 from vidaccel.kernels.kmeans import padded, rows_contiguous
+from vidaccel.kernels.quantise import Int8Keys, quantise_keys, to_int8
 from vidaccel.kernels.schedule import Schedule, schedule_of
 
 
@@ -33,6 +35,8 @@ def block_sparse_attention(
     k_means: Tensor | None = None,
     v_means: Tensor | None = None,
     compensated_rows: int | None = None,
+    int8_qk: bool = False,
+    shift_clusters: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_sparse_attention`, which this equals up to rounding."""
@@ -49,6 +53,8 @@ def block_sparse_attention(
             k_means=k_means,
             v_means=v_means,
             compensated_rows=compensated_rows,
+            int8_qk=int8_qk,
+            shift_clusters=shift_clusters,
         )
     reference.check_attention(
         q, k, v, q_offsets, k_offsets, selection, k_means, v_means, reference=False
@@ -59,13 +65,18 @@ def block_sparse_attention(
     q_offsets, k_offsets = q_offsets.contiguous(), k_offsets.contiguous()
     schedule = new_schedule(
         q, k.shape[2], selection.num_queries, selection.num_keys,
-        None if k_means is None else k_means.shape[2],
+        None if k_means is None else k_means.shape[2], int8_qk,
     )  # fmt: skip
+    k = k.contiguous()
+    keys: Tensor | Int8Keys = k
+    if int8_qk:
+        sampled = selection.num_keys if shift_clusters is None else shift_clusters
+        keys = quantise_keys(k, k_offsets, sampled)
     rows = selection.num_queries if compensated_rows is None else compensated_rows
     schedule_of(selection, q_offsets, k_offsets, schedule, rows)
     return attend(
         q,
-        k.contiguous(),
+        keys,
         v.contiguous(),
         q_offsets,
         k_offsets,
@@ -78,11 +89,11 @@ def block_sparse_attention(
 
 
 def new_schedule(
-    q: Tensor, tokens_k: int, names_q: int, names_k: int, means: int | None
+    q: Tensor, tokens_k: int, names_q: int, names_k: int, means: int | None, int8_qk: bool = False
 ) -> Schedule:
     """Room for the schedule of queries q [B, H, S, D]; the arguments are those of Schedule."""
     batch, heads, tokens, width = q.shape
-    config = attention_config(width, q.dtype, chip(q.device))
+    config = attention_config(width, q.dtype, chip(q.device), int8_qk)
     return Schedule.empty(
         batch,
         heads,
@@ -99,7 +110,7 @@ def new_schedule(
 
 def attend(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | Int8Keys,
     v: Tensor,
     q_offsets: Tensor,
     k_offsets: Tensor,
@@ -110,7 +121,10 @@ def attend(
     k_means: Tensor | None = None,
     v_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Work off a schedule: one launch. k, v and the means are contiguous; see the reference."""
+    """Work off a schedule: one launch, two with means. k and v are contiguous; see the reference.
+
+    With int8 keys each program rounds its queries when it has read them.
+    """
     q = rows_contiguous(q)
     batch, heads, tokens, width = q.shape
     names_q, names_k = q_offsets.shape[2] - 1, k_offsets.shape[2] - 1
@@ -120,7 +134,9 @@ def attend(
     grid = (tiles * batch * heads,)
     factor = scale * 1.4426950408889634
     order = schedule.table if q_order is None else q_order
-    tensors = (q, k, v, out, lse, *q.stride()[:3], *out.stride()[:3], order, q_offsets)
+    int8 = isinstance(k, Int8Keys)
+    keys, k_scale, k_shift = (k.values, k.scale, k.shift) if int8 else (k, lse, lse)
+    tensors = (q, keys, v, out, lse, *q.stride()[:3], *out.stride()[:3], order, q_offsets)
     shape = {"ORDERED": q_order is not None, "D": width, "DP": padded(width)}
     _attend[grid](
         *tensors,
@@ -128,17 +144,20 @@ def attend(
         schedule.pieces,
         schedule.lengths,
         schedule.table,
+        k_scale,
+        k_shift,
         factor,
         heads,
         tokens,
-        k.shape[2],
+        v.shape[2],
         names_q,
         schedule.full.shape[-1],
         schedule.pieces.shape[-1],
         tiles,
+        INT8=int8,
         PIECE=schedule.piece,
         **shape,
-        **attention_config(width, q.dtype, chip(q.device)),
+        **attention_config(width, q.dtype, chip(q.device), int8),
     )
     if k_means is not None and v_means is not None:
         k_means, v_means = k_means.to(q.dtype).contiguous(), v_means.to(q.dtype).contiguous()
@@ -163,14 +182,18 @@ def attend(
     return out, lse
 
 
-def attention_config(width: int, dtype: torch.dtype, chip: int) -> dict[str, Any]:
+def attention_config(
+    width: int, dtype: torch.dtype, chip: int, int8_qk: bool = False
+) -> dict[str, Any]:
     """Tile of queries, tile of keys, warps and pipeline stages.
 
     Chips with wgmma or tcgen05 take a tile of 128 queries: it halves what a smaller one would
     read from the L2 cache. The others run out of registers with it.
     """
     if dtype == torch.float32:
-        return _tiles(32, 16, 8, 1)  # products without tensor cores, in full precision
+        # Products without tensor cores, in full precision; that of int8 leaves 8 warps of width 64
+        # just short of registers.
+        return _tiles(32, 16, 4 if int8_qk and width == 64 else 8, 1)
     if chip not in (90, 100):
         return _tiles(64, 32, 4, 2)
     return _tiles(128, 64, 4, 3) if width == 64 else _tiles(128, 128, 8, 2)
@@ -223,6 +246,8 @@ def _attend(
     pieces,
     lengths,
     table,
+    k_scale,
+    k_shift,
     scale,
     heads,
     tokens,
@@ -232,6 +257,7 @@ def _attend(
     piece_room,
     tiles,
     ORDERED: tl.constexpr,
+    INT8: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     PIECE: tl.constexpr,
@@ -239,7 +265,11 @@ def _attend(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of queries. Scores are in powers of two: `scale` holds log2(e)."""
+    """One tile of queries. Scores are in powers of two: `scale` holds log2(e).
+
+    With INT8 the queries are rounded here, and a score is a product of whole numbers times the
+    scales of its query and its key.
+    """
     # Tiles of one head run together, so that its keys and values stay in the L2 cache.
     group = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -264,6 +294,17 @@ def _attend(
             mask=inside,
             other=0.0,
         )
+        common = 0.0  # what the shift of the keys took from every score
+        each = scale  # of a row: from a score to powers of two
+        slope = scale
+        if INT8:
+            wide = rows.to(tl.float32)
+            shift = tl.load(k_shift + group * D + column, mask=column < D, other=0.0)
+            common = tl.sum(wide * shift[None, :], 1) * scale
+            rows, step = to_int8(wide)
+            each = step * scale
+            slope = each[:, None]
+            k_scale += group * tokens_k
         k += group * tokens_k * D
         v += group * tokens_k * D
         lane = tl.arange(0, KEYS)
@@ -285,8 +326,10 @@ def _attend(
                     k + key[None, :] * D + column[:, None], mask=(column < D)[:, None], other=0.0
                 )
             score = tl.dot(rows, kt, input_precision=PRECISION)
-            higher = tl.maximum(top, tl.max(score, 1) * scale)
-            weight = tl.exp2(score * scale - higher[:, None])
+            if INT8:
+                score = score.to(tl.float32) * tl.load(k_scale + key)[None, :]
+            higher = tl.maximum(top, tl.max(score, 1) * each)
+            weight = tl.exp2(score * slope - higher[:, None])
             fade = tl.exp2(top - higher)
             total = total * fade + tl.sum(weight, 1)
             mixed = mixed * fade[:, None]
@@ -308,8 +351,10 @@ def _attend(
                 mask=seen[None, :] & (column < D)[:, None],
                 other=0.0,
             )
-            score = tl.dot(rows, kt, input_precision=PRECISION) * scale
-            score = tl.where(seen[None, :], score, float("-inf"))
+            score = tl.dot(rows, kt, input_precision=PRECISION)
+            if INT8:
+                score = score.to(tl.float32) * tl.load(k_scale + key, mask=seen, other=0.0)[None, :]
+            score = tl.where(seen[None, :], score * slope, float("-inf"))
             higher = tl.maximum(top, tl.max(score, 1))
             weight = tl.exp2(score - higher[:, None])
             fade = tl.exp2(top - higher)
@@ -333,7 +378,8 @@ def _attend(
             mixed.to(out.dtype.element_ty),
             mask=inside,
         )
-        tl.store(lse + group * tokens + row, (top + tl.log2(total)) * 0.6931471805599453, mask=mine)
+        top += tl.log2(total) + common
+        tl.store(lse + group * tokens + row, top * 0.6931471805599453, mask=mine)
 
 
 @triton.jit(do_not_specialize=["scale", "heads", "tokens", "names_q", "names_k", "means", "tiles"])

@@ -26,6 +26,7 @@ from vidaccel.kernels.common import (
     check_like,
     resolve,
 )
+from vidaccel.kernels.quantise import Int8Keys, sampled_mean, to_int8
 from vidaccel.kernels.sort import CHUNK, Order, rank_and_scan
 
 PREPARE = {"ROWS": 16, "ZEROS": 1024, "num_warps": 4}
@@ -51,6 +52,23 @@ def kmeans(
     if iters == 0:
         rounds.assign()
     return rounds.centroids(0), rounds.order.labels(0), rounds.order.offsets(0).diff()
+
+
+@dataclass
+class Gathered:
+    """What the last update writes on its way: keys and values in sorted order.
+
+    Attributes:
+        values: v [B, H, S, D], to be sorted.
+        k: [B, H, S, D], the rows of side 1, or these in 8 bits.
+        v: [B, H, S, D], the values.
+        v_means: [B, H, K, D] fp32, their mean in each cluster.
+    """
+
+    values: Tensor
+    k: Tensor | Int8Keys
+    v: Tensor
+    v_means: Tensor
 
 
 @dataclass
@@ -169,14 +187,11 @@ class Rounds:
         )
         rank_and_scan(self.order)
 
-    def update(
-        self, permuted: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, again: bool = True
-    ) -> None:
+    def update(self, gathered: Gathered | None = None, again: bool = True) -> None:
         """Move every centroid to the mean of its tokens.
 
         Args:
-            permuted: values v [B, H, S, D], and where to write the rows of side 1 and of v in
-                sorted order and the means of v [B, H, K, D] fp32, in the same pass.
+            gathered: where to write keys and values in sorted order, in the same pass.
             again: whether another round follows: clears the histograms for it.
         """
         gather_means(
@@ -186,7 +201,7 @@ class Rounds:
             self.means,
             self.rounded,
             self.half,
-            permuted=permuted,
+            gathered=gathered,
             clear=again,
         )
 
@@ -199,7 +214,7 @@ def gather_means(
     rounded: Tensor | None = None,
     half: Tensor | None = None,
     *,
-    permuted: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    gathered: Gathered | None = None,
     clear: bool = False,
 ) -> None:
     """Means of every cluster of every side, one program each; see `Rounds.update`.
@@ -209,7 +224,10 @@ def gather_means(
     x, y = xs[0], xs[-1]
     batch, heads, tokens, width = x.shape
     extra = order.counts[0] - counts[0]
-    v, y_out, v_out, v_means = permuted or (y, y, y, means)
+    to = gathered or Gathered(y, y, y, means)
+    v, k = to.values, to.k
+    int8 = isinstance(k, Int8Keys)
+    y_out, y_scale, y_shift = (k.values, k.scale, k.shift) if int8 else (k, means, means)
     programs = sum(order.counts)
     size = order.histogram.numel()
     _update[(programs, batch * heads)](
@@ -225,8 +243,10 @@ def gather_means(
         means if rounded is None else rounded,
         means if half is None else half,
         y_out,
-        v_out,
-        v_means,
+        y_scale,
+        y_shift,
+        to.v,
+        to.v_means,
         order.histogram,
         size if clear else 0,
         triton.cdiv(size, programs * batch * heads),
@@ -237,11 +257,12 @@ def gather_means(
         clusters1=counts[-1],
         extra=extra,
         sides=len(xs),
-        PERMUTE=permuted is not None,
+        PERMUTE=gathered is not None,
+        INT8=int8,
         ROUND=rounded is not None,
         D=width,
         DP=padded(width),
-        **update_config(width),
+        **update_config(width, int8),
     )
 
 
@@ -255,12 +276,15 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def update_config(width: int) -> dict[str, int]:
+def update_config(width: int, int8: bool = False) -> dict[str, int]:
     """Tile sizes of the means: tokens, counts cleared at a time, warps.
 
     The compiler holds a kernel that nearly fits 64 registers down to 64 and spills, as it does
-    with 4 warps at width 64; with 8 every thread reads 16 bytes of a bfloat16 tile.
+    with 4 warps at width 64; with 8 every thread reads 16 bytes of a bfloat16 tile. Rounding keys
+    takes more registers: half the tile leaves room for as many warps as without.
     """
+    if int8:
+        return {"ROWS": 16, "ZEROS": 256, "num_warps": 4}
     return {"ROWS": 32, "ZEROS": 256, "num_warps": 8 if width == 64 else 4}
 
 
@@ -437,6 +461,8 @@ def _update(
     rounded,
     half,
     x1_out,
+    x1_scale,
+    x1_shift,
     v_out,
     v_means,
     histogram,
@@ -450,13 +476,17 @@ def _update(
     extra,
     sides,
     PERMUTE: tl.constexpr,
+    INT8: tl.constexpr,
     ROUND: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     ROWS: tl.constexpr,
     ZEROS: tl.constexpr,
 ):
-    """The mean of one cluster; with PERMUTE, side 1 and v are written in sorted order as well."""
+    """The mean of one cluster; with PERMUTE, side 1 and v are written in sorted order as well.
+
+    With INT8 side 1 is written in 8 bits, as `quantise_keys` does.
+    """
     name = tl.program_id(0)
     which = tl.program_id(1)
     _clear(
@@ -496,6 +526,13 @@ def _update(
     total = tl.zeros([ROWS, DP], tl.float32)
     total_v = tl.zeros([ROWS, DP], tl.float32)
     copy = PERMUTE and (second or sides == 1)
+    if INT8:
+        shift = tl.zeros([DP], tl.float32)
+        if copy:
+            sampled = tl.load(offsets + clusters)  # of these tokens
+            shift = sampled_mean(x, row_stride, orders, sampled, True, D, DP, ROWS)
+            if cluster == 0:
+                tl.store(x1_shift + wide * D + column, shift, mask=inside)
     for at in range(begin, end, ROWS):
         sorted_row = at + tl.arange(0, ROWS)
         mine = sorted_row < end
@@ -506,7 +543,12 @@ def _update(
         if PERMUTE:  # noqa: SIM102 (known when compiling)
             if copy:
                 out = (wide * tokens + sorted_row.to(tl.int64))[:, None] * D + column[None, :]
-                tl.store(x1_out + out, tile, mask=both)
+                if INT8:
+                    whole, step = to_int8(tile.to(tl.float32) - shift[None, :])
+                    tl.store(x1_out + out, whole, mask=both)
+                    tl.store(x1_scale + wide * tokens + sorted_row, step, mask=mine)
+                else:
+                    tl.store(x1_out + out, tile, mask=both)
                 values = tl.load(
                     v
                     + batch * batch_stride2

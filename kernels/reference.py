@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from vidaccel.kernels.common import (
     KernelError,
     Selection,
@@ -21,6 +22,8 @@ from vidaccel.kernels.common import (
 )
 
 _CHUNK = 1 << 24  # scores held at a time
+SAMPLES = 64  # keys whose mean stands for the mean of all
+LEAST = 1e-30  # a row without a larger element is rounded to zeros
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -131,7 +134,7 @@ def sort_by_label(labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
     check_integers("labels", labels, 3)
     order = torch.sort(labels, dim=-1, stable=True).indices.int()
     ends = cluster_counts(labels, num_labels).cumsum(-1).int()
-    return order, torch.nn.functional.pad(ends, (1, 0))
+    return order, pad(ends, (1, 0))
 
 
 def permute(x: Tensor, order: Tensor) -> Tensor:
@@ -238,7 +241,7 @@ def selection_from_mask(mask: Tensor, k_counts: Tensor) -> Selection:
     """
     batch, heads, rows, columns = mask.shape
     flat = mask.reshape(batch, heads, rows * columns)
-    indptr = torch.nn.functional.pad(mask.sum(-1).cumsum(-1), (1, 0)).int()
+    indptr = pad(mask.sum(-1).cumsum(-1), (1, 0)).int()
     place = torch.where(flat, flat.cumsum(-1) - 1, rows * columns)
     column = torch.arange(columns, dtype=torch.int32, device=mask.device).repeat(rows)
     indices = torch.full(
@@ -262,11 +265,18 @@ def block_sparse_attention(
     k_means: Tensor | None = None,
     v_means: Tensor | None = None,
     compensated_rows: int | None = None,
+    int8_qk: bool = False,
+    shift_clusters: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query cluster to its selected key clusters only.
 
     With `k_means` and `v_means`, the clusters that are not selected still count, each as one key:
     the mean of its keys, weighted by its size, with the mean of its values.
+
+    With `int8_qk` the scores are those of rounded queries and keys: `to_int8` of each query and of
+    each key less `key_shift`. Weights, values and the means of clusters are as exact as without,
+    and lse is that of the keys themselves. A query or a key that holds NaN or infinity makes NaN
+    of what sees it.
 
     Args:
         q: [B, H, Sq, D], sorted by cluster; with `q_order`, in its own order.
@@ -278,6 +288,9 @@ def block_sparse_attention(
         q_order: [B, H, Sq] int32, place -> token; out and lse then have the order of q.
         k_means, v_means: [B, H, M, D], for the first M of the Kc clusters.
         compensated_rows: only the first so many query clusters use the means; all if left out.
+        int8_qk: round queries and keys to 8 bits.
+        shift_clusters: only the first so many key clusters are sampled for the shift, so that it
+            does not depend on others, such as padding; all if left out.
 
     Returns:
         out [B, H, Sq, D] in the dtype of q, lse [B, H, Sq] fp32 (or float64). A query that nothing
@@ -299,6 +312,8 @@ def block_sparse_attention(
             k_means=k_means,
             v_means=v_means,
             compensated_rows=compensated_rows,
+            int8_qk=int8_qk,
+            shift_clusters=shift_clusters,
         )
         return unpermute(out, q_order), unpermute(lse[..., None], q_order)[..., 0]
     kind = _accumulator(q)
@@ -308,14 +323,21 @@ def block_sparse_attention(
     # What is added to a score, by query cluster and key: 0, or -inf where it is hidden.
     bias = torch.where(mask, 0.0, -math.inf).to(kind)
     bias = bias.gather(3, k_label[:, :, None, :].expand(*mask.shape[:3], -1))
-    keys, values = k.to(kind).transpose(-1, -2), v.to(kind)
+    queries, keys, values = q.to(kind), k.to(kind), v.to(kind)
+    if int8_qk:
+        # Side by side: rounded queries meet rounded keys, queries meet the shift and the means.
+        shift = key_shift(k, k_offsets, shift_clusters)[:, :, None]
+        queries = torch.cat([_rounded(queries), queries], -1)
+        keys = torch.cat([_rounded(keys - shift), shift.expand_as(keys)], -1)
+    keys = keys.transpose(-1, -2)
     if k_means is not None and v_means is not None:
         count = k_means.shape[2]
         sizes = k_offsets.diff()[..., None, :count]
         use = ~mask[..., :count] & (sizes > 0)
         use[:, :, compensated_rows:] &= compensated_rows is None
         bias = torch.cat([bias, torch.where(use, sizes.to(kind).log(), -math.inf)], -1)
-        keys = torch.cat([keys, k_means.to(kind).transpose(-1, -2)], -1)
+        means = pad(k_means.to(kind), (queries.shape[3] - k_means.shape[3], 0))
+        keys = torch.cat([keys, means.transpose(-1, -2)], -1)
         values = torch.cat([values, v_means.to(kind)], 2)
     hostile = not bool(values.isfinite().all() & keys.isfinite().all())
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -324,8 +346,8 @@ def block_sparse_attention(
     for start in range(0, q.shape[2], step):
         rows = slice(start, start + step)
         label = q_label[:, :, rows, None]
-        added = bias.gather(2, label.expand(*label.shape[:3], bias.shape[3]))
-        scores = (q[:, :, rows].to(kind) * scale) @ keys
+        added = bias.gather(2, label.expand(*label.shape[:3], keys.shape[3]))
+        scores = (queries[:, :, rows] * scale) @ keys
         if hostile:  # hidden NaN and infinity must not show
             scores.masked_fill_(added == -math.inf, 0.0)
         scores += added
@@ -342,6 +364,65 @@ def block_sparse_attention(
             mixed = torch.where(reached, math.nan, torch.where(total == 0, 0.0, mixed))
         out[:, :, rows] = mixed.to(q.dtype)
     return out, lse
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as whole numbers from -127 to 127 and what one of them stands for.
+
+    The scale of a row is its largest size over 127; numbers are rounded to the nearest, halves
+    up. A row that holds NaN or infinity has the scale NaN.
+
+    Args:
+        x: [..., D] fp32 or float64.
+
+    Returns:
+        The numbers [..., D] in the dtype of x, and the scale [..., 1]: their product is near x.
+    """
+    size = x.abs()
+    largest = torch.where(size < math.inf, size, math.inf).amax(-1, keepdim=True)
+    # A number over a tensor would be its reciprocal times the number, which rounds twice.
+    levels = torch.full_like(largest, 127.0) / largest
+    x = x * torch.where(largest > LEAST, levels, 0.0)
+    whole = x.floor()
+    whole = (whole + (x >= whole + 0.5)).clamp(-127, 127).nan_to_num(0.0)
+    return whole, torch.where(largest < math.inf, largest * (1 / 127), math.nan)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """The nearest that int8 can say."""
+    whole, scale = to_int8(x)
+    return whole * scale
+
+
+def key_shift(k: Tensor, k_offsets: Tensor, clusters: int | None = None) -> Tensor:
+    """What is taken from every key before rounding: the mean of a sample of the keys.
+
+    Any vector would do, since the softmax does not see what one and the same vector adds to all
+    keys; it should only be near their mean. So 64 of them are enough, spread evenly over the
+    sorted keys and thereby over the clusters, and a program that rounds a few keys can find it
+    alone, without waiting for a pass over all. An element that is not finite counts as zero. The
+    mean is rounded to bfloat16, so that the order of its sum does not reach the keys.
+
+    Args:
+        k: [B, H, S, D], sorted by cluster.
+        k_offsets: [B, H, K + 1] int32.
+        clusters: only the first so many are sampled; all if left out.
+
+    Returns:
+        [B, H, D] in fp32 (or float64).
+
+    Raises:
+        KernelError: there are fewer clusters.
+    """
+    known = k_offsets.shape[2] - 1
+    clusters = known if clusters is None else clusters
+    if not 1 <= clusters <= known:
+        raise KernelError(f"shift_clusters must be from 1 to {known}, found {clusters}")
+    count = k_offsets[..., clusters, None].long()
+    place = torch.arange(SAMPLES, device=k.device) * count // SAMPLES
+    taken = k.gather(2, place[..., None].expand(*place.shape, k.shape[3])).to(_accumulator(k))
+    taken = torch.where(taken.isfinite() & (count > 0)[..., None], taken, 0.0)
+    return (taken * (1 / SAMPLES)).sum(2).bfloat16().to(taken.dtype)
 
 
 def _labels_of(offsets: Tensor, tokens: int) -> Tensor:

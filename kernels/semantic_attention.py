@@ -41,6 +41,7 @@ class SemanticConfig:
         per_query_mass: select by the mean over each query's own mass, not by query centroids.
         compensate: let each cluster that is not selected count as one key, its mean.
         query_metric: cluster keys by how far apart queries see them.
+        int8_qk: scores from queries and keys in 8 bits.
         scale: factor on the scores, 1/sqrt(D) if left out.
 
     Raises:
@@ -58,6 +59,7 @@ class SemanticConfig:
     per_query_mass: bool = False
     compensate: bool = False
     query_metric: bool = False
+    int8_qk: bool = False
     scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -330,6 +332,8 @@ def _attend(
         k_means=k_means if config.compensate else None,
         v_means=v_means,
         compensated_rows=config.query_clusters,
+        int8_qk=config.int8_qk,
+        shift_clusters=columns,
     )
     state.ended("attention")
     return out

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 from vidaccel.kernels import block_sparse_attention as attention
-from vidaccel.kernels import fused, kmeans, permute, schedule, select, sort
+from vidaccel.kernels import fused, kmeans, permute, quantise, schedule, select, sort
 from vidaccel.kernels.common import HEAD_DIMS
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -101,10 +101,13 @@ def shipped(chip: int) -> Iterator[Shipped]:
 def _attend(width: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped]:
     ints = ("order", "q_offsets", "k_offsets", "full", "pieces", "lengths", "table")
     types = dict.fromkeys(ints, "i32") | {"lse": "fp32", "unseen": "i8"}
-    main = attention.attention_config(width, dtype, chip)
+    types |= dict.fromkeys(("k_scale", "k_shift"), "fp32")
+    main, int8 = (attention.attention_config(width, dtype, chip, int8) for int8 in (False, True))
     means = attention.means_config(width, dtype, main["ROWS"])
+    both = {"PIECE": schedule.PIECE}
     for name, function, config in (
-        ("attend", attention._attend, {"PIECE": schedule.PIECE, **main}),
+        ("attend", attention._attend, {"INT8": False, **both, **main}),
+        ("attend_int8", attention._attend, {"INT8": True, **both, **int8}),
         ("add_means", attention._add_means, means),
     ):
         yield _made(
@@ -112,7 +115,7 @@ def _attend(width: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped]:
             function,
             width,
             dtype,
-            pointers=types,
+            pointers=types | ({"k": "i8"} if name == "attend_int8" else {}),
             floats=("scale",),
             config={"ORDERED": True, **config},
             matrix=True,
@@ -131,17 +134,28 @@ def _attend(width: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped]:
 
 def _clustering(width: int, dtype: torch.dtype) -> Iterator[Shipped]:
     types = dict.fromkeys(("first0", "first1", "means", "half", "v_means"), "fp32")
-    types |= dict.fromkeys(("histogram", "order", "offset", "label"), "i32") | {"text_mask": "i8"}
+    types |= dict.fromkeys(("x1_scale", "x1_shift", "scale", "shift"), "fp32")
+    types |= dict.fromkeys(("histogram", "order", "offset", "label", "k_offsets"), "i32")
+    types |= {"text_mask": "i8"}
     assign = {"MASKED": True, "CHUNK": sort.CHUNK, **kmeans.assign_config(dtype)}
-    update = {"PERMUTE": True, "ROUND": True, **kmeans.update_config(width)}
-    for name, function, config in (
-        ("assign", kmeans._assign, assign),
-        ("prepare", kmeans._prepare, kmeans.PREPARE),
-        ("update", kmeans._update, update),
-        ("move", permute._move, {"SCATTER": True, **permute.MOVE}),
+    update = {"PERMUTE": True, "ROUND": True}
+    int8 = {"x1_out": "i8", "values": "i8"}
+    for name, function, config, more in (
+        ("assign", kmeans._assign, assign, {}),
+        ("prepare", kmeans._prepare, kmeans.PREPARE, {}),
+        ("update", kmeans._update, {"INT8": False, **update, **kmeans.update_config(width)}, {}),
+        (
+            "update_int8",
+            kmeans._update,
+            {"INT8": True, **update, **kmeans.update_config(width, True)},
+            int8,
+        ),
+        ("quantise", quantise._quantise, quantise.QUANTISE, int8),
+        ("move", permute._move, {"SCATTER": True, **permute.MOVE}, {}),
     ):
         matrix = name == "assign"
-        yield _made(name, function, width, dtype, pointers=types, config=config, matrix=matrix)
+        pointers = types | more
+        yield _made(name, function, width, dtype, pointers=pointers, config=config, matrix=matrix)
 
 
 def _made(

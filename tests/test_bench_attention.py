@@ -15,7 +15,7 @@ from vidaccel.cli import main
 from vidaccel.errors import BenchError
 
 PROMPTS = ["a", "bb"]
-FEW = ("svg2", "averaging, compensation", "fixed blocks", "random")
+FEW = ("svg2", "averaging, compensation", "fixed blocks", "random", "int8 QK")
 
 
 @pytest.fixture
@@ -92,11 +92,27 @@ def test_the_figure_is_drawn(prompted, few, tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_some_methods_and_what_rounding_costs(prompted, few, tmp_path):
+    options = {"prompts": PROMPTS[:1], "top_ps": (0.3,), "changes_at": None}
+    names = ["svg2", "int8 QK"]
+    plain, rounded = run(prompted, methods=names, **options)["points"]
+    assert [plain["method"], rounded["method"]] == names
+    assert plain["psnr_without_int8"] is None and rounded["settings"]["int8_qk"]
+    assert plain["density"] == pytest.approx(rounded["density"], abs=0.02)
+    # Rounding changes the clip, and less than leaving keys out does.
+    assert plain["psnr"] < rounded["psnr_without_int8"] < 200
+    assert plain["psnr"] != rounded["psnr"]
+
+
 def test_nothing_to_measure_is_refused(prompted):
     with pytest.raises(BenchError, match="at least one prompt"):
         run(prompted, prompts=[])
     with pytest.raises(BenchError, match="one top_p"):
         run(prompted, top_ps=())
+    with pytest.raises(BenchError, match="no method 'int4 QK'; known are svg2; mass averaging"):
+        run(prompted, methods=["svg2", "int4 QK"])
+    with pytest.raises(BenchError, match="there is no method; known"):
+        run(prompted, methods=[])
 
 
 @pytest.mark.parametrize("wrong", ["0", "1.5", "0.5,", "nan", "half"])

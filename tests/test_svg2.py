@@ -62,6 +62,7 @@ def found(case: Case) -> Any:
         ({"recluster_every": 0}, "recluster_every"),
         ({"reselect_every": 1.0}, "reselect_every"),
         ({"compensation": 1}, "compensation takes True or False"),
+        ({"int8_qk": "yes"}, "int8_qk takes True or False"),
         ({"min_tokens": None}, "min_tokens"),
         ({"recall_rows": -1}, "recall_rows"),
     ],
@@ -108,6 +109,7 @@ def test_faithful_settings_are_the_published_ones():
     for name in SVG2.published():
         config = SVG2.faithful(name)
         assert not (config.mass_averaging or config.compensation or config.query_metric)
+        assert not config.int8_qk and not SVG2().int8_qk
         assert config.recluster_every == config.reselect_every == 1
         assert config.refresh_top_p is None
     with pytest.raises(AttentionError, match="known are wan2"):
@@ -187,6 +189,8 @@ def test_sparse_attention_changes_the_result_a_little(case: Case):
         {"compensation": True},
         {"query_metric": True},
         {"mass_averaging": True, "compensation": True, "query_metric": True},
+        {"int8_qk": True},
+        {"int8_qk": True, "mass_averaging": True, "compensation": True},
         {"recluster_every": 2},
         {"recluster_every": 4, "reselect_every": 2},
         {"kmeans_iters": 0},
@@ -200,6 +204,55 @@ def test_every_option_does_something_and_nothing_random(option):
     first = attend(wan(), SVG2(**{**config, **option})).run(**SIZE)
     assert not torch.equal(plain, first)
     assert torch.equal(first, attend(wan(), SVG2(**{**config, **option})).run(**SIZE))
+
+
+def test_int8_scores_change_the_result_far_less_than_sparsity_and_are_named():
+    dense = wan().run(**SIZE)
+    config = {**SMALL, **ALWAYS, "top_p": 0.5}
+    plain = attend(wan(), SVG2(**config)).run(**SIZE)
+    case = attend(wan(), SVG2(**config, int8_qk=True))
+    seen = []
+
+    def look(q, k, v, state, config, **text):
+        seen.append(config.int8_qk)
+        return semantic_attention(q, k, v, state, config, **text)
+
+    engines_of(case.pipe)["transformer"].attention.method = look
+    rounded = case.run(**SIZE)
+    assert seen and all(seen)
+    assert 0 < (rounded - plain).norm() < 0.2 * (plain - dense).norm()
+    assert "int8_qk=True" in found(case).settings and "int8_qk=True" in str(report(case.pipe))
+
+
+@pytest.mark.parametrize(
+    "reuse",
+    [
+        {"policy": [0, 1, 4]},
+        {"cache": DBCache(threshold=10.0, probe_blocks=1, warmup_steps=2)},
+    ],
+    ids=["plan", "cache"],
+)
+def test_int8_scores_go_with_plans_caches_and_padding(reuse):
+    config = SVG2(top_p=0.5, int8_qk=True, **SMALL, **ALWAYS)
+    outs = []
+    for _ in range(2):
+        case = attend(masked(hunyuan), config, **reuse)
+        outs.append(case.run(**SIZE))
+        part = report(case.pipe).transformers[0]
+        assert set(part.timeline) > {"C"}
+        assert part.attention.sparse_calls == sum(branch.blocks_run for branch in part.branches)
+    assert torch.equal(*outs) and outs[0].isfinite().all()
+
+
+def test_int8_scores_in_compiled_blocks_are_those_in_eager_ones():
+    config = SVG2(top_p=0.5, int8_qk=True, **SMALL, **ALWAYS)
+    eager, case = attend(wan(), config), attend(wan(), config)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    case.pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(case.run(**SIZE), eager.run(**SIZE), rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 # Which calls are sparse.

@@ -126,6 +126,11 @@ METHODS: dict[str, tuple[SVG2, Callable[..., torch.Tensor]]] = {
         replace(BASE, mass_averaging=True, compensation=True, query_metric=True),
         semantic_attention,
     ),
+    "int8 QK": (replace(BASE, int8_qk=True), semantic_attention),
+    "averaging, compensation, int8 QK": (
+        replace(BASE, mass_averaging=True, compensation=True, int8_qk=True),
+        semantic_attention,
+    ),
     "fixed blocks": (BASE, fixed_blocks),
     "random": (BASE, random_clusters),
 }
@@ -157,6 +162,7 @@ def attention(
     *,
     prompts: Sequence[str] = PROMPTS,
     top_ps: Sequence[float] = (0.5, 0.7, 0.9),
+    methods: Sequence[str] | None = None,
     changes_at: float | None = 0.7,
     partial: Path | None = None,
     progress: bool = True,
@@ -168,6 +174,7 @@ def attention(
         call: its arguments, but for the prompt.
         prompts: each makes one clip, with its place in the list as the seed.
         top_ps: where every method is measured.
+        methods: names of METHODS; all of them if left out.
         changes_at: top_p at which single changes of the settings are measured, on the first
             prompt only; None measures none.
         partial: a file that keeps what is measured, so that a run that was stopped goes on.
@@ -175,16 +182,20 @@ def attention(
     Returns:
         "settings", "points" (a dict each: method, its settings, psnr in dB on average, of each
         prompt and of the worst, density of the sparse calls and of all, recall, both also by
-        layer) and "environment".
+        layer; of scores in 8 bits also the PSNR against the same in full) and "environment".
 
     Raises:
-        BenchError: there is no prompt, or no top_p.
+        BenchError: there is no prompt, no top_p, or no method of that name.
     """
     if not prompts or not top_ps:
         raise BenchError("bench attention needs at least one prompt and one top_p")
+    chosen = tuple(METHODS) if methods is None else tuple(dict.fromkeys(methods))
+    if not chosen or (unknown := [name for name in chosen if name not in METHODS]):
+        wrong = f"there is no method {unknown[0]!r}" if chosen else "there is no method"
+        raise BenchError(f"{wrong}; known are {'; '.join(METHODS)}")
     runs = [
         (name, replace(config, top_p=top_p, recall_rows=32), method)
-        for name, (config, method) in METHODS.items()
+        for name, (config, method) in ((name, METHODS[name]) for name in chosen)
         for top_p in top_ps
     ]
     changed = [
@@ -234,19 +245,36 @@ def _measure(
     method: Callable[..., torch.Tensor],
 ) -> dict[str, Any]:
     """One clip of one prompt."""
-    accelerate(pipe, policy=None, cache=None, attention=config)
-    sparse = next(iter(engines_of(pipe).values())).attention
-    sparse.method = method
-    clip = _clip(pipe, call, prompt, seed)
+    unrounded = None
+    if config.int8_qk:
+        full = replace(config, int8_qk=False, recall_rows=0)
+        unrounded, _ = _sparse_clip(pipe, call, prompt, seed, full, method)
+    clip, sparse = _sparse_clip(pipe, call, prompt, seed, config, method)
     found = asdict(sparse.report())
     names = ("density", "density_with_dense", "recall")
     empty = ("empty_query_clusters", "empty_key_clusters")
     return {
         "psnr": psnr(plain, clip),
+        "psnr_without_int8": None if unrounded is None else psnr(unrounded, clip),
         **{name: found[name] for name in (*names, *empty)},
         "density_of_layers": [values["density"] for values in found["layers"].values()],
         "recall_of_layers": [values["recall"] for values in found["layers"].values()],
     }
+
+
+def _sparse_clip(
+    pipe: Any,
+    call: dict[str, Any],
+    prompt: str,
+    seed: int,
+    config: SVG2,
+    method: Callable[..., torch.Tensor],
+) -> tuple[Any, Any]:
+    """A clip, and what made its attention sparse."""
+    accelerate(pipe, policy=None, cache=None, attention=config)
+    sparse = next(iter(engines_of(pipe).values())).attention
+    sparse.method = method
+    return _clip(pipe, call, prompt, seed), sparse
 
 
 def _averaged(clips: list[dict[str, Any]]) -> dict[str, Any]:
@@ -268,11 +296,11 @@ def _clip(pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> Any:
 
 def attention_table(result: dict[str, Any]) -> str:
     """The result of `attention` for people."""
-    lines = [f"{'method':30s}  top_p  density  recall   PSNR  worst  prompts"]
+    lines = [f"{'method':32s}  top_p  density  recall   PSNR  worst  prompts"]
     for point in result["points"]:
         recall = "-" if point["recall"] is None else f"{point['recall']:.1%}"
         lines.append(
-            f"{point['method']:30s}  {point['settings']['top_p']:5.2f}  {point['density']:7.1%}  "
+            f"{point['method']:32s}  {point['settings']['top_p']:5.2f}  {point['density']:7.1%}  "
             f"{recall:>6s}  {point['psnr']:5.2f}  {point['psnr_of_worst_prompt']:5.2f}  "
             f"{len(point['psnr_of_prompts']):7d}"
         )
@@ -293,6 +321,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in METHODS:
         points = [point for point in result["points"] if point["method"] == name]
+        if not points:
+            continue
         points.sort(key=lambda point: point["density"])
         densities = [point["density"] for point in points]
         (line,) = left.plot(densities, [p["psnr"] for p in points], marker="o", label=name)

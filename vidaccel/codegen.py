@@ -29,9 +29,12 @@ _LIMITS = {
     100: (232_448, 233_472, 65_536, 8192),
     120: (101_376, 102_400, 65_536, 1024),
 }
-_MATRIX = re.compile(r"^(HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA|OMMA)")
+# The matrix instructions that a chip's tensor cores are fast with, of 16-bit numbers and of int8,
+# which do twice as many operations on all of these.
+_FAST = {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "UTCIMMA")}
+_MATRIX = re.compile(r"^([HI]GMMA|[HI]MMA|UTC[HIQ]MMA|QGMMA|OMMA)")
 _GROUPS = {
-    "tensor": r"HGMMA|HMMA|UTC\w*MMA|QGMMA|OMMA",
+    "tensor": r"[HI]GMMA|[HI]MMA|UTC\w*MMA|QGMMA|OMMA",
     "exponent": r"MUFU",
     "fp32": r"FFMA2?|FMUL2?|FADD2?|FMNMX3?|FSEL|FSETP|F2FP|HADD2|HMUL2|FSET|FCHK",
     "integer": r"IMAD|IADD3?|LEA|LOP3|SHF|ISETP|IMNMX|SEL|PRMT|VIADD\w*|I2F\w*|MOV|PLOP3|UMOV",
@@ -95,10 +98,11 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
         if row["shared_bytes"] > _LIMITS[row["chip"]][0]:
             found.append(f"{name} needs {row['shared_bytes']} bytes of shared memory")
         if row["matrix"] and row["dtype"] != "fp32":
-            fast = {90: "HGMMA", 100: "UTCHMMA"}.get(row["chip"], "HMMA")
-            if fast not in row["matrix_instructions"]:
-                seen = ", ".join(row["matrix_instructions"]) or "none"
-                found.append(f"{name} has no {fast} instructions, only {seen}")
+            expected = _FAST.get(row["chip"], ("HMMA", "IMMA"))
+            for fast in expected if row["constants"].get("INT8") else expected[:1]:
+                if fast not in row["matrix_instructions"]:
+                    seen = ", ".join(row["matrix_instructions"]) or "none"
+                    found.append(f"{name} has no {fast} instructions, only {seen}")
     return found
 
 
@@ -106,7 +110,7 @@ def codegen_table(result: dict[str, Any]) -> str:
     """The result of `codegen` for people: matrix kernels with their loops, then the rest."""
     lines = [
         f"{'kernel':28} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>7} {'blocks':>6}  "
-        f"{'matrix':8} {'tensor':>6} {'exp':>4} {'fp32':>5} {'int':>4} {'other':>5}  predicted"
+        f"{'matrix':15} {'tensor':>6} {'exp':>4} {'fp32':>5} {'int':>4} {'other':>5}  predicted"
     ]
     for row in result["rows"]:
         loop, share = row["loop"], row["predicted"]
@@ -120,7 +124,7 @@ def codegen_table(result: dict[str, Any]) -> str:
         predicted = f"{share['serial']:.0%} to {share['overlapped']:.0%} of peak" if share else ""
         lines.append(
             f"{row['name']:28} {row['chip']:3} {row['registers']:4} {row['spills']:5} "
-            f"{row['shared_bytes']:7} {row['blocks_per_multiprocessor']:6}  {kind:8} {mix:28}  "
+            f"{row['shared_bytes']:7} {row['blocks_per_multiprocessor']:6}  {kind:15} {mix:28}  "
             f"{predicted}".rstrip()
         )
     lines.append("")
@@ -221,13 +225,15 @@ def _predicted(config: Any, chip: int, loop: list[str], blocks: int) -> dict[str
     """Cycles of one multiprocessor per turn of the loop, and the tensor cores' share of them.
 
     A scheduler issues one instruction per cycle to each of 4 quarters, and a quarter answers
-    4 exponentials per cycle. "overlapped" assumes that the busiest unit hides all others, which
+    4 exponentials per cycle; on sm_80 its integers become floats in the same unit. Products of
+    int8 count at their own rate, so that shares of different kernels are of different peaks.
+    "overlapped" assumes that the busiest unit hides all others, which
     needs several blocks or warp groups per multiprocessor; "serial" that nothing overlaps.
     """
     constants = config.constants
     rows, width = constants["ROWS"], constants["DP"]
     if "KEYS" in constants:
-        columns, products = constants["KEYS"], 2
+        columns, products = constants["KEYS"], 1.5 if constants.get("INT8") else 2
     else:
         columns, products = constants["CLUSTERS"], 1
     # A loop unrolled by the compiler does several turns.
@@ -236,7 +242,8 @@ def _predicted(config: Any, chip: int, loop: list[str], blocks: int) -> dict[str
     mix = _mix(loop)
     per_quarter = config.num_warps / 4
     issue = per_quarter * (len(loop) - mix.get("tensor", 0))
-    exponent = per_quarter * mix.get("exponent", 0) * 32 / 4
+    converted = sum(name.split(".")[0] == "I2F" for name in loop)
+    exponent = per_quarter * (mix.get("exponent", 0) + converted) * 32 / 4
     busiest = max(tensor, issue, exponent)
     return {
         "tensor_cycles": tensor,

@@ -104,9 +104,10 @@ def kernels(
             for method, (share, time) in _sparse(shape, q, k, v, density, milliseconds).items():
                 rows.append(_measured(name, shape, method, share, time))
                 report(_line(rows[-1]))
-        layers.append({"shape": name, **_layer(shape, q, k, v, milliseconds)})
-        layers[-1]["share_of_dense"] = layers[-1]["overhead_ms"] / min(dense.values())
-        report(f"{name}: {layers[-1]}")
+        for int8 in (False, True):
+            layers.append({"shape": name, **_layer(shape, q, k, v, milliseconds, int8)})
+            layers[-1]["share_of_dense"] = layers[-1]["overhead_ms"] / min(dense.values())
+            report(f"{name}: {layers[-1]}")
         del q, k, v
         torch.cuda.empty_cache()
     return {"checks": checks, "rows": rows, "layers": layers, "environment": environment()}
@@ -121,6 +122,7 @@ def kernels_table(result: dict[str, Any]) -> str:
             f"{layer['density']:.2f}, clustering and the like {layer['overhead_ms']:.2f} ms "
             f"({layer['share_of_dense']:.1%} of dense), {layer['launches']} launches, "
             f"{layer['scratch_bytes'] / 2**20:.0f} MiB of scratch"
+            f"{', scores in int8' if layer['int8_qk'] else ''}"
         )
     return "\n".join(lines)
 
@@ -145,7 +147,7 @@ def _measured(
 def _line(row: dict[str, Any]) -> str:
     share = row["share_of_datasheet_peak"]
     return (
-        f"{row['shape']:24} {row['method']:22} density {row['density']:4.2f} "
+        f"{row['shape']:24} {row['method']:32} density {row['density']:4.2f} "
         f"{row['milliseconds']:9.3f} ms {row['useful_tflops']:6.0f} TFLOP/s"
         + (f" {share:4.0%} of peak" if share else "")
     )
@@ -216,10 +218,14 @@ def _sparse(
     share = computed(selection, q_ends.diff(), shape.tokens).mean().item()
     scale = shape.width**-0.5
 
-    def ours() -> Tensor:
-        return block_sparse_attention(q, k, v, q_ends, k_ends, selection, scale=scale)[0]
+    times = {}
+    for name, int8 in (("vidaccel", False), ("vidaccel int8, rounding counted", True)):
 
-    times = {"vidaccel": (share, _time(ours, milliseconds))}
+        def ours(int8: bool = int8) -> Tensor:
+            lists = (q_ends, k_ends, selection)
+            return block_sparse_attention(q, k, v, *lists, scale=scale, int8_qk=int8)[0]
+
+        times[name] = (share, _time(ours, milliseconds))
     times |= _flashinfer(q, k, v, q_ends, k_ends, mask, share, milliseconds)
     times |= _flex(q, k, v, density, milliseconds)
     return times
@@ -281,9 +287,12 @@ def _flashinfer(
     return {"FlashInfer with plan": (share, _time(run, milliseconds))}
 
 
-def _layer(shape: Shape, q: Tensor, k: Tensor, v: Tensor, milliseconds: int) -> dict[str, Any]:
+def _layer(
+    shape: Shape, q: Tensor, k: Tensor, v: Tensor, milliseconds: int, int8_qk: bool
+) -> dict[str, Any]:
     """A whole layer in its steady state, and what of it is not attention."""
     from vidaccel.kernels.block_sparse_attention import attend, new_schedule
+    from vidaccel.kernels.quantise import quantise_keys
     from vidaccel.kernels.schedule import schedule_of
     from vidaccel.kernels.semantic_attention import (
         SemanticConfig,
@@ -291,7 +300,7 @@ def _layer(shape: Shape, q: Tensor, k: Tensor, v: Tensor, milliseconds: int) -> 
         semantic_attention,
     )
 
-    config = SemanticConfig(shape.query_clusters, shape.key_clusters)
+    config = SemanticConfig(shape.query_clusters, shape.key_clusters, int8_qk=int8_qk)
     state = SemanticState()
     semantic_attention(q, k, v, state, config)
 
@@ -317,16 +326,19 @@ def _layer(shape: Shape, q: Tensor, k: Tensor, v: Tensor, milliseconds: int) -> 
     total = _time(layer, milliseconds)
     query, key, selection = state.query, state.key, state.selection
     assert query is not None and key is not None and selection is not None
-    schedule = new_schedule(q, shape.tokens, selection.num_queries, selection.num_keys, None)
+    names = (selection.num_queries, selection.num_keys)
+    schedule = new_schedule(q, shape.tokens, *names, None, int8_qk)
     schedule_of(selection, query.offsets, key.offsets, schedule, selection.num_queries)
+    keys = quantise_keys(k, key.offsets, shape.key_clusters) if int8_qk else k
     alone = _time(
         lambda: attend(
-            q, k, v, query.offsets, key.offsets, schedule,
+            q, keys, v, query.offsets, key.offsets, schedule,
             scale=shape.width**-0.5, q_order=query.order,
         ),
         milliseconds,
     )  # fmt: skip
     return {
+        "int8_qk": int8_qk,
         "layer_ms": total,
         "attention_ms": alone,
         "overhead_ms": total - alone,
@@ -391,6 +403,16 @@ def check(dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, float]]:
         norm = (out.double() - exact).norm() / exact.norm()
         note(f"sparse attention, D {width}", norm, 1e-2)
         note(f"log-sum-exp, D {width}", (lse - exact_lse).abs().max(), 2e-3)
+        rounded = {"scale": width**-0.5, "q_order": order, "int8_qk": True}
+        eight, eight_lse = block_sparse_attention(q, *lists, **rounded)
+        # In float64 a number half-way between two whole ones could be rounded to the other.
+        single = [x.float() for x in (q, sorted_k, sorted_v)]
+        twin, twin_lse = reference.block_sparse_attention(*single, *lists[2:], **rounded)
+        norm = (eight.double() - twin).norm() / twin.norm()
+        note(f"sparse attention in int8, D {width}", norm, 1e-2)
+        note(f"log-sum-exp in int8, D {width}", (eight_lse - twin_lse).abs().max(), 2e-3)
+        norm = (eight.double() - exact).norm() / exact.norm()
+        note(f"int8 against exact scores, D {width}", norm, 3e-2)
         means = {
             "k_means": reference.cluster_means(k, k_labels, 90),
             "v_means": reference.cluster_means(v, k_labels, 90),

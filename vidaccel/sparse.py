@@ -254,6 +254,7 @@ class SparseAttention(Attention):
             per_query_mass=chosen.mass_averaging,
             compensate=chosen.compensation,
             query_metric=chosen.query_metric,
+            int8_qk=chosen.int8_qk,
             scale=scale,
         )
 

@@ -37,6 +37,10 @@ class SVG2:
             were their centroid (SVG-EAR).
         query_metric: cluster keys by the differences that they make to the logits of this head's
             queries, instead of by plain distance (PARK).
+        int8_qk: compute scores from queries and keys in 8 bits, each token with its own scale and
+            keys less a vector that they share (SageAttention, arXiv 2410.02367). Weights, values
+            and the means of clusters stay as they are. It can only lose quality: it is for speed,
+            on GPUs whose tensor cores do twice as many int8 products, which is all from sm_80.
         refresh_top_p: top_p of the steps whose result a cache keeps and uses again; None for the
             same as in other steps.
         min_tokens: video sequences shorter than this stay dense, since they gain nothing.
@@ -63,6 +67,7 @@ class SVG2:
     mass_averaging: bool = True
     compensation: bool = True
     query_metric: bool = False
+    int8_qk: bool = False
     refresh_top_p: float | None = None
     min_tokens: int = 16_384
     recall_rows: int = 0
@@ -126,6 +131,7 @@ class SVG2:
             mass_averaging=False,
             compensation=False,
             query_metric=False,
+            int8_qk=False,
             min_tokens=0,
         )
 

@@ -26,25 +26,32 @@ def result(tmp_path_factory):
 def test_nothing_spills_and_the_fast_units_are_used(result):
     assert codegen.problems(result) == []
     expected = {"attend", "add_means", "mass", "assign", "prepare", "update", "move"}
+    expected |= {"attend_int8", "update_int8", "quantise"}
     assert {row["kernel"] for row in result} == expected
     for row in result:
         assert row["spills"] == 0 and row["stack_bytes"] == 0
         assert row["blocks_per_multiprocessor"] >= 1
         assert ("HGMMA" in row["matrix_instructions"]) == row["matrix"]
+        assert ("IGMMA" in row["matrix_instructions"]) == (row["kernel"] == "attend_int8")
 
 
 def test_loops_are_found_and_share_is_predicted(result):
     attend = result[0]
     assert attend["loop"]["tensor"] >= 8 and attend["loop"]["exponent"] >= 32
     assert 0.2 < attend["predicted"]["serial"] <= attend["predicted"]["overlapped"] <= 1.0
+    int8 = next(row for row in result if row["kernel"] == "attend_int8")
+    assert int8["shared_bytes"] < attend["shared_bytes"]
+    assert int8["predicted"]["tensor_cycles"] == 0.75 * attend["predicted"]["tensor_cycles"]
     table = codegen.codegen_table({"rows": result, "problems": []})
     assert "attend d128 bf16" in table and "predictions" in table
 
 
 def test_problems_are_named():
     row = {"name": "attend d128 bf16", "chip": 90, "spills": 3, "shared_bytes": 300_000}
-    row |= {"matrix": True, "dtype": "bf16", "matrix_instructions": ["HMMA"]}
+    row |= {"matrix": True, "dtype": "bf16", "matrix_instructions": ["HMMA"], "constants": {}}
     found = "; ".join(codegen.problems([row]))
+    int8 = row | {"constants": {"INT8": True}, "matrix_instructions": ["HGMMA", "IMMA"]}
+    assert "no IGMMA instructions, only HGMMA, IMMA" in "; ".join(codegen.problems([int8]))
     assert "spills registers: 3" in found and "300000 bytes" in found and "no HGMMA" in found
 
 
