@@ -200,6 +200,8 @@ def _require_weights(net: str) -> None:
         urlopen(Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
     except OSError as error:
         raise MetricUnavailable(
-            f"the {net} weights for LPIPS are not in {file.parent} and cannot be downloaded "
-            f"({error}); get {url} on a machine with a network and put it there"
+            f"the {net} weights for LPIPS are not here and cannot be downloaded ({error}); run "
+            f"torchvision.models.get_weight({LPIPS_BACKBONES[net]!r}).get_state_dict() where there "
+            f"is a network, and copy {file.name} from the folder checkpoints in torch.hub.get_dir() "
+            "there to that here"
         ) from error
