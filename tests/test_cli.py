@@ -1,6 +1,7 @@
 """The command line, end to end on the embedded model, and what it says to bad input."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from vidaccel import cli, video
+from vidaccel.bench import median_interval
 from vidaccel.environment import embedded_model
 
 TORCH = torch.__version__.partition("+")[0]
@@ -187,6 +189,14 @@ def test_env_for_people_and_programs(capsys):
     assert found["works"]["embedded model"].startswith("yes")
 
 
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    draw = random.Random(0)
+    samples = [[draw.gauss(0.0, 1.0) for _ in range(51)] for _ in range(2000)]
+    held = [low <= 0.0 <= high for low, high in map(median_interval, samples)]
+    assert 0.93 < sum(held) / len(held) < 0.97
+    assert median_interval([3.0, 1.0]) == (1.0, 3.0)
+
+
 def test_bench_overhead_measures_every_variant(capsys, tmp_path):
     numbers = tmp_path / "overhead.json"
     code, stdout, stderr = run(
@@ -203,6 +213,9 @@ def test_bench_overhead_measures_every_variant(capsys, tmp_path):
         assert plan["realised_over_ideal"] == pytest.approx(plan["speedup"] / plan["ideal_speedup"])
     assert isinstance(result["idle_overhead"], float)
     assert isinstance(result["threshold_zero_overhead"], float)
+    for cost in ("idle_overhead", "threshold_zero_overhead"):
+        low, high = result[f"{cost}_interval"]
+        assert low <= result[cost] <= high
     assert "idle overhead" in stdout
     assert "threshold 0 " in stdout
 

@@ -243,7 +243,12 @@ def test_replicas_decide_for_themselves(ranks):
 def test_the_change_is_that_of_all_tokens():
     last, now = (torch.randn(2, 7, 5, generator=generator(seed)) for seed in (0, 1))
     expected = (last - now).abs().mean() / last.abs().mean()
+    before = last.clone(), now.clone()
     torch.testing.assert_close(relative_change(last, now), expected)
+    assert torch.equal(last, before[0]) and torch.equal(now, before[1])
+    halves = relative_change(last.bfloat16(), now.bfloat16())
+    assert halves.dtype == torch.float32
+    torch.testing.assert_close(halves, expected, rtol=2e-2, atol=0.0)
     assert relative_change(last, last) == 0
     assert torch.isnan(relative_change(torch.zeros_like(last), torch.zeros_like(last)))
 

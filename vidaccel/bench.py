@@ -1,16 +1,18 @@
 """Benchmarks: baseline and result in one run, medians of interleaved rounds, JSON out."""
 
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from vidaccel.api import accelerate, engines_of, restore
+from vidaccel.api import accelerate, restore
 from vidaccel.dbcache import DBCache
 from vidaccel.environment import environment
 from vidaccel.generate import steps_of, without_bar
@@ -39,9 +41,10 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
 
     Returns:
         "settings", "seconds" (variant -> all rounds), "median_seconds", "idle_overhead" and
-        "threshold_zero_overhead" (fractions of a step, medians over pairs), "plans" (every N ->
-        computed steps, ideal and realised speedup and their ratio, medians of the ratios within a
-        round) and "environment".
+        "threshold_zero_overhead" (fractions of a step, medians over pairs), the same with
+        "_interval" (where those medians lie with 95 % confidence), "plans" (every N -> computed
+        steps, ideal and realised speedup and their ratio, medians of the ratios within a round)
+        and "environment".
     """
     steps = steps_of(pipe, call)
     call = {**call, "output_type": "latent"}
@@ -79,6 +82,12 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
     def ideal(name: str, of: dict[str, float]) -> float:
         return of["plain"] - (1 - plans[name] / steps) * (of["plain"] - of["no blocks"])
 
+    deciding = DBCache(threshold=0, warmup_steps=1)
+    costs = {
+        "idle_overhead": _costs(pipe, generation, rounds, None),
+        "threshold_zero_overhead": _costs(pipe, generation, rounds, deciding),
+    }
+
     return {
         "settings": {
             **call,
@@ -88,10 +97,8 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
         },
         "seconds": seconds,
         "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "idle_overhead": _cost(pipe, generation, rounds, None),
-        "threshold_zero_overhead": _cost(
-            pipe, generation, rounds, DBCache(threshold=0, warmup_steps=1)
-        ),
+        **{name: statistics.median(found) for name, found in costs.items()},
+        **{f"{name}_interval": median_interval(found) for name, found in costs.items()},
         "plans": {
             name: {
                 "steps_computed": computed,
@@ -107,9 +114,12 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
 
 def overhead_table(result: Any) -> str:
     """The result of `overhead` for people."""
-    lines = [f"idle overhead {result['idle_overhead']:+.2%} of a step"]
-    lines += [f"threshold 0   {result['threshold_zero_overhead']:+.2%} of a step", ""]
-    lines += ["plan     computed  ideal  measured  realised"]
+    lines = []
+    for name, field in (("idle overhead", "idle"), ("threshold 0  ", "threshold_zero")):
+        low, high = result[f"{field}_overhead_interval"]
+        cost = result[f"{field}_overhead"]
+        lines.append(f"{name} {cost:+.2%} of a step ({low:+.2%} to {high:+.2%})")
+    lines += ["", "plan     computed  ideal  measured  realised"]
     lines += [
         f"{name}  {plan['steps_computed']:8d}  {plan['ideal_speedup']:4.2f}x  "
         f"{plan['speedup']:7.2f}x  {plan['realised_over_ideal']:8.3f}"
@@ -145,8 +155,18 @@ def interleave(
     return seconds
 
 
-def _cost(pipe: Any, generation: Callable[[], object], rounds: int, cache: DBCache | None) -> float:
-    """Cost of an attached engine that computes everything, as a fraction of a plain call.
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Where the median of what `values` are drawn from lies, with 95 % confidence."""
+    # How many of them lie below it is binomial.
+    ranked, half = sorted(values), 0.98 * math.sqrt(len(values))
+    low, high = (round((len(values) - 1) / 2 + way * half) for way in (-1, 1))
+    return ranked[max(low, 0)], ranked[min(high, len(ranked) - 1)]
+
+
+def _costs(
+    pipe: Any, generation: Callable[[], object], rounds: int, cache: DBCache | None
+) -> list[float]:
+    """What an attached engine that computes everything adds to calls, as fractions of plain ones.
 
     Args:
         cache: decides at every step; None: nothing decides.
@@ -160,10 +180,11 @@ def _cost(pipe: Any, generation: Callable[[], object], rounds: int, cache: DBCac
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     generation()
     handle.remove()
+    # Another module over the same weights: nothing has to be attached between two timed calls.
+    twin = deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
     accelerate(pipe, policy=None, cache=cache)
-    engine = next(iter(engines_of(pipe).values()))
 
-    def seconds(call: dict[str, Any]) -> float:
+    def seconds(model: Any, call: dict[str, Any]) -> float:
         started = time.perf_counter()
         with torch.no_grad(), model.cache_context("cond"):
             model(**call)
@@ -171,22 +192,15 @@ def _cost(pipe: Any, generation: Callable[[], object], rounds: int, cache: DBCac
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    def plain_seconds(call: dict[str, Any]) -> float:
-        with engine.paused():
-            return seconds(call)
-
     order, ratios = random.Random(0), []
     for _ in range(rounds):
         for call in calls.values():
-            if order.random() < 0.5:
-                accelerated = seconds(call)
-                plain = plain_seconds(call)
-            else:
-                plain = plain_seconds(call)
-                accelerated = seconds(call)
-            ratios.append(accelerated / plain)
+            found = {}
+            for one in order.sample((model, twin), 2):
+                found[one] = seconds(one, call)
+            ratios.append(found[model] / found[twin])
     restore(pipe)
-    return statistics.median(ratios) - 1
+    return [ratio - 1 for ratio in ratios]
 
 
 @contextmanager

@@ -182,17 +182,6 @@ class Engine:
         self.attention.detach()
         self._generation = None
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Detach for a while in the middle of a generation, which goes on afterwards."""
-        generation = self._generation
-        self.detach()
-        try:
-            yield
-        finally:
-            self.attach()
-            self._generation = generation
-
     def serve(self, pipe: Any) -> None:
         """Follow the scheduler of `pipe`, which runs this transformer."""
         self._pipelines = [(ref, s) for ref, s in self._pipelines if ref() not in (None, pipe)]

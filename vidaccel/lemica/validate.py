@@ -5,7 +5,9 @@ run of the same prompt and noise; for each budget the best one is kept. Evenly s
 among the candidates, so what is kept is never worse than they are on these prompts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -24,6 +26,9 @@ OBJECTIVES = ("leximax", "power(2)")
 
 # Gaps of the plans that compute a head of steps and then every so many.
 GAPS = (2, 3, 4, 5)
+
+# Longest segments that are tried beside the measured ones, as shares of those.
+REACHES = (0.75, 0.5)
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,9 @@ def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan
     Returns:
         The evenly spaced plan and the best path of the paper's objective, each held, half way and
         all the way along the line everywhere, the best path of every objective over all that was
-        measured, and first steps followed by every 2nd to 5th one, with a line in between. Equal
-        plans appear once, by their first name.
+        measured, those of shorter segments only, those of one step fewer or more with a step added
+        or taken away, and first steps followed by every 2nd to 5th one, the last three with a line
+        in between. Equal plans appear once, by their first name.
     """
     held = [move for move in found if move.order == 0]
     only_held = len(held) == len(found)
@@ -67,11 +73,15 @@ def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan
         solved = search.solve_moves(allowed, steps, [budget], objective=objective)
         if budget in solved:
             plans.setdefault(name, solved[budget])
-    if not only_held:
+    near = dict(_near_the_path(held, budget, steps))
+    if only_held:
+        plans |= near
+    else:
         for name in ("evenly spaced", "leximax"):
             if name in plans:
                 plans[f"{name}, half line"] = plans[name].forecast(1, 0.5)
                 plans[f"{name}, line"] = plans[name].forecast(1)
+        plans |= {f"{name}, line": plan.forecast(1) for name, plan in near.items()}
         for gap in GAPS:
             if (plan := head_and_gap(budget, steps, gap)) is not None:
                 plans[f"first steps, then every {gap}, line"] = plan.forecast(1)
@@ -79,6 +89,33 @@ def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan
     for name, plan in plans.items():
         different.setdefault((plan.steps, plan.orders, plan.scales), (name, plan))
     return dict(different.values())
+
+
+def _near_the_path(held: Sequence[Move], budget: int, steps: int) -> Iterator[tuple[str, Plan]]:
+    """Plans whose errors are a little worse than those of the best path, for other reasons."""
+    errors = {(move.start, move.stop): move.error for move in held}
+    longest = max(stop - start for start, stop in errors)
+    for reach in (int(longest * share) for share in REACHES):
+        short = [move for move in held if move.stop - move.start <= reach]
+        for plan in search.solve_moves(short, steps, [budget]).values():
+            yield f"leximax, segments up to {reach}", plan
+    paths = search.solve_moves(held, steps, [budget - 1, budget + 1])
+
+    def worst_first(computed: tuple[int, ...]) -> list[float]:
+        segments = itertools.pairwise(computed)
+        return sorted((errors.get(segment, math.inf) for segment in segments), reverse=True)
+
+    for count, path in sorted(paths.items()):
+        now = set(path.steps)
+        if count < budget:
+            name = f"leximax of {count}, one step added"
+            changed = [now | {step} for step in range(steps) if step not in now]
+        else:
+            name = f"leximax of {count}, one step taken away"
+            changed = [now - {step} for step in path.steps[1:-1]]
+        best = min((tuple(sorted(found)) for found in changed), key=worst_first, default=())
+        if best and math.isfinite(max(worst_first(best), default=0.0)):
+            yield name, Plan(best, steps)
 
 
 def head_and_gap(budget: int, steps: int, gap: int) -> Plan | None:
