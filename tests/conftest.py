@@ -3,16 +3,34 @@
 import diffusers
 import pytest
 from packaging.version import Version
-from tiny import CASES, CORE, NO_BATCH, NO_OTHER_SCHEDULER, SINCE, Case
+from tiny import (
+    BATCH_SINCE,
+    CASES,
+    CORE,
+    NO_BATCH,
+    NO_OTHER_SCHEDULER,
+    PER_PROMPT,
+    SINCE,
+    Case,
+)
 
 
 def _built(name: str) -> Case:
-    since = SINCE.get(name, "0")
-    if Version(diffusers.__version__) < Version(since):
-        pytest.skip(f"{name} needs diffusers {since}, found {diffusers.__version__}")
+    if since := _too_old(SINCE, name):
+        pytest.skip(f"{name} {since}")
     case = CASES[name]()
-    case.batch, case.scheduler = NO_BATCH.get(name, ""), NO_OTHER_SCHEDULER.get(name, "")
+    case.batch = NO_BATCH.get(name, _too_old(BATCH_SINCE, name))
+    case.scheduler = NO_OTHER_SCHEDULER.get(name, "")
+    case.per_prompt = PER_PROMPT.get(name, "")
     return case
+
+
+def _too_old(since: dict[str, str], name: str) -> str:
+    """That the installed diffusers is too old for a case; empty if it is not."""
+    needed = since.get(name, "0")
+    if Version(diffusers.__version__) >= Version(needed):
+        return ""
+    return f"needs diffusers {needed}, found {diffusers.__version__}"
 
 
 @pytest.fixture(params=CORE)

@@ -7,6 +7,15 @@ import pytest
 import torch
 from tiny.base import STEPS
 from tiny.hunyuan import hunyuan
+from tiny.setups import (
+    block_offload,
+    casting,
+    compiled,
+    leaf_offload,
+    lora,
+    model_offload,
+    tiling,
+)
 from tiny.wan import wan
 
 from vidaccel import DBCache, Plan, accelerate, report, restore
@@ -19,48 +28,6 @@ SETTINGS = {
     "cache": {"policy": None, "cache": EAGER},
 }
 KEPT = {"plan": "CC--C-", "cache": "CppCpp"}
-
-
-def compiled(pipe: Any) -> None:
-    torch._dynamo.reset()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
-
-
-def model_offload(pipe: Any) -> None:
-    pipe.enable_model_cpu_offload(device="cpu")
-
-
-def group_offload(level: str, pipe: Any) -> None:
-    options = {"num_blocks_per_group": 1} if level == "block_level" else {}
-    pipe.transformer.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_type=level, **options
-    )
-
-
-def block_offload(pipe: Any) -> None:
-    group_offload("block_level", pipe)
-
-
-def leaf_offload(pipe: Any) -> None:
-    group_offload("leaf_level", pipe)
-
-
-def adapted(pipe: Any) -> None:
-    from peft import LoraConfig
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
-    pipe.transformer.add_adapter(config)
-
-
-def tiled(pipe: Any) -> None:
-    pipe.vae.enable_tiling()
-
-
-def cast(pipe: Any) -> None:
-    pipe.transformer.enable_layerwise_casting(
-        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
-    )
 
 
 @dataclass
@@ -110,12 +77,12 @@ SINGLE = [
     (model_offload,),
     (block_offload,),
     (leaf_offload,),
-    (adapted,),
-    (tiled,),
-    (cast,),
+    (lora,),
+    (tiling,),
+    (casting,),
 ]
 # An adapter changes the modules of blocks: Diffusers wants it before both others.
-COMBINED = [(adapted, compiled, model_offload), (adapted, model_offload, compiled)]
+COMBINED = [(lora, compiled, model_offload), (lora, model_offload, compiled)]
 
 
 def _name(actions: Any) -> str:
@@ -198,7 +165,7 @@ def test_latents_that_a_callback_edits_are_those_that_go_on():
 
 def test_active_adapters_are_told_of():
     case = wan()
-    adapted(case.pipe)
+    lora(case.pipe)
     accelerate(case.pipe, **SETTINGS["plan"])
     case.run()
     assert "adapters were active (default)" in str(report(case.pipe))
@@ -213,7 +180,7 @@ def test_active_adapters_are_told_of():
 
 def test_a_policy_of_the_base_model_is_refused_for_a_few_step_adapter():
     case = wan()
-    adapted(case.pipe)
+    lora(case.pipe)
     policy = CachePolicy.from_json(
         '{"schema_version": "1.0", "model": {"transformer": "WanTransformer3DModel"}, '
         '"num_inference_steps": 50, "plans": {"2": {"steps": [0, 2]}}, "provenance": "published"}'

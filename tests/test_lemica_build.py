@@ -7,6 +7,7 @@ import signal
 from inspect import signature
 
 import pytest
+from tiny.building import build_for, prompted
 from tiny.hunyuan import hunyuan15
 from tiny.wan import wan, wan22
 
@@ -22,25 +23,7 @@ STEPS = 5
 
 @pytest.fixture
 def case():
-    """A pipeline whose prompts are taken from a table, since it has no text encoder."""
-    return _with_prompts(wan())
-
-
-def _with_prompts(case):
-    from tiny import embeds
-
-    def encode_prompt(prompt, negative_prompt=None, **_):
-        return embeds(len(prompt)), embeds(99)
-
-    case.pipe.encode_prompt = encode_prompt
-    case.call = {"height": 16, "width": 16, "num_frames": 9, "guidance_scale": 5.0}
-    return case
-
-
-def build_for(case, **options):
-    arguments = {"num_inference_steps": STEPS, "max_skip": 3, "call_kwargs": case.call}
-    arguments |= {"validate": False, "progress": False}
-    return build_policy(case.pipe, ["a", "bb"], **(arguments | options))
+    return prompted(wan())
 
 
 @pytest.mark.parametrize("method", ["exact", "gain"])
@@ -194,7 +177,7 @@ def test_a_folder_of_another_build_is_refused(case, tmp_path, change, named):
 
 def test_a_folder_of_another_model_is_refused(case, tmp_path):
     build_for(case, workdir=tmp_path)
-    other = _with_prompts(wan())
+    other = prompted(wan())
     other.pipe.transformer.scale_shift_table.data += 1
     with pytest.raises(BuildError, match="model"):
         build_for(other, workdir=tmp_path)
@@ -270,7 +253,7 @@ def test_validation_keeps_the_best_candidate_of_each_budget(case):
 
 
 def test_two_experts_share_one_policy():
-    case = _with_prompts(wan22())
+    case = prompted(wan22())
     policy = build_for(case, num_inference_steps=6)
     accelerate(case.pipe, policy=policy.plan(budget=policy.budgets()[0]))
     case.pipe(prompt="a", num_inference_steps=6, output_type="latent", **case.call)

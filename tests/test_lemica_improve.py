@@ -3,7 +3,8 @@
 import itertools
 
 import pytest
-from test_lemica_build import build_for, case  # noqa: F401
+from tiny.building import build_for, prompted
+from tiny.wan import wan
 
 from vidaccel import CachePolicy, Plan
 from vidaccel.errors import PlanError
@@ -12,6 +13,11 @@ from vidaccel.lemica.improve import SAMPLES, improving, neighbours
 from vidaccel.lemica.replay import Replayer
 
 STEPS = 8
+
+
+@pytest.fixture
+def case():
+    return prompted(wan())
 
 
 def solve(error_of, starts, runs=10_000, samples=1, **options):
@@ -83,7 +89,7 @@ def test_neighbours_are_plans_of_the_same_budget(lines):
     assert {other.scale(5) for other in filled} == ({0.25, 0.75, 0.5} if lines else set())
 
 
-def test_a_built_policy_holds_the_improved_plans(case, tmp_path, monkeypatch):  # noqa: F811
+def test_a_built_policy_holds_the_improved_plans(case, tmp_path, monkeypatch):
     options = {"num_inference_steps": STEPS, "method": "gain", "validate": True, "improve": 12}
     policy = build_for(case, workdir=tmp_path, **options)
     rows = [row for row in policy.validation if row.candidate == "improved"]
@@ -101,7 +107,7 @@ def test_a_built_policy_holds_the_improved_plans(case, tmp_path, monkeypatch):  
     assert again.plans == policy.plans
 
 
-def test_a_run_is_that_of_the_plan(case):  # noqa: F811
+def test_a_run_is_that_of_the_plan(case):
     call = {**case.call, "num_inference_steps": STEPS, "prompt": "a"}
     plan = Plan((0, 1, 4, 7), STEPS).forecast(1, 0.5)
     with Replayer(case.pipe, call) as replayer:
@@ -111,7 +117,7 @@ def test_a_run_is_that_of_the_plan(case):  # noqa: F811
         assert replayer.error_of(plan) == expected > 0
 
 
-def test_wrong_arguments(case):  # noqa: F811
+def test_wrong_arguments(case):
     with pytest.raises(PlanError, match="improve: found -1, expected 0 or more"):
         build_for(case, improve=-1)
     with pytest.raises(PlanError, match="improve: found 5; improved plans need validate=True"):

@@ -81,8 +81,9 @@ def parse(data):
     return CachePolicy.from_json(json.dumps(data))
 
 
-def changed(path, value):
-    data = valid()
+def changed(path, value, start=valid):
+    """The JSON object that `start` makes, with another value at a path; KeyError takes it away."""
+    data = start()
     target = data
     for key in path[:-1]:
         target = target[key]
@@ -405,16 +406,8 @@ def test_lines_and_scales_round_trip():
     ],
 )
 def test_wrong_lines_and_scales_are_named(path, value, message):
-    data = forecasting()
-    target = data
-    for key in path[:-1]:
-        target = target[key]
-    if value is KeyError:
-        del target[path[-1]]
-    else:
-        target[path[-1]] = value
     with pytest.raises(PolicyError, match=message):
-        parse(data)
+        parse(changed(path, value, forecasting))
 
 
 class Hub:

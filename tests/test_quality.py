@@ -5,7 +5,8 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from tiny import STEPS, embeds
+from tiny import STEPS
+from tiny.building import prompted
 from tiny.wan import wan
 
 from vidaccel import accelerate, curves, quality, restore
@@ -22,10 +23,7 @@ METHODS = ["evenly spaced", "fewer sampling steps", "FirstBlockCache"]
 
 @pytest.fixture
 def case():
-    """A pipeline whose prompts are taken from a table, since it has no text encoder."""
-    case = wan()
-    case.pipe.encode_prompt = lambda prompt, *_, **__: (embeds(len(prompt)), embeds(99))
-    case.call = {"height": 16, "width": 16, "num_frames": 9, "guidance_scale": 5.0}
+    case = prompted(wan())
     case.call["num_inference_steps"] = STEPS
     return case
 

@@ -26,12 +26,12 @@ from vidaccel.generate import load_pipeline
 from vidaccel.hosts import HOSTS, find_transformers
 from vidaccel.policy import CachePolicy
 from vidaccel.studio import jobs, panels
+from vidaccel.studio.countdown import Countdown
 from vidaccel.studio.jobs import Progress, Studio
 from vidaccel.studio.preview import Preview, data_uri
 from vidaccel.studio.runs import Runs
 from vidaccel.studio.settings import Limits, Settings, policy_argument, with_one_plan
 from vidaccel.studio.stage import Stage, in_words
-from vidaccel.studio.stopwatch import Stopwatch
 from vidaccel.svg2 import SVG2
 
 PROMPT = "a red striped circle moving right on a navy dotted background"
@@ -449,18 +449,18 @@ def test_main_directions_keep_their_colours_from_step_to_step():
         assert np.abs(preview.frames(latents) - first).mean() < 12
 
 
-def test_stopwatch_knows_that_reused_steps_are_cheap(monkeypatch):
+def test_countdown_knows_that_reused_steps_are_cheap(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("vidaccel.studio.stopwatch.time.perf_counter", lambda: now[0])
-    watch = Stopwatch(8)
-    watch.start()
+    monkeypatch.setattr("vidaccel.studio.countdown.time.perf_counter", lambda: now[0])
+    countdown = Countdown(8)
+    countdown.start()
     for letter, seconds in (("C", 4.0), ("C", 4.0), ("-", 1.0)):
         now[0] += seconds
-        watch.start()
-        watch.lap(letter)
+        countdown.start()
+        countdown.lap(letter)
     computed = [True, True, False, False, True, False, False, True]
-    assert watch.left(computed) == pytest.approx(2 * 4.0 + 3 * 1.0)
-    assert watch.left() == pytest.approx(5 * 3.0)
+    assert countdown.left(computed) == pytest.approx(2 * 4.0 + 3 * 1.0)
+    assert countdown.left() == pytest.approx(5 * 3.0)
 
 
 def test_errors_in_words():

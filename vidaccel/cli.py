@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel import __version__, comparisons
+from vidaccel import benches as commands_of_benches
 from vidaccel.console import (
     add_cache_options,
     add_model_options,
@@ -16,8 +17,6 @@ from vidaccel.console import (
     cache_of,
     check_writable,
     print_result,
-    read_prompts,
-    shares,
     size,
     sparse_attention_of,
     write_json,
@@ -245,154 +244,12 @@ def _suggest(arguments: argparse.Namespace) -> None:
 def _bench_parser(commands: Any) -> None:
     parser = commands.add_parser("bench", help="measure, and write the numbers as JSON")
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    overhead = benches.add_parser(
-        "overhead",
-        help="what vidaccel costs when idle, and realised against ideal speedup",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    overhead.add_argument("--model", help="folder or hub id; the embedded model if left out")
-    overhead.add_argument("--steps", type=at_least(2), default=50)
-    overhead.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
-    overhead.add_argument("--frames", type=at_least(1), help="number of frames")
-    overhead.add_argument("--rounds", type=at_least(1), default=9, help="medians are over these")
-    overhead.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
-    overhead.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    add_model_options(overhead)
-    overhead.set_defaults(run=_bench_overhead)
-    soak = benches.add_parser(
-        "soak",
-        help="many generations in one process: memory, and outputs of equal requests",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    soak.add_argument("--model", help="folder or hub id; the embedded model if left out")
-    soak.add_argument("--generations", type=at_least(12), default=200)
-    soak.add_argument("--steps", type=at_least(8), default=8)
-    soak.add_argument("--size", type=size, metavar="WxH", default="32x32", help="in pixels")
-    soak.add_argument("--frames", type=at_least(1), default=5, help="number of frames")
-    soak.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
-    soak.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    add_model_options(soak)
-    soak.set_defaults(run=_bench_soak)
-    _bench_kernel_parsers(benches)
+    commands_of_benches.add_engine(benches, add_model_options, _pipeline)
+    commands_of_benches.add_kernels(benches)
     comparisons.add_quality(benches, add_model_options)
     comparisons.add_parity(benches, add_model_options)
     commands_of_policies.add_benches(benches, add_model_options, _pipeline)
-    attention = benches.add_parser(
-        "attention",
-        help="PSNR against density of sparse attention, on the embedded model",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    attention.add_argument("--steps", type=at_least(2), default=12)
-    attention.add_argument("--prompts", type=Path, help="a text file, one per line")
-    attention.add_argument(
-        "--top-p", type=shares, default="0.5,0.7,0.9", help="masses to keep, separated by commas"
-    )
-    attention.add_argument(
-        "--methods", nargs="+", metavar="NAME", help="measure these alone, without single changes"
-    )
-    attention.add_argument("--partial", type=Path, help="keep what is measured, to go on from it")
-    attention.add_argument("--figure", type=Path, help="draw it there; needs matplotlib")
-    attention.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    add_model_options(attention)
-    attention.set_defaults(run=_bench_attention, model=None)
-
-
-def _bench_kernel_parsers(benches: Any) -> None:
-    kernels = benches.add_parser(
-        "kernels", help="check the attention kernels on a CUDA GPU, then measure them"
-    )
-    kernels.add_argument("--shapes", help="part of a model's name, such as Wan; all if left out")
-    kernels.add_argument("--check-only", action="store_true", help="measure nothing")
-    kernels.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    kernels.set_defaults(run=_bench_kernels)
-    codegen = benches.add_parser(
-        "codegen", help="compile every kernel without a GPU: registers, spills, instruction mix"
-    )
-    codegen.add_argument("--chips", default="80,90,100,120", help="compute capabilities")
-    codegen.add_argument("--kernels", default="", help="part of a kernel's name")
-    codegen.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    codegen.set_defaults(run=_bench_codegen)
-
-
-def _bench_kernels(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
-    from vidaccel import kernel_bench
-
-    names = [name for name in kernel_bench.SHAPES if (arguments.shapes or "") in name]
-    if not names:
-        known = ", ".join(kernel_bench.SHAPES)
-        raise VidaccelError(f"no shape is called {arguments.shapes!r}; there are {known}")
-    if arguments.check_only:
-        names = []
-    result = kernel_bench.kernels(names, report=lambda line: print(line, file=sys.stderr))
-    print_result(kernel_bench.kernels_table(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
-
-
-def _bench_codegen(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
-    from vidaccel import codegen
-
-    chips = [int(chip) for chip in arguments.chips.split(",") if chip.strip().isdigit()]
-    if not chips or not set(chips) <= set(codegen.CHIPS):
-        raise VidaccelError(f"--chips takes some of 80,90,100,120, found {arguments.chips!r}")
-    result = codegen.codegen(chips, wanted=lambda shipped: arguments.kernels in shipped.name)
-    print_result(codegen.codegen_table(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
-    if result["problems"]:
-        raise VidaccelError(f"{len(result['problems'])} problems in generated code")
-
-
-def _bench_attention(arguments: argparse.Namespace) -> None:
-    for path in (arguments.json, arguments.figure):
-        if path is not None and str(path) != "-":
-            check_writable(path)
-    from vidaccel import bench_attention as bench
-    from vidaccel import generate as g
-
-    pipe = _pipeline(arguments)
-    result = bench.attention(
-        pipe,
-        {**g.EMBEDDED_CALL, "num_inference_steps": arguments.steps},
-        prompts=read_prompts(arguments.prompts) if arguments.prompts else bench.PROMPTS,
-        top_ps=arguments.top_p,
-        methods=arguments.methods,
-        changes_at=0.7 if arguments.methods is None else None,
-        partial=arguments.partial,
-    )
-    result["settings"] |= {"model": "tiny-wan"}
-    print_result(bench.attention_table(result), arguments.json)
-    if arguments.figure is not None:
-        bench.draw(result, arguments.figure)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
-
-
-def _bench_overhead(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
-    import torch
-
-    from vidaccel import bench
-    from vidaccel import generate as g
-
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    pipe = _pipeline(arguments)
-    width, height = arguments.size or (None, None)
-    wanted = {"height": height, "width": width, "num_frames": arguments.frames}
-    call = {"prompt": g.EMBEDDED_PROMPT, **(g.EMBEDDED_CALL if arguments.model is None else {})}
-    call |= {name: value for name, value in wanted.items() if value is not None}
-    call["num_inference_steps"] = arguments.steps
-    result = bench.overhead(pipe, g.call_arguments(pipe, call), rounds=arguments.rounds)
-    result["settings"] |= {"model": arguments.model or "tiny-wan"}
-    print_result(bench.overhead_table(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
+    commands_of_benches.add_attention(benches, add_model_options, _pipeline)
 
 
 def _hosts_parser(commands: Any) -> None:
@@ -404,48 +261,6 @@ def _hosts(arguments: argparse.Namespace) -> None:
     from vidaccel.hosts import markdown_table
 
     print(markdown_table())
-
-
-def _bench_soak(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
-    import torch
-
-    from vidaccel import generate as g
-    from vidaccel.dbcache import DBCache
-    from vidaccel.soak import Request, soak, soak_table
-
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    pipe = _pipeline(arguments)
-    width, height = arguments.size
-    small = {"width": width, "height": height, "num_frames": arguments.frames}
-    small |= {"num_inference_steps": arguments.steps}
-    # Another prompt, shape and number of steps in turn, each with a plan and with a block cache.
-    calls = [
-        {"prompt": g.EMBEDDED_PROMPT, **small},
-        {"prompt": "a red dotted circle moving left on a navy striped background", **small},
-        {"prompt": g.EMBEDDED_PROMPT, **small, "width": 2 * width, "num_inference_steps": 12},
-    ]
-    accelerations = [
-        {"policy": "every 3", "cache": None},
-        {"policy": None, "cache": DBCache(threshold=0.5, warmup_steps=2, forecast_order=1)},
-    ]
-    requests = [
-        Request(g.call_arguments(pipe, call), seed, acceleration)
-        for acceleration in accelerations
-        for seed, call in enumerate(calls)
-    ]
-    result = soak(pipe, requests, arguments.generations)
-    result["settings"] = {
-        "model": arguments.model or "tiny-wan",
-        "dtype": str(pipe.dtype),
-        "device": str(pipe.device),
-        "threads": torch.get_num_threads(),
-    }
-    print_result(soak_table(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
 
 
 def _env_parser(commands: Any) -> None:

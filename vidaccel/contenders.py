@@ -126,12 +126,16 @@ def _planned(name: str, plan: Plan) -> Variant:
 
 
 def _stored(name: str, contest: Contest) -> list[Variant]:
+    """The plans of the policy, as far as there is one for each budget."""
     policy = contest.known_policy()
     return [_planned(name, policy.plan(budget=b)) for b in contest.budgets if b in policy.budgets()]
 
 
 def _solved(objective: str, order: int = 0) -> "Method":
+    """Plans searched anew in the errors of the policy's held segments."""
+
     def made(name: str, contest: Contest) -> list[Variant]:
+        """One plan for each budget that has a path; raises PolicyError without errors."""
         policy = contest.known_policy()
         if not policy.edges:
             raise PolicyError("edges: found none, so no path through them can be searched")
@@ -150,7 +154,10 @@ def _solved(objective: str, order: int = 0) -> "Method":
 
 
 def _even(order: int) -> "Method":
+    """Computed steps at equal distances."""
+
     def made(name: str, contest: Contest) -> list[Variant]:
+        """One plan for each budget."""
         plans = [Plan.spread(budget, contest.steps) for budget in contest.budgets]
         return [_planned(name, plan.forecast(order) if order else plan) for plan in plans]
 
@@ -170,15 +177,21 @@ def _dense_start(name: str, contest: Contest) -> list[Variant]:
 
 
 def _fewer_steps(name: str, contest: Contest) -> list[Variant]:
+    """Shorter runs of the plain pipeline."""
+
     @contextmanager
     def plain(pipe: Any) -> Iterator[None]:
+        """The pipeline as it is."""
         yield
 
     return [Variant(name, {"steps": b}, plain, steps=b) for b in contest.budgets]
 
 
 def _peer(peer: str, *settings: Setting) -> "Method":
+    """What others accelerate with, in some settings."""
+
     def made(name: str, contest: Contest) -> list[Variant]:
+        """One for each setting; raises UnsupportedPipelineError where it cannot run."""
         row = PEERS[peer]
         if row.unavailable is not None:
             raise UnsupportedPipelineError(row.unavailable)
@@ -198,7 +211,10 @@ def _peer(peer: str, *settings: Setting) -> "Method":
 
 
 def _dbcache(probe: int, corrector: int, order: int) -> "Method":
+    """The block cache by itself."""
+
     def made(name: str, contest: Contest) -> list[Variant]:
+        """One for each threshold."""
         found = []
         for threshold, warmup, run in DBCACHE:
             setting: Setting = {
@@ -219,6 +235,7 @@ def _guarded(probe: int, corrector: int) -> "Method":
     """The stored plans, with a threshold that has more steps computed where they drift."""
 
     def made(name: str, contest: Contest) -> list[Variant]:
+        """One for each guarded speedup that the policy has a plan for."""
         policy, found = contest.known_policy(), []
         for speedup, threshold in GUARDS:
             budget = int(contest.steps / speedup)
@@ -239,6 +256,7 @@ def _sparse(*, plan: bool = False, probe: int = 0) -> "Method":
     """Sparse attention, alone or with the stored plans, the block cache or both."""
 
     def made(name: str, contest: Contest) -> list[Variant]:
+        """One for each guarded speedup; alone, a single one."""
         attention = SVG2(top_p=TOP_P, min_tokens=0)
         found = []
         # Alone it has one setting, and the others the speeds of the guarded plans.
@@ -262,13 +280,17 @@ def _sparse(*, plan: bool = False, probe: int = 0) -> "Method":
 
 
 def _preset(preset: str) -> "Method":
+    """What `accelerate` does by itself."""
+
     def made(name: str, contest: Contest) -> list[Variant]:
+        """The preset, whatever the budgets."""
         return [_accelerated(name, {"preset": preset}, preset=preset, attention="auto")]
 
     return made
 
 
 def _digest(ratios: Sequence[float] | None) -> str:
+    """A short name of a calibration."""
     return sha256(json.dumps(ratios).encode()).hexdigest()[:8]
 
 

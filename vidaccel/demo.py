@@ -181,7 +181,10 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         )
         result = [original, accelerated, numbers, sheet, files, shown]
 
+        # The handlers of events: each gives the components that change, with their new values.
+
         def present(finished: Finished | None) -> dict[Any, Any]:
+            """Show a run; None changes nothing."""
             if finished is None:
                 return {}
             clips = finished.clips
@@ -195,6 +198,7 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
             }
 
         def gallery(token: str) -> dict[Any, Any]:
+            """Show the runs of the visitor."""
             runs = studio.runs.of(token)
             return {
                 history: gr.update(value=_thumbnails(runs), visible=bool(runs)),
@@ -202,16 +206,19 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
             }
 
         def buttons(busy: bool) -> dict[Any, Any]:
+            """Let a run be stopped while one runs, and begun while none does."""
             return {
                 controls.generate: gr.update(value="Generate", interactive=not busy),
                 controls.stop: gr.update(value="Stop", interactive=busy),
             }
 
         def arrive(token: str, job_id: str) -> dict[Any, Any]:
+            """A visitor has opened the page, perhaps again and with a run under way."""
             empty = dict.fromkeys(controls.blank)
             return {owner: _owner(token), job: job_id, **gallery(token), **empty}
 
         def submit(token: str, *values: Any) -> dict[Any, Any]:
+            """Begin a run with the values of the controls, or say what is wrong with them."""
             try:
                 settings = controls.settings(list(values))
                 started = studio.submit(_owner(token), settings)
@@ -228,6 +235,7 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
             }
 
         def follow(token: str, job_id: str) -> Iterator[dict[Any, Any]]:
+            """Show the progress of a run until it has ended."""
             followed = studio.job(_owner(token), job_id)
             if followed is None:
                 yield buttons(busy=False)
@@ -243,23 +251,28 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
                 yield news
 
         def stop(token: str, job_id: str) -> None:
+            """Have the visitor's run end."""
             followed = studio.job(_owner(token), job_id)
             if followed is not None:
                 studio.stop(followed)
 
         def choose_example(event: gr.SelectData) -> dict[Any, Any]:
+            """Show one of the runs that come with the page."""
             return {status: panels.note(MADE_BEFORE), **present(shown_first[event.index])}
 
         def choose_run(token: str, ids: list[str], event: gr.SelectData) -> dict[Any, Any]:
+            """Show one of the visitor's earlier runs."""
             run = studio.runs.load(_owner(token), ids[event.index])
             if run is None:
                 return {status: panels.problem("this run is no longer there"), **gallery(token)}
             return {status: panels.note("A run of yours, made before."), **present(run)}
 
         def use(finished: Finished | None) -> dict[Any, Any]:
+            """Put the settings of the shown run into the controls."""
             return {} if finished is None else controls.show(finished.settings)
 
         def read(path: str) -> dict[Any, Any]:
+            """Put the settings of a file into the controls, or say what is wrong with it."""
             try:
                 return controls.show(Settings.from_file(Path(path)))
             except VidaccelError as error:

@@ -102,6 +102,7 @@ def course_source(
         raise PlanError("probe_blocks=0 leaves nothing to decide by: use it with a plan or policy")
 
     def resolve(setting: Setting, host: HostSpec) -> Course:
+        """What decides in this run; raises PlanError or PolicyError when nothing fits it."""
         if given is not None and policy is None:
             return _deciding(given, setting, host)
         if policy == "auto":
@@ -166,6 +167,7 @@ def policy_source(
     plan, chosen = policy.preset(preset), policy
 
     def resolve(setting: Setting) -> Plan:
+        """The plan of the policy for this run; raises PolicyError when it is for another."""
         try:
             chosen.check(setting)
         except PolicyError:

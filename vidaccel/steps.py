@@ -33,6 +33,7 @@ def steps_told(pipe: Any, ended: Callable[[int, Any], None]) -> Iterator[None]:
     def on_call(
         transformer: nn.Module, host: HostSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        """A transformer is called: if that begins a step, the one before it has ended."""
         nonlocal begun, running, clock
         clock = clock or Clock(host.branch, host.times)
         timestep, sample = (

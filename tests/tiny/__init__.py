@@ -4,11 +4,13 @@ from tiny import cogvideo, cosmos, hunyuan, images, ltx, others, wan
 from tiny.base import LAYERS, STEPS, Build, Case, embeds, generator
 
 __all__ = [
+    "BATCH_SINCE",
     "CASES",
     "CORE",
     "LAYERS",
     "NO_BATCH",
     "NO_OTHER_SCHEDULER",
+    "PER_PROMPT",
     "SINCE",
     "STEPS",
     "WITHOUT_CASE",
@@ -54,8 +56,20 @@ SINCE = {
     "ltx2_dfr": "0.42",
 }
 
+# Pipelines that are given a picture or a clip for each prompt: name of the case -> the argument.
+PER_PROMPT = {
+    "hunyuan_i2v": "image",
+    "hunyuan_i2v_token_replace": "image",
+    "skyreels_v1": "image",
+    "cogvideox_i2v": "image",
+    "cogvideox_v2v": "video",
+    "ltx_i2v": "image",
+    "ltx2_i2v": "image",
+    "cosmos_v2w": "image",
+    "cosmos2_v2w": "image",
+}
+
 # What is up to Diffusers: pipelines that take no batch of prompts with a generator each ...
-_IMAGE_EACH = "asks for an image per prompt"
 _ONE_CLIP = "draws the noise of one clip"
 NO_BATCH = {
     "wan_vace": "takes no list of generators",
@@ -64,31 +78,23 @@ NO_BATCH = {
     "skyreels_df_long": _ONE_CLIP,
     "skyreels_df_i2v": _ONE_CLIP,
     "skyreels_df_v2v": _ONE_CLIP,
-    "hunyuan_i2v": _IMAGE_EACH,
-    "hunyuan_i2v_token_replace": _IMAGE_EACH,
-    "skyreels_v1": _IMAGE_EACH,
     "framepack": "keeps the history of one clip",
-    "cogvideox_i2v": _IMAGE_EACH,
-    "cogvideox_v2v": _IMAGE_EACH,
     "cogvideox_control": _ONE_CLIP,
-    "consisid": _IMAGE_EACH,
-    "ltx_i2v": _IMAGE_EACH,
+    "consisid": "takes the features of one face",
     "ltx_condition": _ONE_CLIP,
     "ltx_long": "takes one prompt",
-    "ltx2_i2v": _IMAGE_EACH,
-    "ltx2_condition": "draws the noise of a batch as a whole in older versions of diffusers",
-    "cosmos_v2w": _IMAGE_EACH,
-    "cosmos2_v2w": _IMAGE_EACH,
-    "cosmos25_i2w": _IMAGE_EACH,
+    "cosmos25_i2w": "takes one image",
     "cosmos3": "takes one prompt",
     "easyanimate_inpaint": _ONE_CLIP,
     "sana_wm": "takes one prompt",
     "kandinsky6_sr": "has no prompt",
-    "motif_i2v": _IMAGE_EACH,
-    "kandinsky5": "counts words over the whole batch",
-    "kandinsky5_i2v": "counts words over the whole batch",
+    "motif_i2v": "takes one image",
+    "kandinsky5_i2v": "draws one encoding of the image",
     "helios_pyramid": "draws the noise of its later stages for the batch as a whole",
 }
+
+# ... or only from a later diffusers on ...
+BATCH_SINCE = {"ltx2_condition": "0.42"}
 
 # ... or that no other scheduler fits.
 _TIMESTEPS = "hands its scheduler a table of its own"

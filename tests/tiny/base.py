@@ -30,6 +30,7 @@ class Case:
         unplanned: steps that are computed whatever the plan says, because the pipeline changes the
             latents there.
         batch, scheduler: why the pipeline takes no batch of prompts, or no other scheduler.
+        per_prompt: the argument with a picture or a clip, if there has to be one for each prompt.
     """
 
     pipe: Any
@@ -41,6 +42,7 @@ class Case:
     unplanned: tuple[int, ...] = ()
     batch: str = ""
     scheduler: str = ""
+    per_prompt: str = ""
 
     def run(self, seed: int = 0, **overrides: Any) -> torch.Tensor:
         """The latents of one generation, [B, ...]; with sound, picture and sound in a row each."""

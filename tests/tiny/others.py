@@ -20,7 +20,7 @@ from tiny.base import (
     video,
 )
 from tiny.hunyuan import hunyuan_vae
-from tiny.wan import wan_vae
+from tiny.wan import like_wan, wan_transformer, wan_vae
 
 
 def mochi() -> Case:
@@ -201,6 +201,13 @@ def sana_i2v() -> Case:
     return _sana("SanaImageToVideoPipeline", {"image": image(32)}, scheduler)
 
 
+def _woken(transformer: torch.nn.Module, among: str = "") -> None:
+    """Fill what starts as zeros, so that blocks and branches would do nothing."""
+    for name, weight in transformer.named_parameters():
+        if among in name and not weight.any():
+            torch.nn.init.normal_(weight, std=0.1, generator=generator(7))
+
+
 def sana_wm() -> Case:
     """Camera paths; recurrent attention, and softmax in every second block."""
     from tiny.ltx import ltx2_vae
@@ -216,9 +223,7 @@ def sana_wm() -> Case:
         caption_channels=32,
         chunk_plucker_channels=48,
     )
-    for weight in transformer.parameters():
-        if not weight.any():  # starts as zeros, so that the branch would do nothing
-            torch.nn.init.normal_(weight, std=0.1, generator=generator(7))
+    _woken(transformer)
     call = {
         "image": image(32),
         "prompt": "",
@@ -251,9 +256,7 @@ def _kandinsky5(cls: str, call: dict[str, Any], **config: Any) -> Case:
         axes_dims=(8, 8, 8),
         **config,
     )
-    for name, weight in transformer.named_parameters():
-        if "modulation" in name:  # starts as zeros, so that blocks would do nothing
-            torch.nn.init.normal_(weight, std=0.1, generator=generator(7))
+    _woken(transformer, "modulation")
     common: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5}
     for seed, prefix in enumerate(("", "negative_")):
         common[f"{prefix}prompt_embeds_qwen"] = embeds(seed)
@@ -397,17 +400,8 @@ def motif_i2v() -> Case:
 
 
 def _helios_transformer() -> Any:
-    return built(
+    return like_wan(
         "HeliosTransformer3DModel",
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=LAYERS,
         rope_dim=(4, 4, 4),
         has_multi_term_memory_patch=True,
         guidance_cross_attn=True,
@@ -443,21 +437,7 @@ def helios_pyramid() -> Case:
 
 def anyflow() -> Case:
     """A flow map: a second time says where each step goes."""
-    transformer = built(
-        "AnyFlowTransformer3DModel",
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=LAYERS,
-        rope_max_seq_len=32,
-        gate_value=0.25,
-        deltatime_type="r",
-    )
+    transformer = wan_transformer("AnyFlowTransformer3DModel", gate_value=0.25, deltatime_type="r")
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
     parts = {"vae": wan_vae(), "scheduler": scheduler}
     return case("AnyFlowPipeline", transformer, {"num_frames": 9}, **parts)

@@ -8,7 +8,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from tiny.base import LAYERS, Case, built, case, image, unipc, video
 
 
-def wan_transformer(cls: str = "WanTransformer3DModel", seed: int = 0, **config: Any) -> Any:
+def like_wan(cls: str, seed: int = 0, **config: Any) -> Any:
+    """A transformer of one of the classes that are configured as Wan's is."""
     defaults = {
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,
@@ -19,9 +20,12 @@ def wan_transformer(cls: str = "WanTransformer3DModel", seed: int = 0, **config:
         "freq_dim": 32,
         "ffn_dim": 32,
         "num_layers": LAYERS,
-        "rope_max_seq_len": 32,
     }
     return built(cls, seed, **(defaults | config))
+
+
+def wan_transformer(cls: str = "WanTransformer3DModel", seed: int = 0, **config: Any) -> Any:
+    return like_wan(cls, seed, **({"rope_max_seq_len": 32} | config))
 
 
 def wan_vae() -> Any:

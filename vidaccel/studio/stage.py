@@ -16,9 +16,9 @@ from vidaccel.comparison import closeness
 from vidaccel.environment import environment
 from vidaccel.errors import VidaccelError
 from vidaccel.hosts import find_transformers
+from vidaccel.studio.countdown import Countdown
 from vidaccel.studio.preview import Preview, data_uri
 from vidaccel.studio.settings import OFF, Settings
-from vidaccel.studio.stopwatch import Stopwatch
 from vidaccel.svg2 import SVG2
 from vidaccel.video import Clip
 
@@ -181,23 +181,23 @@ class Stage:
         steps = g.steps_of(pipe, call)
         tell(phase=phase, step=0, steps=steps, timeline="", eta=None, preview="")
         engines = list(engines_of(pipe).values())
-        watch = Stopwatch(steps)
+        countdown = Countdown(steps)
         drawn = 0.0
         last: Any = None
 
         def on_call(*_: Any) -> None:
             if stop.is_set():
                 raise Stopped
-            watch.start()
+            countdown.start()
 
         def on_step(step: int, latents: Any) -> None:
             nonlocal drawn, last
             last = latents
             timeline = "".join(engine.ledger.timeline() for engine in engines)
-            watch.lap(timeline[-1:] or "C")
+            countdown.lap(timeline[-1:] or "C")
             plan = engines[0].plan if engines else None
             computed = None if plan is None else [plan.computes(s) for s in range(steps)]
-            news = {"step": step + 1, "timeline": timeline, "eta": watch.left(computed)}
+            news = {"step": step + 1, "timeline": timeline, "eta": countdown.left(computed)}
             if time.perf_counter() - drawn > PREVIEW_EVERY:
                 drawn = time.perf_counter()
                 frames = preview.frames(latents)

@@ -3,7 +3,7 @@
 import time
 
 
-class Stopwatch:
+class Countdown:
     """Tells how long the rest of a run takes.
 
     Args:
