@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,7 +186,6 @@ def _pair(reference: Any, clip: Any) -> tuple[Clip, Clip]:
 
 def _require_weights(net: str) -> None:
     """Raise MetricUnavailable unless the backbone's weights are cached or can be downloaded."""
-    from pathlib import Path
     from urllib.request import Request, urlopen
 
     import torch
@@ -200,8 +200,11 @@ def _require_weights(net: str) -> None:
         urlopen(Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
     except OSError as error:
         raise MetricUnavailable(
-            f"the {net} weights for LPIPS are not here and cannot be downloaded ({error}); run "
-            f"torchvision.models.get_weight({LPIPS_BACKBONES[net]!r}).get_state_dict() where there "
-            f"is a network, and copy {file.name} from the folder checkpoints in torch.hub.get_dir() "
-            "there to that here"
+            f"the {net} weights for LPIPS are not in {_short(file.parent)} and cannot be downloaded "
+            f"({error}); get {url} on a machine with a network and put it there"
         ) from error
+
+
+def _short(path: Path) -> str:
+    """The path with ~ for the home folder, which reports that are passed on need not name."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
