@@ -200,8 +200,8 @@ def _require_weights(net: str) -> None:
         urlopen(Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
     except OSError as error:
         raise MetricUnavailable(
-            f"the {net} weights for LPIPS are not in {_short(file.parent)} and cannot be downloaded "
-            f"({error}); get {url} on a machine with a network and put it there"
+            f"the {net} weights for LPIPS are not in {_short(file.parent)} and cannot be "
+            f"downloaded ({error}); get {url} on a machine with a network and put it there"
         ) from error
 
 
