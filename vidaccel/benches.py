@@ -121,7 +121,7 @@ def _soak(load: LoadPipeline, arguments: argparse.Namespace) -> None:
 
 
 def add_kernels(benches: Any) -> None:
-    """Add `bench kernels` and `bench codegen`."""
+    """Add `bench kernels`, `bench models` and `bench codegen`."""
     kernels = benches.add_parser(
         "kernels", help="check the attention kernels on a CUDA GPU, then measure them"
     )
@@ -129,6 +129,16 @@ def add_kernels(benches: Any) -> None:
     kernels.add_argument("--check-only", action="store_true", help="measure nothing")
     kernels.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
     kernels.set_defaults(run=_kernels)
+    models = benches.add_parser(
+        "models",
+        help="seconds of Wan models of their real size on a CUDA GPU, with random weights",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    models.add_argument("--models", default="", help="part of a model's name; all if left out")
+    models.add_argument("--steps", type=at_least(6), help="fewer than the model's 50, to be sooner")
+    models.add_argument("--rounds", type=at_least(1), default=1, help="medians are over these")
+    models.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
+    models.set_defaults(run=_models)
     codegen = benches.add_parser(
         "codegen", help="compile every kernel without a GPU: registers, spills, instruction mix"
     )
@@ -153,6 +163,28 @@ def _kernels(arguments: argparse.Namespace) -> None:
     print_result(kernel_bench.kernels_table(result), arguments.json)
     if arguments.json is not None:
         write_json(result, arguments.json)
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and str(arguments.json) != "-":
+        check_writable(arguments.json)
+    from vidaccel import bench_models as bench
+
+    names = [name for name in bench.MODELS if arguments.models in name]
+    if not names:
+        known = ", ".join(bench.MODELS)
+        raise VidaccelError(f"no model is called {arguments.models!r}; there are {known}")
+    results = {}
+    for name in names:
+        results[name] = bench.speed(
+            bench.MODELS[name],
+            steps=arguments.steps,
+            rounds=arguments.rounds,
+            report=lambda line, name=name: print(f"{name}: {line}", file=sys.stderr),
+        )
+        print_result(f"{name}\n{bench.speed_table(results[name])}\n", arguments.json)
+    if arguments.json is not None:
+        write_json(results, arguments.json)
 
 
 def _codegen(arguments: argparse.Namespace) -> None:
