@@ -90,7 +90,7 @@ def test_neighbours_are_plans_of_the_same_budget(lines):
 
 
 def test_a_built_policy_holds_the_improved_plans(case, tmp_path, monkeypatch):
-    options = {"num_inference_steps": STEPS, "method": "gain", "validate": True, "improve": 12}
+    options = {"num_inference_steps": STEPS, "method": "gain", "validate": True, "improve": 60}
     policy = build_for(case, workdir=tmp_path, **options)
     rows = [row for row in policy.validation if row.candidate == "improved"]
     assert rows
@@ -99,7 +99,7 @@ def test_a_built_policy_holds_the_improved_plans(case, tmp_path, monkeypatch):
         assert kept[row.budget].psnr >= row.psnr
     assert CachePolicy.from_json(policy.to_json()) == policy
     made = len(list(tmp_path.glob("trial-*.json")))
-    assert made <= len(kept) * (12 + SAMPLES)
+    assert made <= len(kept) * (options["improve"] + SAMPLES)
 
     # What ran before is not run again, and gives the same plans.
     monkeypatch.setattr(measure.Session, "trial", lambda *_: pytest.fail("ran again"))

@@ -12,6 +12,7 @@ import numpy as np
 
 from vidaccel.api import accelerate, restore
 from vidaccel.dbcache import DBCache
+from vidaccel.environment import shipped_policies
 from vidaccel.errors import PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.lemica import search
 from vidaccel.peers import PEERS, Setting
@@ -284,14 +285,17 @@ def _preset(preset: str) -> "Method":
 
     def made(name: str, contest: Contest) -> list[Variant]:
         """The preset, whatever the budgets."""
-        return [_accelerated(name, {"preset": preset}, preset=preset, attention="auto")]
+        # What it comes to depends on the policies that are there.
+        policies = [path.read_text("utf-8") for path in shipped_policies().values()]
+        setting: Setting = {"preset": preset, "policies": _digest(policies)}
+        return [_accelerated(name, setting, preset=preset, attention="auto")]
 
     return made
 
 
-def _digest(ratios: Sequence[float] | None) -> str:
-    """A short name of a calibration."""
-    return sha256(json.dumps(ratios).encode()).hexdigest()[:8]
+def _digest(values: Sequence[float] | Sequence[str] | None) -> str:
+    """A short name of a calibration, or of policies."""
+    return sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 def _cache_dit(probe: int, corrector: int, order: int) -> "Method":
