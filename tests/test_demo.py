@@ -133,7 +133,7 @@ def choose_custom(tab):
 def long_run(tab):
     """Settings with time to look, in steps that are all computed."""
     choose_custom(tab)
-    fill(tab, plan="all", steps=100, frames=17)
+    fill(tab, plan="all", steps=100, frames=33, size="96x96")
 
 
 def step(tab):
@@ -302,8 +302,11 @@ def test_a_reload_in_the_middle_goes_on_where_it_was(tab, server):
     tab.wait_for_selector("#generate:not([disabled])")
 
 
-def test_two_tabs_wait_for_each_other(tab, server):
-    other, third = tab.context.new_page(), tab.context.new_page()
+def test_two_tabs_wait_for_each_other(tab, browser, server):
+    # Each in a browser of its own: one browser keeps six connections to a server, for all its tabs.
+    other, third = (browser.new_context().new_page() for _ in range(2))
+    for page in (other, third):
+        page.set_default_timeout(PATIENCE)
     arrive(other, server)
     arrive(third, server)
     long_run(tab)
