@@ -212,10 +212,10 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
                 controls.stop: gr.update(value="Stop", interactive=busy),
             }
 
-        def arrive(token: str, job_id: str) -> dict[Any, Any]:
+        def arrive(token: str, _: str) -> dict[Any, Any]:
             """A visitor has opened the page, perhaps again and with a run under way."""
-            empty = dict.fromkeys(controls.blank)
-            return {owner: _owner(token), job: job_id, **gallery(token), **empty}
+            # The answer may come after a run was begun, so nothing of a run is in it.
+            return {owner: _owner(token), **gallery(token), **dict.fromkeys(controls.blank)}
 
         def submit(token: str, *values: Any) -> dict[Any, Any]:
             """Begin a run with the values of the controls, or say what is wrong with them."""
@@ -238,7 +238,7 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
             """Show the progress of a run until it has ended."""
             followed = studio.job(_owner(token), job_id)
             if followed is None:
-                yield buttons(busy=False)
+                yield {}
                 return
             last: Finished | None = None
             for progress in studio.follow(followed):
@@ -281,8 +281,8 @@ def create_demo(studio: Studio, defaults: Settings, sizes: list[str], examples: 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         board = [status, controls.generate, controls.stop, *result, history, listed]
         page.load(
-            arrive, [owner, job], [owner, job, history, listed, *controls.blank], js=ARRIVE, **quiet
-        ).then(follow, [owner, job], board, **quiet)
+            arrive, [owner, job], [owner, history, listed, *controls.blank], js=ARRIVE, **quiet
+        ).then(follow, [owner, job], board, js=ARRIVE, **quiet)
         controls.generate.click(
             submit,
             [owner, *controls.inputs],
