@@ -56,8 +56,7 @@ def add_engine(benches: Any, add_model_options: AddOptions, load: LoadPipeline) 
 
 
 def _overhead(load: LoadPipeline, arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     import torch
 
     from vidaccel import bench
@@ -74,13 +73,11 @@ def _overhead(load: LoadPipeline, arguments: argparse.Namespace) -> None:
     result = bench.overhead(pipe, g.call_arguments(pipe, call), rounds=arguments.rounds)
     result["settings"] |= {"model": arguments.model or "tiny-wan"}
     print_result(bench.overhead_table(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
+    write_json(result, arguments.json)
 
 
 def _soak(load: LoadPipeline, arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     import torch
 
     from vidaccel import generate as g
@@ -116,8 +113,7 @@ def _soak(load: LoadPipeline, arguments: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
     }
     print_result(soak_table(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
+    write_json(result, arguments.json)
 
 
 def add_kernels(benches: Any) -> None:
@@ -149,8 +145,7 @@ def add_kernels(benches: Any) -> None:
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     from vidaccel import kernel_bench
 
     names = [name for name in kernel_bench.SHAPES if (arguments.shapes or "") in name]
@@ -161,13 +156,11 @@ def _kernels(arguments: argparse.Namespace) -> None:
         names = []
     result = kernel_bench.kernels(names, report=lambda line: print(line, file=sys.stderr))
     print_result(kernel_bench.kernels_table(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
+    write_json(result, arguments.json)
 
 
 def _models(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     from vidaccel import bench_models as bench
 
     names = [name for name in bench.MODELS if arguments.models in name]
@@ -183,13 +176,11 @@ def _models(arguments: argparse.Namespace) -> None:
             report=lambda line, name=name: print(f"{name}: {line}", file=sys.stderr),
         )
         print_result(f"{name}\n{bench.speed_table(results[name])}\n", arguments.json)
-    if arguments.json is not None:
-        write_json(results, arguments.json)
+    write_json(results, arguments.json)
 
 
 def _codegen(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     from vidaccel import codegen
 
     chips = [int(chip) for chip in arguments.chips.split(",") if chip.strip().isdigit()]
@@ -197,8 +188,7 @@ def _codegen(arguments: argparse.Namespace) -> None:
         raise VidaccelError(f"--chips takes some of 80,90,100,120, found {arguments.chips!r}")
     result = codegen.codegen(chips, wanted=lambda shipped: arguments.kernels in shipped.name)
     print_result(codegen.codegen_table(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
+    write_json(result, arguments.json)
     if result["problems"]:
         raise VidaccelError(f"{len(result['problems'])} problems in generated code")
 
@@ -226,9 +216,7 @@ def add_attention(benches: Any, add_model_options: AddOptions, load: LoadPipelin
 
 
 def _attention(load: LoadPipeline, arguments: argparse.Namespace) -> None:
-    for path in (arguments.json, arguments.figure):
-        if path is not None and str(path) != "-":
-            check_writable(path)
+    check_writable(arguments.json, arguments.figure)
     from vidaccel import bench_attention as bench
     from vidaccel import generate as g
 
@@ -246,5 +234,4 @@ def _attention(load: LoadPipeline, arguments: argparse.Namespace) -> None:
     print_result(bench.attention_table(result), arguments.json)
     if arguments.figure is not None:
         bench.draw(result, arguments.figure)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
+    write_json(result, arguments.json)

@@ -120,8 +120,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     source = policy_source(policy, arguments.preset)
     out: Path = arguments.out
     video.check_writable(out)
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     if arguments.model is not None and not arguments.prompt:
         raise ModelError("a prompt is needed: vidaccel generate --model ... PROMPT")
 
@@ -177,8 +176,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         print_result(f"{report(pipe)}\n{fast.seconds:.1f} s in all", arguments.json)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
-    if arguments.json is not None:
-        write_json({"settings": settings, **result, "environment": environment()}, arguments.json)
+    write_json({"settings": settings, **result, "environment": environment()}, arguments.json)
 
 
 def _policy_parsers(commands: Any) -> None:
@@ -208,8 +206,7 @@ def _suggest_parser(commands: Any) -> None:
 
 
 def _suggest(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     if arguments.model is not None and not arguments.prompt:
         raise ModelError("a prompt is needed: vidaccel suggest-threshold --model ... PROMPT")
     cache = cache_of(arguments)
@@ -237,8 +234,7 @@ def _suggest(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     print_result(str(found), arguments.json)
-    if arguments.json is not None:
-        write_json({**asdict(found), "environment": environment()}, arguments.json)
+    write_json({**asdict(found), "environment": environment()}, arguments.json)
 
 
 def _bench_parser(commands: Any) -> None:

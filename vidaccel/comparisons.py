@@ -76,8 +76,7 @@ def add_parity(benches: Any, add_model_options: Any) -> None:
 
 
 def _parity(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     from vidaccel import generate as g
     from vidaccel.parity import parity, parity_table
 
@@ -89,8 +88,7 @@ def _parity(arguments: argparse.Namespace) -> None:
     result = parity(pipe, g.call_arguments(pipe, call), seed=arguments.seed)
     result["settings"] |= {"model": arguments.model or "tiny-wan"}
     print_result(parity_table(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
+    write_json(result, arguments.json)
 
 
 def _pipeline(arguments: argparse.Namespace) -> Any:
@@ -114,9 +112,7 @@ def _quality(arguments: argparse.Namespace) -> None:
     if arguments.list:
         print("\n".join(METHODS))
         return
-    for path in (arguments.json, arguments.plot):
-        if path is not None and str(path) != "-":
-            check_writable(path)
+    check_writable(arguments.json, arguments.plot)
     if arguments.prompts is None and arguments.model is not None:
         raise ModelError("prompts are needed: vidaccel bench quality --model ... --prompts FILE")
 
@@ -171,8 +167,7 @@ def _quality(arguments: argparse.Namespace) -> None:
     result |= {"left_out": left_out, "equal_time": curves.equal_time(result["points"])}
     shown = curves.points_table if arguments.every_point else curves.report
     print_result(shown(result), arguments.json)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
+    write_json(result, arguments.json)
     if arguments.plot is not None:
         curves.figure(result, arguments.plot)
         print(f"wrote {arguments.plot}", file=sys.stderr)

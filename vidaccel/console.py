@@ -135,17 +135,23 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def check_writable(path: Path) -> None:
-    """Find out now whether a file can be written later; raises OutputError if not."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with path.open("a"):
-            pass
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+def check_writable(*paths: Path | None) -> None:
+    """Find out now whether files can be written later; raises OutputError if not.
+
+    None and "-", which is the screen, are no files.
+    """
+    for path in paths:
+        if path is None or str(path) == "-":
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            with path.open("a"):
+                pass
+            if new:
+                path.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def print_result(text: str, json_path: Path | None) -> None:
@@ -162,8 +168,10 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(result: dict[str, Any], path: Path) -> None:
-    """Write a result, sorted and indented; to stdout for the path "-"."""
+def write_json(result: dict[str, Any], path: Path | None) -> None:
+    """Write a result, sorted and indented; to stdout for the path "-", nowhere for None."""
+    if path is None:
+        return
     text = json.dumps(finite(result), indent=2, sort_keys=True)
     if str(path) == "-":
         print(text)

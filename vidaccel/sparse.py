@@ -138,6 +138,7 @@ class SparseAttention(Attention):
         self._interception.install()
 
     def begin(self, tick: Tick, *, refreshes: bool, spread: Spread | None = None) -> None:
+        """A call begins; raises AttentionError where its tokens are spread as none can be."""
         self._spread = ""
         if spread == "ring":
             self._spread = RING

@@ -36,14 +36,12 @@ def compare_parser(commands: Any) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from vidaccel.comparison import closeness_table, compare_files
 
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     result, written = compare_files(arguments.reference, arguments.clip, arguments.out)
     print_result(closeness_table(result), arguments.json)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
+    write_json(result, arguments.json)
 
 
 def demo_parser(commands: Any) -> None:

@@ -136,6 +136,7 @@ def build_policy(
             announce(pipe, task, improve * sum(validated_budgets(num_inference_steps)))
 
         def work(runner: Runner) -> tuple[CachePolicy, Candidates]:
+            """The policy without validation, and what is to be validated."""
             graph, facts = measure(
                 runner,
                 task,

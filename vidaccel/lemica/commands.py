@@ -169,8 +169,7 @@ def _bench_search(arguments: argparse.Namespace) -> None:
 
 def _bench_calibration(load: LoadPipeline, arguments: argparse.Namespace) -> None:
     held_out = read_prompts(arguments.held_out)
-    if arguments.json is not None and str(arguments.json) != "-":
-        check_writable(arguments.json)
+    check_writable(arguments.json)
     from vidaccel.lemica import bench
 
     bench.read_task(arguments.exact_workdir)

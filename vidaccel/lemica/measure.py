@@ -156,6 +156,7 @@ def measure(
         done: dict[int, dict[Unit, Errors]] = defaultdict(dict)
 
         def finish(units: Iterable[tuple[int, Unit]]) -> None:
+            """Load or measure (sample, unit)s into `done`."""
             todo = []
             for sample, unit in units:
                 known = folder.load(sample, unit)

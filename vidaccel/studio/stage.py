@@ -191,6 +191,7 @@ class Stage:
             countdown.start()
 
         def on_step(step: int, latents: Any) -> None:
+            """Tell the progress, with a preview now and then."""
             nonlocal drawn, last
             last = latents
             timeline = "".join(engine.ledger.timeline() for engine in engines)
