@@ -16,6 +16,7 @@ from vidaccel.errors import BenchError
 
 PROMPTS = ["a", "bb"]
 FEW = ("svg2", "averaging, compensation", "fixed blocks", "random", "int8 QK")
+PLANNED = ("with a plan", "with a plan, refresh at 0.95")
 
 
 @pytest.fixture
@@ -32,9 +33,9 @@ def few(monkeypatch):
     small = {"query_clusters": 3, "key_clusters": 8, "dense_steps": 1}
     base = bench.replace(bench.BASE, **small)
     methods = {
-        name: (bench.replace(config, **small), method)
-        for name, (config, method) in bench.METHODS.items()
-        if name in FEW
+        name: method._replace(settings=bench.replace(method.settings, **small))
+        for name, method in bench.METHODS.items()
+        if name in (*FEW, *PLANNED)
     }
     monkeypatch.setattr(bench, "BASE", base)
     monkeypatch.setattr(bench, "METHODS", methods)
@@ -43,7 +44,12 @@ def few(monkeypatch):
 
 def run(pipe, **options):
     call = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": STEPS}
-    options = {"prompts": PROMPTS, "top_ps": (0.3, 1.0), "progress": False} | options
+    options = {
+        "prompts": PROMPTS,
+        "top_ps": (0.3, 1.0),
+        "methods": FEW,
+        "progress": False,
+    } | options
     return bench.attention(pipe, call, **options)
 
 
@@ -102,6 +108,18 @@ def test_some_methods_and_what_rounding_costs(prompted, few, tmp_path):
     # Rounding changes the clip, and less than leaving keys out does.
     assert plain["psnr"] < rounded["psnr_without_int8"] < 200
     assert plain["psnr"] != rounded["psnr"]
+
+
+def test_steps_that_are_used_again_can_be_less_sparse(prompted, few):
+    options = {"prompts": PROMPTS[:1], "top_ps": (0.3, 1.0), "changes_at": None}
+    points = run(prompted, methods=PLANNED, **options)["points"]
+    same, refreshed = ([p for p in points if p["method"] == name] for name in PLANNED)
+    # Only some of the sparse steps keep more, so that others stay as they are.
+    assert same[0]["density"] < refreshed[0]["density"] < 0.95
+    assert same[0]["psnr"] != refreshed[0]["psnr"]
+    # Against a dense clip of the same steps: with nothing left out they are equal.
+    assert same[1]["psnr"] > 60 and same[1]["density"] == pytest.approx(1.0)
+    assert refreshed[1]["density"] < 1.0
 
 
 def test_nothing_to_measure_is_refused(prompted):

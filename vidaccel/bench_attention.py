@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -112,27 +112,36 @@ def _attend(
     )[0]
 
 
-# What is measured over every density: the settings, and what computes the attention.
-METHODS: dict[str, tuple[SVG2, Callable[..., torch.Tensor]]] = {
-    "svg2": (BASE, semantic_attention),
-    "mass averaging": (replace(BASE, mass_averaging=True), semantic_attention),
-    "compensation": (replace(BASE, compensation=True), semantic_attention),
-    "query metric": (replace(BASE, query_metric=True), semantic_attention),
-    "averaging, compensation": (
-        replace(BASE, mass_averaging=True, compensation=True),
-        semantic_attention,
-    ),
-    "all three": (
-        replace(BASE, mass_averaging=True, compensation=True, query_metric=True),
-        semantic_attention,
-    ),
-    "int8 QK": (replace(BASE, int8_qk=True), semantic_attention),
-    "averaging, compensation, int8 QK": (
-        replace(BASE, mass_averaging=True, compensation=True, int8_qk=True),
-        semantic_attention,
-    ),
-    "fixed blocks": (BASE, fixed_blocks),
-    "random": (BASE, random_clusters),
+class Method(NamedTuple):
+    """One way to make attention sparse.
+
+    Attributes:
+        settings: but for top_p.
+        attend: what computes the attention.
+        planned: steps are skipped too, and clips compared with dense ones of the same steps.
+    """
+
+    settings: SVG2
+    attend: Callable[..., torch.Tensor] = semantic_attention
+    planned: bool = False
+
+
+BETTER = replace(BASE, mass_averaging=True, compensation=True)
+
+# What is measured over every density.
+METHODS = {
+    "svg2": Method(BASE),
+    "mass averaging": Method(replace(BASE, mass_averaging=True)),
+    "compensation": Method(replace(BASE, compensation=True)),
+    "query metric": Method(replace(BASE, query_metric=True)),
+    "averaging, compensation": Method(BETTER),
+    "all three": Method(replace(BETTER, query_metric=True)),
+    "int8 QK": Method(replace(BASE, int8_qk=True)),
+    "averaging, compensation, int8 QK": Method(replace(BETTER, int8_qk=True)),
+    "with a plan": Method(BETTER, planned=True),
+    "with a plan, refresh at 0.95": Method(replace(BETTER, refresh_top_p=0.95), planned=True),
+    "fixed blocks": Method(BASE, fixed_blocks),
+    "random": Method(BASE, random_clusters),
 }
 
 # What is measured at one top_p: one change of the settings each.
@@ -194,30 +203,30 @@ def attention(
         wrong = f"there is no method {unknown[0]!r}" if chosen else "there is no method"
         raise BenchError(f"{wrong}; known are {'; '.join(METHODS)}")
     runs = [
-        (name, replace(config, top_p=top_p, recall_rows=32), method)
-        for name, (config, method) in ((name, METHODS[name]) for name in chosen)
+        (name, method._replace(settings=replace(method.settings, top_p=top_p, recall_rows=32)))
+        for name, method in ((name, METHODS[name]) for name in chosen)
         for top_p in top_ps
     ]
     changed = [
-        (name, replace(BASE, top_p=changes_at, **change), semantic_attention)
+        (name, Method(replace(BASE, top_p=changes_at, **change)))
         for name, change in CHANGES.items()
         if changes_at is not None
     ]
     done = json.loads(partial.read_text()) if partial is not None and partial.exists() else {}
     units = [(seed, prompt, *run) for seed, prompt in enumerate(prompts) for run in runs]
     units += [(0, prompts[0], *run) for run in changed]
-    plain: dict[int, Any] = {}
+    plain: dict[tuple[int, bool], Any] = {}
     found: dict[tuple[str, SVG2], list[dict[str, Any]]] = {}
-    for seed, prompt, name, config, method in tqdm(units, unit="clip", disable=not progress):
-        key = f"{prompt}: {name}: {json.dumps(asdict(config))}"
+    for seed, prompt, name, method in tqdm(units, unit="clip", disable=not progress):
+        key = f"{prompt}: {name}: {json.dumps(asdict(method.settings))}"
         if key not in done:
-            if seed not in plain:
-                restore(pipe)
-                plain[seed] = _clip(pipe, call, prompt, seed)
-            done[key] = _measure(pipe, call, prompt, seed, plain[seed], config, method)
+            if (seed, method.planned) not in plain:
+                clip, _ = _made(pipe, call, prompt, seed, None, method)
+                plain[seed, method.planned] = clip
+            done[key] = _measure(pipe, call, prompt, seed, plain[seed, method.planned], method)
             if partial is not None:
                 write_text(partial, json.dumps(done))
-        found.setdefault((name, config), []).append(done[key])
+        found.setdefault((name, method.settings), []).append(done[key])
     restore(pipe)
     return {
         "settings": {
@@ -228,28 +237,23 @@ def attention(
             "device": str(pipe.device),
         },
         "points": [
-            {"method": name, "settings": asdict(config)} | _averaged(found[name, config])
-            for name, config, _ in runs + changed
+            {"method": name, "settings": asdict(method.settings)}
+            | _averaged(found[name, method.settings])
+            for name, method in runs + changed
         ],
         "environment": environment(),
     }
 
 
 def _measure(
-    pipe: Any,
-    call: dict[str, Any],
-    prompt: str,
-    seed: int,
-    plain: Any,
-    config: SVG2,
-    method: Callable[..., torch.Tensor],
+    pipe: Any, call: dict[str, Any], prompt: str, seed: int, plain: Any, method: Method
 ) -> dict[str, Any]:
     """One clip of one prompt."""
     unrounded = None
-    if config.int8_qk:
-        full = replace(config, int8_qk=False, recall_rows=0)
-        unrounded, _ = _sparse_clip(pipe, call, prompt, seed, full, method)
-    clip, sparse = _sparse_clip(pipe, call, prompt, seed, config, method)
+    if method.settings.int8_qk:
+        full = replace(method.settings, int8_qk=False, recall_rows=0)
+        unrounded, _ = _made(pipe, call, prompt, seed, full, method)
+    clip, sparse = _made(pipe, call, prompt, seed, method.settings, method)
     found = asdict(sparse.report())
     names = ("density", "density_with_dense", "recall")
     empty = ("empty_query_clusters", "empty_key_clusters")
@@ -262,19 +266,24 @@ def _measure(
     }
 
 
-def _sparse_clip(
+def _made(
     pipe: Any,
     call: dict[str, Any],
     prompt: str,
     seed: int,
-    config: SVG2,
-    method: Callable[..., torch.Tensor],
+    settings: SVG2 | None,
+    method: Method,
 ) -> tuple[Any, Any]:
-    """A clip, and what made its attention sparse."""
-    accelerate(pipe, policy=None, cache=None, attention=config)
+    """A clip, and what made its attention sparse; `settings` None leaves it dense."""
+    steps = int(call["num_inference_steps"])
+    # Some computed steps in a row, which no cache keeps, and some that are used again.
+    computed = [s for s in range(steps) if s < steps // 2 or s % 2 == 0]
+    accelerate(pipe, policy=computed if method.planned else None, cache=None, attention=settings)
     sparse = next(iter(engines_of(pipe).values())).attention
-    sparse.method = method
-    return _clip(pipe, call, prompt, seed), sparse
+    if settings is not None:
+        sparse.method = method.attend
+    asked = {**call, "prompt": prompt}
+    return generate(pipe, asked, seed=seed, progress=False).frames, sparse
 
 
 def _averaged(clips: list[dict[str, Any]]) -> dict[str, Any]:
@@ -288,10 +297,6 @@ def _averaged(clips: list[dict[str, Any]]) -> dict[str, Any]:
     means = {name: mean([clip[name] for clip in clips]) for name in clips[0]}
     each = [clip["psnr"] for clip in clips]
     return means | {"psnr_of_prompts": each, "psnr_of_worst_prompt": min(each)}
-
-
-def _clip(pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> Any:
-    return generate(pipe, {**call, "prompt": prompt}, seed=seed, progress=False).frames
 
 
 def attention_table(result: dict[str, Any]) -> str:
