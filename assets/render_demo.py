@@ -10,10 +10,10 @@ import shutil
 import threading
 from pathlib import Path
 
-from vidaccel.generate import load_pipeline
-from vidaccel.studio.runs import Runs
-from vidaccel.studio.settings import Settings
-from vidaccel.studio.stage import Stage
+from vidaccel.clips.generate import load_pipeline
+from vidaccel.demo.run_store import RunStore
+from vidaccel.demo.settings import Settings
+from vidaccel.demo.worker import Worker
 
 ROOT = Path(__file__).resolve().parent / "demo"
 EXAMPLES = {
@@ -26,7 +26,7 @@ EXAMPLES = {
     "a-fast": ("a yellow checkered circle moving left on a navy dotted background", "fast"),
 }
 
-runs, stage = Runs(ROOT), Stage(load_pipeline, "tiny-wan")
+runs, stage = RunStore(ROOT), Worker(load_pipeline, "tiny-wan")
 shutil.rmtree(ROOT, ignore_errors=True)
 for name, (prompt, acceleration) in EXAMPLES.items():
     settings = Settings(

@@ -11,7 +11,7 @@ import argparse
 from diffusers import WanPipeline
 
 import vidaccel
-from vidaccel.environment import embedded_model
+from vidaccel.clips.embedded import embedded_model
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=12)

@@ -8,8 +8,9 @@ Makes one clip plain and with two settings, on the same noise, and draws all thr
 import argparse
 
 import vidaccel
-from vidaccel import metrics, video
-from vidaccel.generate import EMBEDDED_PROMPT, generate, load_pipeline
+from vidaccel.clips import metrics, video
+from vidaccel.clips.embedded import EMBEDDED_PROMPT
+from vidaccel.clips.generate import generate, load_pipeline
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=50)

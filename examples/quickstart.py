@@ -10,8 +10,8 @@ import torch
 from diffusers import WanPipeline
 
 import vidaccel
-from vidaccel.environment import embedded_model
-from vidaccel.video import write_video
+from vidaccel.clips.embedded import embedded_model
+from vidaccel.clips.video import write_video
 
 pipe = WanPipeline.from_pretrained(embedded_model())
 

@@ -12,8 +12,8 @@ import argparse
 from diffusers import WanPipeline
 
 import vidaccel
-from vidaccel.environment import embedded_model
-from vidaccel.generate import default_device
+from vidaccel.clips.embedded import embedded_model
+from vidaccel.clips.generate import default_device
 
 PROMPTS = [
     "a red striped circle moving right on a navy dotted background",

@@ -15,7 +15,8 @@ from diffusers import ContextParallelConfig
 from diffusers.utils import export_to_video
 
 import vidaccel
-from vidaccel.generate import EMBEDDED_PROMPT, load_pipeline
+from vidaccel.clips.embedded import EMBEDDED_PROMPT
+from vidaccel.clips.generate import load_pipeline
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from diffusers import WanPipeline
 
 import vidaccel
-from vidaccel.video import write_video
+from vidaccel.clips.video import write_video
 
 parser = argparse.ArgumentParser()
 parser.add_argument("prompt")

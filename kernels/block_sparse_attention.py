@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import Impl, Selection, check_integers, check_like, resolve
 from vidaccel.kernels.kmeans import padded, rows_contiguous

@@ -90,6 +90,7 @@ def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU."""
     try:
         from triton.runtime.jit import JITFunction
+
         from vidaccel.kernels.sort import _scan
     except ImportError:
         return False

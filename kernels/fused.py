@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.block_sparse_attention import attend as work_off
 from vidaccel.kernels.block_sparse_attention import new_schedule

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vidaccel.kernels.common import KernelError
 from vidaccel.kernels.reference import LEAST, SAMPLES
 

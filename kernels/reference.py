@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
 from vidaccel.kernels.common import (
     KernelError,
     Selection,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vidaccel.kernels.common import KernelError, Selection
 
 PIECE = 16

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import (
     Impl,

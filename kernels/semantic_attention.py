@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import (
     Impl,

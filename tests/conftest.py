@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 from packaging.version import Version
+
 from tiny import (
     BATCH_SINCE,
     CASES,

@@ -25,32 +25,32 @@ except PackageNotFoundError:  # a bare clone on the import path
 
 if TYPE_CHECKING:
     from vidaccel.api import accelerate, report, restore
+    from vidaccel.calibration.build import build_policy
+    from vidaccel.calibration.threshold import suggest_threshold
     from vidaccel.dbcache import DBCache
     from vidaccel.errors import VidaccelError
-    from vidaccel.hosts import register_host
-    from vidaccel.hostspec import BlockList, Head, HostSpec
-    from vidaccel.lemica.build import build_policy
-    from vidaccel.plan import Plan
-    from vidaccel.policy import CachePolicy
-    from vidaccel.svg2 import SVG2
-    from vidaccel.threshold import suggest_threshold
+    from vidaccel.hosts.registry import register_host
+    from vidaccel.hosts.spec import BlockList, Head, HostSpec
+    from vidaccel.plans.plan import Plan
+    from vidaccel.plans.policy import CachePolicy
+    from vidaccel.svg2.settings import SVG2
 
 # Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
 # and a mistyped option do not wait for torch.
 _HOME = {
-    "CachePolicy": "policy",
-    "build_policy": "lemica.build",
+    "CachePolicy": "plans.policy",
+    "build_policy": "calibration.build",
     "DBCache": "dbcache",
     "accelerate": "api",
     "report": "api",
     "restore": "api",
-    "register_host": "hosts",
-    "BlockList": "hostspec",
-    "Head": "hostspec",
-    "HostSpec": "hostspec",
-    "suggest_threshold": "threshold",
-    "Plan": "plan",
-    "SVG2": "svg2",
+    "register_host": "hosts.registry",
+    "BlockList": "hosts.spec",
+    "Head": "hosts.spec",
+    "HostSpec": "hosts.spec",
+    "suggest_threshold": "calibration.threshold",
+    "Plan": "plans.plan",
+    "SVG2": "svg2.settings",
     "VidaccelError": "errors",
 }
 

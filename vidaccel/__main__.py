@@ -2,7 +2,7 @@
 
 import sys
 
-from vidaccel.cli import main
+from vidaccel.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,12 +2,12 @@
 
 from typing import Any, TypeVar
 
-from vidaccel.dense import attention_of
-from vidaccel.engine import Engine, engine_of
+from vidaccel.engine.attention_hook import attention_of
+from vidaccel.engine.engine import Engine, engine_of
+from vidaccel.engine.report import Report, TransformerReport
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
-from vidaccel.hosts import find_transformers
-from vidaccel.ledger import Report, TransformerReport
-from vidaccel.sources import course_source
+from vidaccel.hosts.registry import find_transformers
+from vidaccel.resolve import course_source
 
 Pipeline = TypeVar("Pipeline")
 
@@ -119,7 +119,7 @@ def report(pipe: Any) -> Report:
                 name,
                 type(engine.transformer).__name__,
                 engine.description,
-                engine.ledger,
+                engine.stats,
                 engine.bytes_held,
                 engine.cache.threshold if engine.cache is not None else None,
                 engine.attention.report(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vidaccel.errors import PlanError
-from vidaccel.forecast import MAX_ORDER
+from vidaccel.plans.forecast import MAX_ORDER
 
 # For models nobody has measured: the middle of what is in use for video models.
 DEFAULT_THRESHOLD = 0.08

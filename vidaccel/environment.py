@@ -1,12 +1,13 @@
-"""What this machine has: versions, hardware, and which parts of vidaccel work here."""
+"""Versions and hardware of this machine, as every result file records them."""
 
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+# The version of a bare clone on the import path.
+SOURCE_VERSION = "0+source"
 
 _PACKAGES = (
     "torch",
@@ -24,22 +25,6 @@ _PACKAGES = (
 )
 
 
-def embedded_model() -> Path:
-    """Folder of tiny-wan, the text-to-video model that comes with vidaccel."""
-    return Path(str(files("vidaccel.assets").joinpath("tiny-wan")))
-
-
-def shipped_policies() -> dict[str, Path]:
-    """The policy files that come with vidaccel: <org>--<model>/<name>.json -> path, sorted."""
-    return {
-        f"{folder.name}/{file.name}": Path(str(file))
-        for folder in sorted(files("vidaccel.policies").iterdir(), key=lambda entry: entry.name)
-        if folder.is_dir()
-        for file in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if file.name.endswith(".json")
-    }
-
-
 def environment() -> dict[str, Any]:
     """Versions and hardware, as every result file records them.
 
@@ -48,8 +33,6 @@ def environment() -> dict[str, Any]:
         name, GiB and compute capability) and "packages" (name -> version, missing ones left out).
     """
     import torch
-
-    import vidaccel
 
     gpus = [
         {
@@ -60,7 +43,7 @@ def environment() -> dict[str, Any]:
         for i in range(torch.cuda.device_count())
     ]
     return {
-        "vidaccel": vidaccel.__version__,
+        "vidaccel": _version("vidaccel") or SOURCE_VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
@@ -68,30 +51,6 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
-    }
-
-
-def capabilities() -> dict[str, str]:
-    """What works here: part of vidaccel -> "yes" with what it found, or "no" with what to do."""
-    import torch
-
-    from vidaccel.hosts import HOSTS
-
-    def extra(name: str, *modules: str) -> str:
-        missing = [module for module in modules if find_spec(module) is None]
-        return f'no: pip install "vidaccel[{name}]"' if missing else "yes"
-
-    supported = [name for name, row in HOSTS.items() if not row.unsupported]
-    return {
-        "step plans": f"yes: {', '.join(supported)}",
-        "embedded model": f"yes: {embedded_model()}"
-        if (embedded_model() / "model_index.json").is_file()
-        else "no: reinstall vidaccel",
-        "policies": f"{len(shipped_policies())} shipped",
-        "GPU": "yes" if torch.cuda.is_available() else "no: runs on the CPU",
-        "video files": _ffmpeg(),
-        "SSIM": extra("metrics", "skimage"),
-        "LPIPS": extra("metrics", "lpips", "torchvision"),
     }
 
 
@@ -109,13 +68,3 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _ffmpeg() -> str:
-    try:
-        from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
-
-        get_ffmpeg_exe()
-        return f"yes: ffmpeg {get_ffmpeg_version()}"
-    except (ImportError, OSError, RuntimeError):
-        return "no: pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"

@@ -23,9 +23,9 @@ from diffusers import WanPipeline
 from parts import HELD_OUT_SCENES, SIZES, render, render_batch
 
 import vidaccel
-from vidaccel import scenes
+from vidaccel.clips import scenes
+from vidaccel.clips.metrics import psnr
 from vidaccel.environment import environment
-from vidaccel.metrics import psnr
 
 STEPS, GUIDANCE, SEED = 50, 5.0, 7
 COMPUTED = 17

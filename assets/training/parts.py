@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from vidaccel import scenes
+from vidaccel.clips import scenes
 
 SIZES = {"small": (9, 64, 64), "large": (17, 96, 96)}  # frames, height, width
 LATENT_CHANNELS = 24

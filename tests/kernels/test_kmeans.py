@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sklearn.cluster import KMeans
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import KernelError
 from vidaccel.kernels.kmeans import Rounds, kmeans

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from test_block_sparse_attention import case, element_mask, offsets, to
 from torch.nn.functional import scaled_dot_product_attention
+
+from tiny.selections import case, element_mask, offsets, to
 from vidaccel.kernels import reference
 from vidaccel.kernels.block_sparse_attention import block_sparse_attention
 from vidaccel.kernels.common import KernelError

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import KernelError
 from vidaccel.kernels.select import select_top_p

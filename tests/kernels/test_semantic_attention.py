@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import KernelError, density
 from vidaccel.kernels.semantic_attention import SemanticConfig, SemanticState, semantic_attention
@@ -216,6 +217,7 @@ def test_clustering_alone_prepares_the_next_call():
 def test_a_layer_takes_at_most_12_launches(int8, monkeypatch, device):
     """Counted with two rounds of k-means; torch itself must launch nothing."""
     from torch.utils._python_dispatch import TorchDispatchMode
+
     from vidaccel.kernels import block_sparse_attention, kmeans, quantise, select, sort
 
     seen, inside = [], []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import KernelError
 from vidaccel.kernels.permute import permute, unpermute

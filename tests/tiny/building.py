@@ -3,7 +3,7 @@
 from typing import Any
 
 from tiny.base import Case, embeds
-from vidaccel.lemica.build import build_policy
+from vidaccel.calibration.build import build_policy
 
 
 def prompted(case: Case) -> Any:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from vidaccel.hosts import find_transformers
+from torch import nn
+
+from vidaccel.hosts.registry import find_transformers
 
 
 def transformers_of(pipe: Any) -> dict[str, Any]:
@@ -22,3 +24,18 @@ def count_blocks(pipe: Any) -> dict[str, int]:
             for block in transformer._modules[blocks.name]:
                 block.register_forward_pre_hook(count)
     return counts
+
+
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    """What `restore` must leave as it was; attributes by identity."""
+    hooks = {
+        f"{name}.{kind}": list(getattr(child, kind).values())
+        for name, child in module.named_modules()
+        for kind in ("_forward_pre_hooks", "_forward_hooks")
+    }
+    return {
+        "attributes": {name: id(value) for name, value in vars(module).items()},
+        "modules": [(name, id(child)) for name, child in module.named_modules()],
+        "hooks": hooks,
+        "forward": vars(module).get("forward"),
+    }

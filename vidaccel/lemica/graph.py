@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidaccel.errors import PlanError
+from vidaccel.lemica.dag import SCALES, Line, Move, Segment
 from vidaccel.lemica.search import solve_moves
-from vidaccel.lemica.segments import SCALES, Line, Move, Segment
 
 Aggregation = Literal["mean", "max", "quantile", "cvar"]
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidaccel.errors import OutputError
-from vidaccel.plan import Plan
-from vidaccel.policy import CachePolicy
+from vidaccel.plans.plan import Plan
+from vidaccel.plans.policy import CachePolicy
 
 # So many plans can be told apart in one picture.
 MOST_PLANS = 8

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vidaccel.errors import PlanError
-from vidaccel.lemica.segments import (
+from vidaccel.lemica.dag import (
     EVERY_COUNT,
     Dag,
     Edge,
@@ -39,7 +39,7 @@ from vidaccel.lemica.segments import (
     segment_dag,
     whole_numbers,
 )
-from vidaccel.plan import Plan
+from vidaccel.plans.plan import Plan
 
 # One table of leximax labels may take this many bytes; above it, budgets are peeled one by one.
 TABLE_BYTES = 64_000_000

@@ -12,19 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidaccel.errors import PolicyError
+from vidaccel.lemica.dag import Move
 from vidaccel.lemica.search import solve_moves
-from vidaccel.lemica.segments import Move
-from vidaccel.plan import Setting
-from vidaccel.policy import SCHEMA_MAJOR, SCHEMA_MINOR, CachePolicy
-from vidaccel.schema import Edge, SchedulerInfo, StoredPlan
+from vidaccel.plans.plan import RunSettings
+from vidaccel.plans.policy import SCHEMA_MAJOR, SCHEMA_MINOR, CachePolicy
+from vidaccel.plans.schema import Edge, SchedulerInfo, StoredPlan
 
 
-def transferred(policy: CachePolicy, setting: Setting) -> CachePolicy:
+def transferred(policy: CachePolicy, run: RunSettings) -> CachePolicy:
     """A policy for another number of steps or noise grid of the same model.
 
     Args:
         policy: a measured one.
-        setting: the run.
+        run: the run.
 
     Returns:
         The policy with errors and plans of the new grid, marked as transferred and not validated.
@@ -32,19 +32,19 @@ def transferred(policy: CachePolicy, setting: Setting) -> CachePolicy:
     Raises:
         PolicyError: another model, or a policy or run without what it takes.
     """
-    policy.check_model(setting)
-    grid, other = policy.scheduler.sigmas, setting.sigmas
+    policy.check_model(run)
+    grid, other = policy.scheduler.sigmas, run.sigmas
     if grid is None or not policy.edges:
         raise PolicyError(
             "edges: found none with noise levels, and without them a policy cannot be transferred "
-            f"from {policy.num_inference_steps} to {setting.num_inference_steps} steps"
+            f"from {policy.num_inference_steps} to {run.num_inference_steps} steps"
         )
     if other is None:
         raise PolicyError("scheduler.sigmas: this run has none to transfer the policy to")
     for whose, levels in (("policy", grid), ("run", other)):
         if (np.diff([*levels, 0.0]) >= 0.0).any():
             raise PolicyError(f"scheduler.sigmas: those of the {whose} do not fall step by step")
-    steps = setting.num_inference_steps
+    steps = run.num_inference_steps
     moves = _moves(policy, np.append(grid, 0.0), np.append(other, 0.0))
     ones = [Move(step, step + 1, 0.0) for step in range(steps)]
     objective = policy.objective or "leximax"
@@ -55,7 +55,7 @@ def transferred(policy: CachePolicy, setting: Setting) -> CachePolicy:
         update={
             "schema_version": f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}",
             "num_inference_steps": steps,
-            "scheduler": SchedulerInfo(name=setting.scheduler, sigmas=other),
+            "scheduler": SchedulerInfo(name=run.scheduler, sigmas=other),
             "max_skip": max(move.stop - move.start for move in moves),
             "edges": tuple(
                 Edge(

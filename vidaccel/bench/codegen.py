@@ -1,0 +1,256 @@
+"""What the compiler makes of every shipped kernel, for chips that need not be here.
+
+Registers, spills and shared memory come from the resource report of the machine code, the
+instruction mix of the inner loop from its disassembly. The share of peak is a *prediction*: it
+says how long the tensor cores of one multiprocessor are busy in a turn of the inner loop, against
+how long its other units are.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vidaccel.environment import environment
+from vidaccel.errors import VidaccelError
+
+CHIPS = (80, 90, 100, 120)
+
+# Largest shared memory of a block in bytes, shared memory and registers of a multiprocessor, and
+# the dense 16-bit floating-point operations of its tensor cores per cycle.
+_LIMITS = {
+    80: (166_912, 167_936, 65_536, 2048),
+    90: (232_448, 233_472, 65_536, 4096),
+    100: (232_448, 233_472, 65_536, 8192),
+    120: (101_376, 102_400, 65_536, 1024),
+}
+# The matrix instructions that a chip's tensor cores are fast with, of 16-bit numbers and of int8,
+# which do twice as many operations on all of these.
+_FAST = {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "UTCIMMA")}
+_MATRIX = re.compile(r"^([HI]GMMA|[HI]MMA|UTC[HIQ]MMA|QGMMA|OMMA)")
+_GROUPS = {
+    "tensor": r"[HI]GMMA|[HI]MMA|UTC\w*MMA|QGMMA|OMMA",
+    "exponent": r"MUFU",
+    "fp32": r"FFMA2?|FMUL2?|FADD2?|FMNMX3?|FSEL|FSETP|F2FP|HADD2|HMUL2|FSET|FCHK",
+    "integer": r"IMAD|IADD3?|LEA|LOP3|SHF|ISETP|IMNMX|SEL|PRMT|VIADD\w*|I2F\w*|MOV|PLOP3|UMOV",
+    "uniform": r"U\w+|R2UR|S2UR|R2P",
+    "copy": r"LDGSTS|UTMALDG|LDGDEPBAR|DEPBAR|UBLKCP",
+    "global": r"LDG|STG|LD|ST|ATOMG?|RED",
+    "shared": r"LDS|STS|LDSM|STSM|LDTM|STTM",
+    "spill": r"LDL|STL",
+    "barrier": r"BAR|WARPSYNC|SYNCS|WARPGROUP|FENCE|MEMBAR|ERRBAR|BSYNC|BSSY|ARRIVES",
+    "branch": r"BRA|EXIT|CALL|RET|NOP|BREAK|JMP|YIELD",
+}
+
+
+def codegen(
+    chips: Sequence[int] = CHIPS,
+    *,
+    wanted: Callable[[Any], bool] = lambda shipped: True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compile every shipped config for every chip.
+
+    Args:
+        chips: compute capabilities, such as 90.
+        wanted: keeps some of the configs.
+        progress: show a bar.
+
+    Returns:
+        "rows" (one dictionary per config and chip), "problems" (what must not be: spills, too
+        much shared memory, a matrix kernel off the fast path) and "environment".
+
+    Raises:
+        VidaccelError: Triton is not there, or a compiler rejects a kernel.
+    """
+    try:
+        from vidaccel.bench.kernel_inventory import shipped
+        from vidaccel.kernels.common import interpreting
+    except ImportError as error:
+        raise VidaccelError(f"codegen needs Triton: {error}") from error
+    if interpreting():
+        raise VidaccelError("codegen cannot run while TRITON_INTERPRET is set")
+    from tqdm.auto import tqdm
+
+    jobs = [(config, chip) for chip in chips for config in shipped(chip) if wanted(config)]
+    rows = []
+    for config, chip in tqdm(jobs, unit="kernel", disable=not progress):
+        try:
+            compiled = config.compile(chip)
+        except Exception as error:
+            raise VidaccelError(f"{config.name} does not compile for sm_{chip}: {error}") from error
+        rows.append(_row(config, chip, compiled))
+    return {"rows": rows, "problems": problems(rows), "environment": environment()}
+
+
+def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What must not be in shipped code, in words; nothing if all is well."""
+    found = []
+    for row in rows:
+        name = f"{row['name']} on sm_{row['chip']}"
+        if row["spills"]:
+            found.append(f"{name} spills registers: {row['spills']} instructions")
+        if row["shared_bytes"] > _LIMITS[row["chip"]][0]:
+            found.append(f"{name} needs {row['shared_bytes']} bytes of shared memory")
+        if row["matrix"] and row["dtype"] != "fp32":
+            expected = _FAST.get(row["chip"], ("HMMA", "IMMA"))
+            for fast in expected if row["constants"].get("INT8") else expected[:1]:
+                if fast not in row["matrix_instructions"]:
+                    seen = ", ".join(row["matrix_instructions"]) or "none"
+                    found.append(f"{name} has no {fast} instructions, only {seen}")
+    return found
+
+
+def codegen_table(result: dict[str, Any]) -> str:
+    """The result of `codegen` for people: matrix kernels with their loops, then the rest."""
+    lines = [
+        f"{'kernel':28} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>7} {'blocks':>6}  "
+        f"{'matrix':15} {'tensor':>6} {'exp':>4} {'fp32':>5} {'int':>4} {'other':>5}  predicted"
+    ]
+    for row in result["rows"]:
+        loop, share = row["loop"], row["predicted"]
+        mix = ""
+        if loop:
+            named = ("tensor", "exponent", "fp32", "integer")
+            other = sum(loop.values()) - sum(loop.get(n, 0) for n in named)
+            counts = [loop.get(n, 0) for n in named] + [other]
+            mix = "{:>6} {:>4} {:>5} {:>4} {:>5}".format(*counts)
+        kind = "+".join(row["matrix_instructions"]) or "-"
+        predicted = f"{share['serial']:.0%} to {share['overlapped']:.0%} of peak" if share else ""
+        lines.append(
+            f"{row['name']:28} {row['chip']:3} {row['registers']:4} {row['spills']:5} "
+            f"{row['shared_bytes']:7} {row['blocks_per_multiprocessor']:6}  {kind:15} {mix:28}  "
+            f"{predicted}".rstrip()
+        )
+    lines.append("")
+    lines += result["problems"] or ["no spills, shared memory within limits, fast matrix units"]
+    lines.append("shares of peak are predictions from instruction counts, not measurements")
+    return "\n".join(lines)
+
+
+def _row(config: Any, chip: int, compiled: Any) -> dict[str, Any]:
+    usage, text = _disassembled(compiled.asm["cubin"])
+    code = instructions(text)
+    names = [name for _, name, _ in code]
+    loop = inner_loop(code) if config.matrix else []
+    warps = config.num_warps
+    block, total, registers, _ = _LIMITS[chip]
+    shared = int(compiled.metadata.shared)
+    by_registers = registers // (-(-usage["REG"] // 8) * 8 * 32 * warps)
+    fits = min(by_registers, total // (shared + 1024), 64 // warps)
+    mix = _mix(loop)
+    return {
+        "name": config.name,
+        "kernel": config.kernel,
+        "chip": chip,
+        "head_dim": config.head_dim,
+        "dtype": config.dtype,
+        "matrix": config.matrix,
+        "constants": {k: v for k, v in config.constants.items() if isinstance(v, int)},
+        "num_warps": warps,
+        "num_stages": config.num_stages,
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "spills": sum(name.split(".")[0] in ("LDL", "STL") for name in names),
+        "shared_bytes": shared,
+        "blocks_per_multiprocessor": fits if shared <= block else 0,
+        "matrix_instructions": sorted(
+            {found.group(1) for name in names if (found := _MATRIX.match(name))}
+        ),
+        "loop": mix,
+        "predicted": _predicted(config, chip, loop, fits) if loop else None,
+    }
+
+
+def _disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
+    """The resource report and the disassembly of a kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        outputs = []
+        for option in ("-res-usage", "-sass"):
+            done = subprocess.run([str(tool), option, file.name], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise VidaccelError(f"cuobjdump failed: {done.stderr.strip()}")
+            outputs.append(done.stdout + done.stderr)
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", outputs[0])}
+    return usage, outputs[1]
+
+
+def instructions(text: str) -> list[tuple[int, str, str]]:
+    """(address, name, operands) of each instruction of a disassembly."""
+    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+    return [(int(a, 16), name, rest.strip()) for a, name, rest in pattern.findall(text)]
+
+
+def inner_loop(code: list[tuple[int, str, str]]) -> list[str]:
+    """Names of the instructions of the first innermost loop with matrix instructions."""
+    loops = []
+    for address, name, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and int(target.group(1), 16) < address:
+            loops.append((int(target.group(1), 16), address))
+    found = []
+    for begin, end in loops:
+        body = [name for address, name, _ in code if begin <= address <= end]
+        if any(_MATRIX.match(name) for name in body):
+            found.append((begin, end, body))
+    innermost = [
+        body
+        for begin, end, body in found
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e, _ in found)
+    ]
+    return innermost[0] if innermost else []
+
+
+def _mix(loop: list[str]) -> dict[str, int]:
+    """How many instructions of each group."""
+    mix: Counter[str] = Counter()
+    for name in loop:
+        base = name.split(".")[0]
+        group = next((g for g, p in _GROUPS.items() if re.fullmatch(p, base)), "other")
+        mix[group] += 1
+    return dict(mix)
+
+
+def _predicted(config: Any, chip: int, loop: list[str], blocks: int) -> dict[str, float]:
+    """Cycles of one multiprocessor per turn of the loop, and the tensor cores' share of them.
+
+    A scheduler issues one instruction per cycle to each of 4 quarters, and a quarter answers
+    4 exponentials per cycle; on sm_80 its integers become floats in the same unit. Products of
+    int8 count at their own rate, so that shares of different kernels are of different peaks.
+    "overlapped" assumes that the busiest unit hides all others, which
+    needs several blocks or warp groups per multiprocessor; "serial" that nothing overlaps.
+    """
+    constants = config.constants
+    rows, width = constants["ROWS"], constants["DP"]
+    if "KEYS" in constants:
+        columns, products = constants["KEYS"], 1.5 if constants.get("INT8") else 2
+    else:
+        columns, products = constants["CLUSTERS"], 1
+    # A loop unrolled by the compiler does several turns.
+    tensor = products * 2 * rows * columns * width / _LIMITS[chip][3]
+    useful = (config.head_dim or width) / width
+    mix = _mix(loop)
+    per_quarter = config.num_warps / 4
+    issue = per_quarter * (len(loop) - mix.get("tensor", 0))
+    converted = sum(name.split(".")[0] == "I2F" for name in loop)
+    exponent = per_quarter * (mix.get("exponent", 0) + converted) * 32 / 4
+    busiest = max(tensor, issue, exponent)
+    return {
+        "tensor_cycles": tensor,
+        "issue_cycles": issue,
+        "exponent_cycles": exponent,
+        "useful_share_of_tile": useful,
+        "blocks": blocks,
+        "overlapped": useful * tensor / busiest,
+        "serial": useful * tensor / (tensor + max(issue, exponent)),
+    }

@@ -1,0 +1,1 @@
+"""From a pipeline and prompts to a policy: measure, search, improve, validate."""

@@ -1,0 +1,131 @@
+"""Plans improved by small changes, each of them run end to end.
+
+The error of a segment is measured in a run that is computed everywhere else. In a plan the segments
+before it have left their own errors behind, so the best path is a good plan but rarely the best.
+Running the neighbours of a plan as a whole shows what the sum of its parts cannot.
+"""
+
+from collections.abc import Collection, Generator, Iterator, Sequence
+
+from vidaccel.lemica.dag import SCALES
+from vidaccel.plans.plan import Plan
+
+# A sample that is to be run with a plan; what comes back is the error of its outcome.
+Trial = tuple[int, Plan]
+
+# A plan counts as better when it is so on this many samples, or on all where there are fewer.
+SAMPLES = 4
+
+# (order, scale): from holding to all the way along the line.
+_FILLINGS = ((0, 1.0), *((1, scale) for scale in SCALES))
+
+
+def improving(
+    starts: Sequence[Plan],
+    samples: int,
+    runs: int,
+    *,
+    forced: Collection[int] = (),
+    lines: bool = True,
+) -> Generator[Trial, float, Plan]:
+    """Asks for runs, and returns the plan that came out best of them.
+
+    A local search that takes the first improvement. A plan has to be better over the first sample,
+    over the first two together, and so on, so that most plans cost a single run.
+
+    Args:
+        starts: where to start; the best of them is taken.
+        samples: number of samples, 1 or more.
+        runs: the most runs, but for those that the last plan needs.
+        forced: steps that stay computed.
+        lines: change the fillings too.
+
+    Yields:
+        A sample and a plan, for the error of that run to be sent.
+
+    Returns:
+        A plan no neighbour of which is better, or the best when the runs were spent.
+    """
+    best, bar = starts[0], [float("inf")] * min(samples, SAMPLES)
+    made = turn = 0
+    tried = set()
+    while made < runs:
+        waiting = [(0, start) for start in starts if _key(start) not in tried]
+        if not waiting:
+            # On from the last change, not from the start again: every part gets its turn.
+            near = [n for n in neighbours(best, forced, lines=lines) if _key(n[1]) not in tried]
+            waiting = sorted(near, key=lambda n: (n[0] - turn) % len(best.steps))
+        if not waiting:
+            break
+        turn, plan = waiting[0]
+        tried.add(_key(plan))
+        total, totals = 0.0, []
+        for sample, least in enumerate(bar):
+            made += 1
+            total += yield sample, plan
+            if total >= least:
+                break
+            totals.append(total)
+        else:
+            best, bar = plan, totals
+    return best
+
+
+def neighbours(
+    plan: Plan, forced: Collection[int] = (), *, lines: bool = True
+) -> Iterator[tuple[int, Plan]]:
+    """The plans that differ in the place of one computed step, or in the filling of one segment.
+
+    A step moves by one; a filling goes one scale further towards the line or back to holding.
+
+    Args:
+        plan: a plan of holds and lines.
+        forced: steps that stay computed.
+        lines: change the fillings too.
+
+    Yields:
+        Which of the computed steps was changed, as its position, and the plan.
+    """
+    fillings, total = _fillings(plan), plan.num_inference_steps
+    ends = (*plan.steps[1:], total)
+    for i, (step, end) in enumerate(zip(plan.steps, ends, strict=True)):
+        if i == 0:
+            continue  # it is always computed, and has nothing before it to draw a line from
+        for moved in (step - 1, step + 1):
+            if plan.steps[i - 1] < moved < end and step not in forced:
+                yield i, _plan((*plan.steps[:i], moved, *plan.steps[i + 1 :]), fillings, total)
+        if lines and end > step + 1:
+            at = _FILLINGS.index(fillings[i])
+            for filling in _FILLINGS[max(0, at - 1) : at] + _FILLINGS[at + 1 : at + 2]:
+                changed = (*fillings[:i], filling, *fillings[i + 1 :])
+                yield i, _plan(plan.steps, changed, total)
+
+
+def _fillings(plan: Plan) -> tuple[tuple[int, float], ...]:
+    """What fills the segment after each computed step; where that is empty, as the one before."""
+    found: list[tuple[int, float]] = []
+    before = (int(any(plan.orders)), 1.0)
+    ends = (*plan.steps[1:], plan.num_inference_steps)
+    for i, (step, end) in enumerate(zip(plan.steps, ends, strict=True)):
+        if end > step + 1:
+            order = min(plan.orders[i], 1) if plan.orders else 0
+            scale = plan.scales[i] if plan.scales and order else 1.0
+            before = min(_FILLINGS, key=lambda f: abs(f[0] * f[1] - order * scale))
+        found.append(before)
+    return tuple(found)
+
+
+def _plan(steps: tuple[int, ...], fillings: tuple[tuple[int, float], ...], total: int) -> Plan:
+    used = fillings[: len(steps) - (steps[-1] == total - 1)]
+    ends = (*steps[1:], total)
+    # Equal plans have equal fields: nothing is said of segments in which nothing is reused.
+    orders = tuple(o * (end > s + 1) for (o, _), s, end in zip(used, steps, ends, strict=False))
+    scales = tuple(f[1] if o else 1.0 for f, o in zip(used, orders, strict=True))
+    if not any(orders):
+        return Plan(steps, total)
+    return Plan(steps, total, orders=orders, scales=scales if set(scales) != {1.0} else ())
+
+
+def _key(plan: Plan) -> tuple[object, ...]:
+    same = _plan(plan.steps, _fillings(plan), plan.num_inference_steps)
+    return same.steps, same.orders, same.scales

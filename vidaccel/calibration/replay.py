@@ -1,0 +1,322 @@
+"""Runs one sample of a pipeline again and again, each time with another segment reused.
+
+A reference generation is recorded first: what the transformer gave at every step and the residuals
+at its heads. Later runs play its first steps back and compute or reuse only what comes after.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from vidaccel.api import accelerate, engines_of, restore
+from vidaccel.clips import metrics
+from vidaccel.clips.generate import without_bar
+from vidaccel.engine.engine import Engine
+from vidaccel.engine.recording import Tape
+from vidaccel.errors import PlanError
+from vidaccel.plans.plan import Plan
+
+
+def l1(reference: torch.Tensor, latents: torch.Tensor) -> float:
+    """Mean absolute difference of two tensors of one shape."""
+    return float((latents.float() - reference.float()).abs().mean())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How two outcomes of one sample are compared; 0 for equal ones.
+
+    Attributes:
+        output_type: what the pipeline is asked for.
+        compare: reference, outcome -> how far apart they are.
+    """
+
+    output_type: str
+    compare: Callable[[Any, Any], float]
+
+
+def _lpips(reference: Any, frames: Any) -> float:
+    return metrics.lpips(reference[0], frames[0])
+
+
+def _pixels(reference: Any, frames: Any) -> float:
+    return l1(torch.as_tensor(reference), torch.as_tensor(frames))
+
+
+# "l1" on the final latents is what the paper's error is taken to be; the others decode every run.
+METRICS = {
+    "l1": Metric("latent", l1),
+    "decoded": Metric("np", _pixels),
+    "lpips": Metric("np", _lpips),
+}
+
+
+def find_metric(name: str) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        PlanError: there is none.
+        MetricUnavailable: it needs something that is not here.
+    """
+    if name not in METRICS:
+        raise PlanError(f"metric: found {name!r}, expected one of {', '.join(METRICS)}")
+    if name == "lpips":
+        metrics.load_lpips()
+    return METRICS[name]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One generation with every step computed.
+
+    Attributes:
+        tape: what the transformers gave at each step.
+        latents: the latents that came out.
+        outcome: what the metric compares; the latents, or the decoded clip.
+        inputs: the latents that went into each step, in host memory.
+        switch: first step of the second transformer of a pipeline that has two, which no segment
+            may cross; None with one.
+    """
+
+    tape: Tape
+    latents: torch.Tensor
+    outcome: Any
+    inputs: dict[int, torch.Tensor]
+    switch: int | None
+
+
+class Replayer:
+    """Runs one sample of a pipeline again and again, each time with another segment reused.
+
+    Use it as a context manager: the pipeline is left without acceleration.
+
+    Args:
+        pipe: a pipeline that `accelerate` takes.
+        call: arguments of its call, with the prompt and `num_inference_steps`.
+        seed: of the noise.
+        metric: "l1" of the final latents, "decoded" (L1 of the frames, 0 to 1) or "lpips".
+
+    Attributes:
+        reference: the run in which every step is computed.
+        setting: what the runs are like, for a policy.
+        forwards: steps that were computed so far.
+
+    Raises:
+        PlanError: fewer than 3 steps, or a run that starts inside its schedule.
+    """
+
+    def __init__(self, pipe: Any, call: dict[str, Any], seed: int = 0, metric: str = "l1") -> None:
+        self.steps = int(call["num_inference_steps"])
+        if self.steps < 3:
+            raise PlanError(f"calibration needs 3 steps or more, found {self.steps}")
+        self.pipe, self.call, self.seed, self.metric = pipe, call, seed, find_metric(metric)
+        self.forwards = 0
+        self._texts: list[Any] = []
+        try:
+            self.reference = self._record()
+        except BaseException:
+            restore(pipe)
+            raise
+        self.run_settings = next(iter(engines_of(pipe).values())).run_settings
+
+    def __enter__(self) -> "Replayer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        restore(self.pipe)
+
+    def forget_steps(self) -> None:
+        """Keep only what `error_of` a plan needs from its first step on."""
+        self.reference = replace(self.reference, tape=_blank_tape(), inputs={})
+
+    def allowed(self, start: int, end: int) -> bool:
+        """Whether the segment stays on one side of the switch between two transformers."""
+        switch = self.reference.switch
+        return switch is None or not start < switch < end
+
+    def noise_floor(self) -> float:
+        """The error of a run that reuses nothing but goes on from the middle of the reference."""
+        return self.error_of(Plan.every(1, self.steps), self.steps // 2)
+
+    def error(self, start: int, end: int, order: int = 0, previous: int | None = None) -> float:
+        """The outcome error of the segment start -> end.
+
+        Args:
+            start: its computed step.
+            end: the next computed step; T reuses to the end.
+            order: of the forecast; 0 holds.
+            previous: the computed step before `start` that a forecast draws its line through.
+        """
+        return self.error_of(self._plan(start, end, order, previous), start + 1)
+
+    def error_of(self, plan: Plan, play_until: int = 0) -> float:
+        """The outcome error of any plan whose first `play_until` steps count as all computed."""
+        outcome = self._run(plan, play_until, output_type=self.metric.output_type)
+        return self.metric.compare(self.reference.outcome, outcome)
+
+    def drift(
+        self, start: int, max_skip: int, order: int = 0, previous: int | None = None
+    ) -> dict[int, torch.Tensor]:
+        """How reusing from `start` on moves the latents that go into each later step.
+
+        Costs the embedding and head of the reused steps, and no block.
+
+        Args:
+            start, order, previous: as `error` takes them.
+            max_skip: the longest segment.
+
+        Returns:
+            end -> difference of the latents of step `end` (T: of the final ones), for the segments
+            start -> end up to `max_skip` long.
+        """
+        last = min(start + max_skip, self.steps)
+        found: dict[int, torch.Tensor] = {}
+
+        def look(step: int, sample: torch.Tensor) -> None:
+            if step > start + 1:
+                found[step] = sample.cpu().float() - self.reference.inputs[step].float()
+            if step == last:
+                raise _Enough
+
+        try:
+            latents = self._run(self._plan(start, last, order, previous), start + 1, look)
+        except _Enough:
+            return found
+        found[self.steps] = latents.float() - self.reference.latents.float()
+        return found
+
+    def _plan(self, start: int, end: int, order: int, previous: int | None) -> Plan:
+        # The reference is played back until `start`, whatever the plan says of the steps before:
+        # leaving some out decides only which residuals a forecast gets to see.
+        left_out = range(0) if previous is None else range(previous + 1, start)
+        computed = tuple(
+            step for step in range(self.steps) if not start < step < end and step not in left_out
+        )
+        segments = len(computed) - (computed[-1] == self.steps - 1)
+        orders = tuple(order * (step == start) for step in computed[:segments])
+        return Plan(computed, self.steps, orders=orders)
+
+    def _record(self) -> Reference:
+        inputs: dict[int, torch.Tensor] = {}
+
+        def look(step: int, sample: torch.Tensor) -> None:
+            inputs[step] = sample.cpu().clone()
+
+        tape = Tape()
+        every = Plan.every(1, self.steps)
+        latents = self._run(every, 0, look, tape)
+        tape.recording = False
+        if sorted(inputs) != list(range(self.steps)):
+            raise PlanError(
+                f"this run computes steps {min(inputs)} to {max(inputs)} of {self.steps}; "
+                "calibration needs one that goes through its whole schedule"
+            )
+        _, *others = engines_of(self.pipe).values()
+        switch = [engine.stats.calls[0].step for engine in others if engine.stats.calls]
+        outcome: Any = latents
+        if self.metric.output_type != "latent":
+            # Playing every step back gives the same latents, decoded this time.
+            outcome = self._run(every, self.steps, tape=tape, output_type=self.metric.output_type)
+        return Reference(tape, latents, outcome, inputs, switch[0] if switch else None)
+
+    def _run(
+        self,
+        plan: Plan,
+        play_until: int,
+        look: Callable[[int, torch.Tensor], None] | None = None,
+        tape: Tape | None = None,
+        output_type: str = "latent",
+    ) -> Any:
+        """What comes out of a run; `look` sees the input of each step's first call."""
+        accelerate(self.pipe, policy=plan, cache=None, attention=None)
+        tape = tape or self.reference.tape
+        tape.play_until = play_until
+        seen: set[int] = set()
+        handles = []
+        engines = list(engines_of(self.pipe).values())
+        for engine in engines:
+            engine.tape = tape
+
+            def before(
+                module: Any, args: Any, kwargs: dict[str, Any], engine: Any = engine
+            ) -> None:
+                if look is not None and engine.step not in seen:
+                    seen.add(engine.step)
+                    look(engine.step, kwargs[engine.host.sample])
+
+            hook = engine.transformer.register_forward_pre_hook(before, with_kwargs=True)
+            handles.append(hook)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        call = {**self.call, "generator": generator, "output_type": output_type}
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(without_bar(self.pipe))
+                stack.enter_context(self._texts_kept())
+                for engine in engines:
+                    stack.enter_context(_played_without_forward(engine))
+                output = self.pipe(**call)
+            return output.frames if hasattr(output, "frames") else output.images
+        finally:
+            for handle in handles:
+                handle.remove()
+            # Both branches of a step count as one forward.
+            self.forwards += sum(
+                len({c.step for c in engine.stats.calls if not c.reused}) for engine in engines
+            )
+
+    @contextmanager
+    def _texts_kept(self) -> Iterator[None]:
+        """The prompts encoded once for all runs, which ask for the same ones in the same order."""
+        attributes, encode = vars(self.pipe), getattr(self.pipe, "encode_prompt", None)
+        if encode is None:
+            yield
+            return
+        previous = attributes.get("encode_prompt")
+        calls = itertools.count()
+
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            position = next(calls)
+            if position == len(self._texts):
+                self._texts.append(encode(*args, **kwargs))
+            return self._texts[position]
+
+        attributes["encode_prompt"] = kept
+        try:
+            yield
+        finally:
+            del attributes["encode_prompt"]
+            if previous is not None:
+                attributes["encode_prompt"] = previous
+
+
+def _blank_tape() -> Tape:
+    tape = Tape()
+    tape.recording = False
+    return tape
+
+
+@contextmanager
+def _played_without_forward(engine: Engine) -> Iterator[None]:
+    """Steps that are played back do not run the transformer: its output would be thrown away."""
+    model = engine.transformer
+    attributes, forward = vars(model), model.forward
+    previous = attributes.get("forward")
+
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        return None if engine.playing else forward(*args, **kwargs)
+
+    attributes["forward"] = shadow
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        if previous is not None:
+            attributes["forward"] = previous
+
+
+class _Enough(Exception):
+    """Ends a run of which the rest is of no interest."""

@@ -1,0 +1,1 @@
+"""Clips: made, read, written and compared."""

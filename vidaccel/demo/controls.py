@@ -1,0 +1,340 @@
+"""The controls of the page, and what they say as settings."""
+
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from vidaccel.dbcache import DEFAULT_THRESHOLD
+from vidaccel.demo import html as panels
+from vidaccel.demo.settings import (
+    ACCELERATIONS,
+    CUSTOM,
+    MAX_SEED,
+    Limits,
+    Settings,
+    Sparse,
+    policy_argument,
+    with_one_plan,
+)
+from vidaccel.errors import PolicyError, SettingsError
+from vidaccel.plans.policy import CachePolicy
+from vidaccel.svg2.settings import SVG2
+
+SIZE = re.compile(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*")
+
+CACHE_FIELDS = {
+    "threshold": ("Threshold", "lower it if quality drops; empty for that of the model"),
+    "probe_blocks": ("Probe blocks", "blocks that always run first"),
+    "corrector_blocks": ("Corrector blocks", "blocks that always run last"),
+    "warmup_steps": ("Warm-up steps", "computed in any case"),
+    "max_consecutive": ("Reused in a row", "at most; empty for no limit"),
+    "forecast_order": ("Forecast order", "0 holds the residual, 1 and 2 extend it"),
+}
+
+SPARSE_FIELDS = {
+    "top_p": ("top_p", "share of the attention mass that is kept"),
+    "dense_steps": ("Dense first steps", "empty for a fifth of all"),
+    "min_tokens": ("Shortest sequence", f"tokens; empty for {SVG2.min_tokens}"),
+}
+
+
+class Controls:
+    """One column of controls, made inside a `gr.Blocks`.
+
+    Args:
+        defaults: what they show at first.
+        limits: told beside the numbers; `vidaccel.demo.job_queue` enforces them.
+        sizes: proposed sizes, as in 832x480.
+        on_attention: says what becomes of the attention of this model, and again when it knows.
+    """
+
+    def __init__(
+        self,
+        defaults: Settings,
+        limits: Limits,
+        sizes: list[str],
+        on_attention: Callable[[], Iterator[str]],
+    ) -> None:
+        self._on_attention = on_attention
+        self._prompt = gr.Textbox(
+            defaults.prompt, label="Prompt", lines=2, max_length=4000, elem_id="prompt"
+        )
+        self._acceleration = gr.Radio(
+            list(ACCELERATIONS),
+            value=defaults.acceleration,
+            label="Acceleration",
+            info="quality about 2 times, balanced 3, fast 5 as fast; custom: what is set below",
+            elem_id="acceleration",
+        )
+        self._compare = gr.Checkbox(
+            defaults.compare, label="Also make the original, and compare", elem_id="compare"
+        )
+        with gr.Row():
+            self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+        with gr.Row():
+            self.seed = gr.Number(
+                defaults.seed, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed"
+            )
+            self._randomise = gr.Checkbox(
+                False, label="New seed each time", min_width=120, elem_id="randomise"
+            )
+        with gr.Accordion("Size, steps, guidance", open=False, elem_id="details"):
+            self._negative = gr.Textbox(
+                defaults.negative_prompt, label="Negative prompt", max_length=4000
+            )
+            size = f"{defaults.width}x{defaults.height}" if defaults.width else ""
+            self._size = gr.Dropdown(
+                sizes,
+                value=size,
+                label="Size",
+                info=f"width x height; no more pixels than {limits.width}x{limits.height}",
+                allow_custom_value=True,
+                elem_id="size",
+            )
+            with gr.Row():
+                self._frames = self._number("Frames", defaults.frames, f"up to {limits.frames}")
+                self._steps = self._number("Steps", defaults.steps, f"up to {limits.steps}")
+            with gr.Row():
+                self._guidance = self._number("Guidance", defaults.guidance, "0 to 100", None)
+                self._fps = self._number("Frames per second", defaults.fps, "of the files")
+            gr.Markdown("Empty fields are left to the model.", elem_classes="va-muted")
+        with gr.Accordion("Custom acceleration", open=False, elem_id="custom") as self._custom:
+            self._expert()
+
+    def _expert(self) -> None:
+        self._policy = gr.State(None)
+        self._plan = gr.Textbox(
+            "auto",
+            label="Steps to compute",
+            info="auto, all, every N, or a list such as 0,1,5; a policy file below comes first",
+            max_length=6000,
+            elem_id="plan",
+        )
+        self._file = gr.File(
+            label="Policy file", file_types=[".json"], height=110, elem_id="policy"
+        )
+        self._budget = gr.Slider(
+            1, 2, 1, step=1, label="Steps that are computed", visible=False, elem_id="budget"
+        )
+        self._curve = gr.HTML(elem_id="curve")
+        self._cached = gr.Checkbox(
+            False,
+            label="DBCache: watch the first blocks, compute a step when they change",
+            elem_id="dbcache",
+        )
+        with gr.Row():
+            defaults = {"threshold": DEFAULT_THRESHOLD, "max_consecutive": 3, "warmup_steps": 4}
+            self._cache = [
+                gr.Number(
+                    defaults.get(name, 1 if name == "probe_blocks" else 0),
+                    label=label,
+                    info=info,
+                    precision=None if name == "threshold" else 0,
+                    min_width=140,
+                    elem_id=name.replace("_", "-"),
+                )
+                for name, (label, info) in CACHE_FIELDS.items()
+            ]
+        self._attention = gr.Radio(
+            [("off", "off"), ("auto", "auto"), ("SVG2", "svg2")],
+            value="auto",
+            label="Sparse attention",
+            info="SVG2: most of each video self-attention is left out; clusters by the number of "
+            "tokens",
+            elem_id="attention",
+        )
+        self._attention_note = gr.HTML(elem_id="attention-note")
+        with gr.Row(visible=False) as self._sparse_row:
+            self._sparse = [
+                gr.Number(
+                    Sparse().top_p if name == "top_p" else None,
+                    label=label,
+                    info=info,
+                    precision=None if name == "top_p" else 0,
+                    min_width=140,
+                    elem_id=name.replace("_", "-"),
+                )
+                for name, (label, info) in SPARSE_FIELDS.items()
+            ]
+        self._attention.change(
+            lambda choice: gr.update(visible=choice == "svg2"),
+            self._attention,
+            self._sparse_row,
+            show_progress="hidden",
+        )
+        self._custom.expand(self._note, None, self._attention_note, show_progress="hidden")
+        self._file.upload(
+            self._read_policy,
+            self._file,
+            [self._policy, self._budget, self._curve, self._acceleration],
+            show_progress="hidden",
+        )
+        self._file.clear(
+            lambda: (None, gr.update(visible=False), ""),
+            None,
+            [self._policy, self._budget, self._curve],
+            show_progress="hidden",
+        )
+        self._budget.change(
+            self._draw, [self._policy, self._budget], self._curve, show_progress="hidden"
+        )
+        self._acceleration.change(
+            lambda choice: gr.update(open=choice == CUSTOM),
+            self._acceleration,
+            self._custom,
+            show_progress="hidden",
+        ).then(self._note, None, self._attention_note, show_progress="hidden")
+
+    def _note(self) -> Iterator[str]:
+        yield from map(panels.note, self._on_attention())
+
+    @staticmethod
+    def _number(label: str, value: Any, info: str, precision: int | None = 0) -> gr.Number:
+        name = label.lower().replace(" ", "-")
+        return gr.Number(
+            value, label=label, info=info, precision=precision, min_width=120, elem_id=name
+        )
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The components whose values `settings` takes."""
+        return [
+            self._prompt,
+            self._negative,
+            self.seed,
+            self._randomise,
+            self._size,
+            self._frames,
+            self._steps,
+            self._guidance,
+            self._fps,
+            self._acceleration,
+            self._compare,
+            self._plan,
+            self._policy,
+            self._budget,
+            self._cached,
+            *self._cache,
+            self._attention,
+            *self._sparse,
+        ]
+
+    @property
+    def blank(self) -> list[Any]:
+        """The numbers that are left to the model at first; Gradio shows 0 until told otherwise."""
+        return [
+            field for field in self.inputs if isinstance(field, gr.Number) and field.value is None
+        ]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The components that `show` changes."""
+        return [*self.inputs, self._curve]
+
+    def settings(self, values: list[Any]) -> Settings:
+        """What the controls say, with a new seed if one is asked for.
+
+        Raises:
+            SettingsError: something is out of its range.
+        """
+        given = dict(zip(self.inputs, values, strict=True))
+        match = SIZE.fullmatch(given[self._size] or "x")
+        if match is None and given[self._size]:
+            raise SettingsError(f"size: expected such as 832x480, found {given[self._size]!r}")
+        policy: CachePolicy | None = given[self._policy]
+        plan = (given[self._plan] or "").strip() or "auto"
+        if policy is not None:
+            plan = with_one_plan(policy, _nearest(policy, given[self._budget])).to_json()
+        cache = dict(zip(CACHE_FIELDS, (given[field] for field in self._cache), strict=True))
+        sparse = dict(zip(SPARSE_FIELDS, (given[field] for field in self._sparse), strict=True))
+        if sparse["top_p"] is None:
+            sparse.pop("top_p")
+        seed = secrets.randbelow(MAX_SEED + 1) if given[self._randomise] else given[self.seed]
+        return Settings.of(
+            {
+                "prompt": (given[self._prompt] or "").strip(),
+                "negative_prompt": (given[self._negative] or "").strip(),
+                "seed": 0 if seed is None else seed,
+                "width": int(match[1]) if match else None,
+                "height": int(match[2]) if match else None,
+                "frames": given[self._frames],
+                "steps": given[self._steps],
+                "guidance": given[self._guidance],
+                "fps": given[self._fps] or 16,
+                "acceleration": given[self._acceleration],
+                "compare": bool(given[self._compare]),
+                "policy": plan,
+                "cache": cache if given[self._cached] else None,
+                "attention": given[self._attention],
+                "svg2": sparse if given[self._attention] == "svg2" else {},
+            }
+        )
+
+    def show(self, settings: Settings) -> dict[Any, Any]:
+        """Updates that make the controls say `settings`."""
+        policy = None
+        if settings.policy.startswith("{"):
+            policy = policy_argument(settings.policy)
+        cache = settings.cache.model_dump() if settings.cache is not None else {}
+        return {
+            self._prompt: settings.prompt,
+            self._negative: settings.negative_prompt,
+            self.seed: settings.seed,
+            self._randomise: False,
+            self._size: f"{settings.width}x{settings.height}" if settings.width else "",
+            self._frames: settings.frames,
+            self._steps: settings.steps,
+            self._guidance: settings.guidance,
+            self._fps: settings.fps,
+            self._acceleration: settings.acceleration,
+            self._compare: settings.compare,
+            self._plan: "auto" if policy is not None else settings.policy,
+            self._policy: policy,
+            self._budget: self._slider(policy),
+            self._curve: self._draw(policy, 0),
+            self._cached: settings.cache is not None,
+            **{
+                field: cache.get(name, gr.skip())
+                for name, field in zip(CACHE_FIELDS, self._cache, strict=True)
+            },
+            self._attention: settings.attention,
+            **dict(zip(self._sparse, settings.svg2.model_dump().values(), strict=True)),
+        }
+
+    def _read_policy(self, path: str) -> tuple[Any, ...]:
+        try:
+            policy = CachePolicy.load(path)
+        except PolicyError as error:
+            # The message names the file by its place in the upload folder, which says nothing.
+            text = str(error).replace(f"policy {path}: ", "")
+            return None, gr.update(visible=False), panels.problem(text), gr.skip()
+        return policy, self._slider(policy), self._draw(policy, _balanced(policy)), CUSTOM
+
+    @staticmethod
+    def _slider(policy: CachePolicy | None) -> Any:
+        if policy is None:
+            return gr.update(visible=False)
+        known = policy.budgets()
+        high = max(known[-1], known[0] + 1)  # a slider needs two ends
+        return gr.update(
+            minimum=known[0], maximum=high, value=_balanced(policy), visible=len(known) > 1
+        )
+
+    @staticmethod
+    def _draw(policy: CachePolicy | None, budget: Any) -> str:
+        return "" if policy is None else panels.curve(policy, _nearest(policy, budget))
+
+
+def _balanced(policy: CachePolicy) -> int:
+    return len(policy.preset("balanced").steps)
+
+
+def _nearest(policy: CachePolicy, budget: Any) -> int:
+    """The smallest budget of the policy that is no less than asked for."""
+    known = policy.budgets()
+    wanted = budget if isinstance(budget, int | float) else known[0]
+    return next((b for b in known if b >= wanted), known[-1])

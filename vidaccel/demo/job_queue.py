@@ -1,0 +1,220 @@
+"""RunStore that wait for their turn, one at a time on one pipeline, and how far each is."""
+
+import logging
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from vidaccel.clips.video import Clip
+from vidaccel.demo.run_store import RunStore, SavedRun
+from vidaccel.demo.settings import Limits, Settings
+from vidaccel.demo.worker import Stopped, Worker, in_words
+from vidaccel.errors import QueueFullError, VidaccelError
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_EVERY = 0.15  # seconds
+ABANDONED_AFTER = 60.0  # seconds without anyone following a run that still waits
+REMEMBERED = 200  # finished jobs
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job is.
+
+    Attributes:
+        state: "waiting", "running", "done", "stopped" or "failed".
+        ahead: jobs before it, while it waits.
+        phase: what is running.
+        step, steps: finished steps of the phase, and how many there are; 0 when not known.
+        timeline: a letter per finished step, as `vidaccel.report` has it; "" without acceleration.
+        eta: seconds left in the phase.
+        preview: the latents as a picture in a data URI.
+        message: why it stopped or failed.
+        finished: what is already in its files: first the accelerated clip, then all.
+    """
+
+    state: str = "waiting"
+    ahead: int = 0
+    phase: str = ""
+    step: int = 0
+    steps: int = 0
+    timeline: str = ""
+    eta: float | None = None
+    preview: str = ""
+    message: str = ""
+    finished: SavedRun | None = None
+
+    @property
+    def final(self) -> bool:
+        """Nothing more will happen."""
+        return self.state in ("done", "stopped", "failed")
+
+
+class Job:
+    """One run that was asked for.
+
+    Args:
+        owner: token of the browser that asked.
+        settings: what it asked for.
+    """
+
+    def __init__(self, owner: str, settings: Settings) -> None:
+        self.id = secrets.token_hex(16)
+        self.owner = owner
+        self.settings = settings
+        self.progress = Progress()
+        self.stop = threading.Event()
+        self.seen = time.monotonic()
+
+
+class JobQueue:
+    """RunStore jobs on one stage, one after the other, in a thread of its own.
+
+    That thread begins at once to load the model.
+
+    Args:
+        stage: the pipeline.
+        runs: where results go.
+        limits: the largest run.
+        queue_size: jobs that may wait.
+    """
+
+    def __init__(self, stage: Worker, runs: RunStore, limits: Limits, queue_size: int = 8) -> None:
+        self.stage = stage
+        self.runs = runs
+        self.limits = limits
+        self.queue_size = queue_size
+        self._changed = threading.Condition()
+        self._waiting: list[Job] = []
+        self._running: Job | None = None
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="studio", daemon=True)
+        self._thread.start()
+
+    def submit(self, owner: str, settings: Settings) -> Job:
+        """Put a run into the queue.
+
+        Raises:
+            SettingsError: it is beyond the limits of this page.
+            PlanError, PolicyError: what it wants to accelerate with is none.
+            QueueFullError: too many runs wait.
+        """
+        self.limits.check(settings)
+        settings.acceleration_arguments()
+        with self._changed:
+            if len(self._waiting) >= self.queue_size:
+                raise QueueFullError(
+                    f"{len(self._waiting)} runs are waiting already: try again in a while"
+                )
+            job = Job(owner, settings)
+            self._waiting.append(job)
+            self._jobs[job.id] = job
+            for old in [j for j in self._jobs.values() if j.progress.final][:-REMEMBERED]:
+                del self._jobs[old.id]
+            self._renumber()
+        return job
+
+    def job(self, owner: str, job_id: str) -> Job | None:
+        """A job of an owner, as long as it is remembered."""
+        job = self._jobs.get(job_id)
+        return job if job is not None and job.owner == owner else None
+
+    def stop(self, job: Job) -> None:
+        """Have a job end: at once when it waits, within a step when it runs."""
+        with self._changed:
+            job.stop.set()
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._publish(job, state="stopped", message="taken out of the queue")
+                self._renumber()
+
+    def follow(self, job: Job) -> Iterator[Progress]:
+        """The progress of a job whenever it has changed, until nothing more will happen."""
+        shown: Progress | None = None
+        while True:
+            with self._changed:
+                self._changed.wait_for(partial(_has_moved, job, shown), timeout=1.0)
+                progress = job.progress
+            job.seen = time.monotonic()
+            if progress is not shown:
+                yield progress
+            if progress.final:
+                return
+            shown = progress
+            time.sleep(FOLLOW_EVERY)
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Stop what runs, drop what waits, and end the thread."""
+        with self._changed:
+            self._closed = True
+            for job in [*self._waiting, *([self._running] if self._running else [])]:
+                self.stop(job)
+            self._changed.notify_all()
+        self._thread.join(timeout)
+
+    def _publish(self, job: Job, **changes: Any) -> None:
+        with self._changed:
+            job.progress = replace(job.progress, **changes)
+            self._changed.notify_all()
+
+    def _renumber(self) -> None:
+        for index, job in enumerate(self._waiting):
+            self._publish(job, ahead=index + (self._running is not None))
+
+    def _work(self) -> None:
+        with suppress(Exception):  # told to whoever asks for the first run, which tries again
+            self.stage.load()
+        while (job := self._next()) is not None:
+            try:
+                self._serve(job)
+                self._publish(job, state="done")
+            except Stopped as stopped:
+                at = job.progress
+                where = f"stopped at step {at.step} of {at.steps}" if at.steps else "stopped"
+                self._publish(job, state="stopped", message=str(stopped) or where)
+            except VidaccelError as error:
+                logger.warning("a run was refused: %s", error)
+                self._publish(job, state="failed", message=in_words(error, job.settings))
+            # Whatever a pipeline raises ends that run, not the page.
+            except Exception as error:
+                logger.exception("a run failed")
+                self._publish(job, state="failed", message=in_words(error, job.settings))
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            self._running = None
+            self._renumber()
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return None
+            job = self._running = self._waiting.pop(0)
+            self._publish(job, state="running", phase="loading the model")
+            self._renumber()
+            return job
+
+    def _serve(self, job: Job) -> None:
+        if time.monotonic() - job.seen > ABANDONED_AFTER:
+            raise Stopped("nobody was waiting for it any more")
+        # What was left to the model is known only now, and bounded as what was asked for.
+        self.limits.check(self.stage.resolved(job.settings))
+        run: str | None = None
+
+        def save(result: dict[str, Any], clips: dict[str, Clip]) -> None:
+            nonlocal run
+            finished = self.runs.save(job.owner, job.settings, result, clips, run)
+            run = finished.id
+            self._publish(job, finished=finished)
+
+        self.stage.perform(job.settings, tell=partial(self._publish, job), stop=job.stop, save=save)
+
+
+def _has_moved(job: Job, shown: Progress | None) -> bool:
+    return job.progress is not shown

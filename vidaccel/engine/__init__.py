@@ -1,0 +1,1 @@
+"""The run-time engine: attaches to a transformer, skips blocks, and undoes itself exactly."""

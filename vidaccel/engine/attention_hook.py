@@ -1,0 +1,63 @@
+"""What an engine tells about its run to whatever makes attention sparse."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from vidaccel.engine.block_proxies import BlockArguments
+from vidaccel.engine.parallel import SequenceParallelMode
+from vidaccel.engine.report import AttentionReport
+from vidaccel.engine.step_tracker import Tick
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class AttentionHook:
+    """What an engine tells about its run to whom makes attention sparse; this one leaves it alone.
+
+    Args:
+        note: why, for reports; empty when nobody asked for anything else.
+    """
+
+    def __init__(self, note: str = "") -> None:
+        self._note = note
+
+    def attach(self) -> None:
+        """Start intercepting."""
+
+    def detach(self) -> None:
+        """Leave every attention module as it was before `attach`."""
+
+    def forget(self) -> None:
+        """Drop what was kept: a generation has ended, or another one begins."""
+
+    def restart(self) -> None:
+        """A generation begins."""
+
+    def begin(
+        self, tick: Tick, *, refreshes: bool, spread: SequenceParallelMode | None = None
+    ) -> None:
+        """A call of the transformer begins.
+
+        Args:
+            tick: its place in the generation.
+            refreshes: what it computes is kept and used again by later steps.
+            spread: how its tokens are spread over processes, if they are.
+        """
+
+    def block(
+        self, position: int, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Around one block that runs.
+
+        Args:
+            position: of the block, in the order in which all blocks are walked.
+            named, args, kwargs: its arguments.
+        """
+        return _NOTHING
+
+    def end(self) -> None:
+        """The call has ended."""
+
+    def report(self) -> AttentionReport | None:
+        """What was sparse since `attach`; waits for the device."""
+        return AttentionReport(self._note) if self._note else None

@@ -1,0 +1,155 @@
+"""Stand-ins for the block lists of a transformer, which decide whether a block runs.
+
+A block list is shadowed in the transformer's instance `__dict__`, which wins over
+`nn.Module.__getattr__`, by a list of the same length whose entries decide *outside* of each block
+whether it runs. Nothing that lives in `_modules` changes, so state dict, module names, offload
+hooks, LoRA layers and compiled blocks stay as they are, and a block compiled with `fullgraph=True`
+stays one graph.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+# block, how to read its arguments, args, kwargs -> what the block returns
+RunBlock = Callable[[nn.Module, "BlockArguments", tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Where a named argument is in a call."""
+
+    name: str
+    position: int
+
+    @classmethod
+    def of_forward(cls, module_class: type, name: str) -> "Argument":
+        parameters = list(signature(module_class.forward).parameters)
+        return cls(name, parameters.index(name) - 1)  # without self
+
+    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.name in kwargs:
+            return kwargs[self.name]
+        return args[self.position] if self.position < len(args) else None
+
+
+class BlockArguments:
+    """Finds the streams in the arguments and results of the blocks of one list.
+
+    Args:
+        block_class: class of the blocks.
+        streams: names of the streams that the transformer carries from block to block; those that
+            these blocks take are found.
+        main: the one that becomes the result.
+        returns: names of the arguments that a block returns the successors of, in order.
+        joins: the streams that its main one continues, joined along the tokens; empty when it
+            continues the one of its own name.
+
+    Attributes:
+        returned: `returns`, each name once.
+    """
+
+    def __init__(
+        self,
+        block_class: type,
+        streams: set[str],
+        main: str,
+        returns: tuple[str, ...],
+        joins: tuple[str, ...] = (),
+    ) -> None:
+        taken = streams & set(signature(block_class.forward).parameters)
+        names = taken | set(returns)
+        self._arguments = {name: Argument.of_forward(block_class, name) for name in names}
+        self._taken = taken
+        self._returns = returns
+        self.returned = tuple(dict.fromkeys(returns))
+        self._main = main if main in returns else returns[0]
+        self._joins = joins
+
+    def value(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._arguments[name].value(args, kwargs)
+
+    def streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The streams that go into a block, by name."""
+        return {name: self.value(name, args, kwargs) for name in self._taken}
+
+    def main(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The main stream that goes into a block."""
+        return self.value(self._main, args, kwargs)
+
+    def origin(self, name: str) -> tuple[str, ...]:
+        """The streams of the first blocks that stream `name` of these continues."""
+        return self._joins if self._joins and name == self._main else (name,)
+
+    def outputs(self, output: Any) -> dict[str, Any]:
+        """What a block has returned, by the names of its streams."""
+        values = output if len(self._returns) > 1 else (output,)
+        return dict(zip(self._returns, values, strict=True))
+
+    def output(self, streams: dict[str, Any]) -> Any:
+        """What a block returns that hands on these streams."""
+        values = tuple(streams[name] for name in self._returns)
+        return values[0] if len(values) == 1 else values
+
+    def passed_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a block returns that leaves its streams unchanged."""
+        return self.output({name: self.value(name, args, kwargs) for name in self.returned})
+
+    def replaced(
+        self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a block with another value for one of its streams."""
+        if name in kwargs:
+            return args, {**kwargs, name: value}
+        position = self._arguments[name].position
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+
+
+class BlockProxy:
+    """Stands in for one block in the walk of the transformer's forward."""
+
+    def __init__(
+        self, blocks: nn.ModuleList, key: str, arguments: BlockArguments, run: RunBlock
+    ) -> None:
+        self._blocks, self._key, self._arguments, self._run = blocks, key, arguments, run
+
+    @property
+    def _block(self) -> Any:
+        # Looked up at each call: wrappers such as FSDP replace entries of the list.
+        return self._blocks._modules[self._key]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._block, self._arguments, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_blocks", "_key"):  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self._block, name)
+
+
+class BlockListProxy(nn.ModuleList):
+    """Shadows a block list: iterating and indexing give `BlockProxy`s.
+
+    It stays an `nn.ModuleList` that shares the real list's entries, because `get_submodule`, which
+    PEFT and Diffusers' hooks use, walks through attributes and insists on modules.
+
+    Args:
+        blocks: the real list.
+        arguments: how to read the arguments of its blocks.
+        run: decides for each call what happens.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, arguments: BlockArguments, run: RunBlock) -> None:
+        super().__init__()
+        self._modules = blocks._modules
+        # A plain attribute, out of sight of torch's own bookkeeping.
+        self._shadows = [BlockProxy(self, key, arguments, run) for key in self._modules]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._shadows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._shadows[index]

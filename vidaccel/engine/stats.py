@@ -1,0 +1,128 @@
+"""Counts what was computed, what was reused, and what that saved. No torch, no diffusers."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a transformer.
+
+    Attributes:
+        step, branch: its place in the generation.
+        reused: the middle blocks did not run.
+        planned: nothing but the plan, where there is one, had the step computed.
+        blocks: blocks that ran.
+        started, ended: seconds on the host's clock, or CUDA events.
+        reason: why it was computed; "" when it was reused.
+        difference: relative change of the probe blocks' residual since the last computed step, a
+            number or a scalar on the device; None without probe blocks.
+    """
+
+    step: int
+    branch: str
+    reused: bool
+    planned: bool
+    blocks: int
+    started: Any
+    ended: Any
+    reason: str = ""
+    difference: Any = None
+
+    @property
+    def letter(self) -> str:
+        """C computed, p reused around probe or corrector blocks, - reused without any block."""
+        if not self.reused:
+            return "C"
+        return "p" if self.blocks else "-"
+
+    @property
+    def seconds(self) -> float:
+        """Duration; waits for the device when it was timed there."""
+        return elapsed(self.started, self.ended)
+
+
+def elapsed(started: Any, ended: Any) -> float:
+    """Seconds between two moments on the host's clock or two CUDA events; waits for the latter."""
+    if isinstance(started, float):
+        return float(ended - started)
+    ended.synchronize()
+    return float(started.elapsed_time(ended)) / 1000.0
+
+
+@dataclass
+class Totals:
+    """Sums over the calls of one branch."""
+
+    computed: int = 0
+    reused: int = 0
+    unplanned: int = 0
+    blocks_run: int = 0
+    seconds_computed: float = 0.0
+    seconds_reused: float = 0.0
+
+    def add(self, call: Call) -> None:
+        """Count one call in."""
+        self.blocks_run += call.blocks
+        if call.reused:
+            self.reused += 1
+            self.seconds_reused += call.seconds
+        else:
+            self.computed += 1
+            self.unplanned += not call.planned
+            self.seconds_computed += call.seconds
+
+    @property
+    def seconds_saved(self) -> float:
+        """What the reused steps would have taken more, had they been computed; an estimate."""
+        if not self.computed or not self.reused:
+            return 0.0
+        mean = self.seconds_computed / self.computed
+        return max(0.0, self.reused * mean - self.seconds_reused)
+
+
+class CallStats:
+    """Counts the calls of one transformer since it was accelerated.
+
+    Args:
+        blocks: blocks that a call runs without vidaccel.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.generations = 0
+        self.calls: list[Call] = []
+        self.peak_bytes = 0
+        self._past: dict[str, Totals] = defaultdict(Totals)
+
+    def restart(self) -> None:
+        """Begin a generation. Earlier calls are summed up, so a server does not grow."""
+        for call in self.calls:
+            self._past[call.branch].add(call)
+        self.calls = []
+        self.generations += 1
+
+    def add(self, call: Call, bytes_held: int = 0) -> None:
+        """Record a call of the running generation and the bytes that are kept after it."""
+        self.calls.append(call)
+        self.peak_bytes = max(self.peak_bytes, bytes_held)
+
+    @property
+    def steps_reused(self) -> int:
+        """Steps of the running or last generation that no branch computed."""
+        return len(self.timeline().replace("C", ""))
+
+    def timeline(self) -> str:
+        """The running or last generation, a letter per step: that of its most computed branch."""
+        kinds: dict[int, str] = {}
+        for call in self.calls:
+            kinds[call.step] = min(kinds.get(call.step, call.letter), call.letter, key="Cp-".index)
+        return "".join(kind for _, kind in sorted(kinds.items()))
+
+    def totals(self) -> dict[str, Totals]:
+        """Sums by branch over all generations."""
+        sums = {branch: Totals(**vars(totals)) for branch, totals in self._past.items()}
+        for call in self.calls:
+            sums.setdefault(call.branch, Totals()).add(call)
+        return sums

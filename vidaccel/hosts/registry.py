@@ -1,0 +1,116 @@
+"""The supported transformer classes, and how a model of one's own joins them."""
+
+from typing import Any
+
+from vidaccel.errors import UnsupportedPipelineError
+from vidaccel.hosts.image_models import ROWS as IMAGE_ROWS
+from vidaccel.hosts.spec import BlockList, Head, HostSpec
+from vidaccel.hosts.video_models import ROWS as VIDEO_ROWS
+
+__all__ = [
+    "HOSTS",
+    "BlockList",
+    "Head",
+    "HostSpec",
+    "find_transformers",
+    "markdown_table",
+    "register_host",
+]
+
+# By the name of the class; a subclass is found under the name of its base.
+HOSTS: dict[str, HostSpec] = {row.transformer: row for row in (*VIDEO_ROWS, *IMAGE_ROWS)}
+
+
+def register_host(spec: HostSpec) -> HostSpec:
+    """Add a transformer class to those that `accelerate` supports, or replace its row.
+
+    Returns:
+        The same `spec`.
+
+    Raises:
+        UnsupportedPipelineError: the row has no blocks, or names a stream that they do not return.
+    """
+    if not spec.unsupported:
+        if not spec.blocks:
+            raise UnsupportedPipelineError(
+                f"the row of {spec.transformer} names no block list: give it "
+                'blocks=(BlockList("blocks"),) with the attribute that holds its blocks'
+            )
+        returned = {name for blocks in spec.blocks for name in blocks.returns}
+        read = {name for head in spec.heads for name in head.streams} | {spec.main}
+        if unknown := sorted(read - returned):
+            raise UnsupportedPipelineError(
+                f"the row of {spec.transformer} reads {', '.join(unknown)}, but its blocks return "
+                f"{', '.join(sorted(returned))}"
+            )
+    HOSTS[spec.transformer] = spec
+    return spec
+
+
+def find_transformers(pipe: Any) -> dict[str, tuple[Any, HostSpec]]:
+    """The transformers of a pipeline with their rows, by component name.
+
+    Raises:
+        UnsupportedPipelineError: when `pipe` is no pipeline, none of its components has a row, or
+            the row says why it cannot be accelerated.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise UnsupportedPipelineError(
+            f"accelerate() takes a Diffusers pipeline, found {type(pipe).__name__}"
+        )
+    found = {
+        name: (module, row)
+        for name, module in components.items()
+        if (row := _row_of(module)) is not None
+    }
+    for module, row in found.values():
+        if row.unsupported:
+            raise UnsupportedPipelineError(
+                f"{type(pipe).__name__} cannot be accelerated: {type(module).__name__} "
+                f"{row.unsupported}"
+            )
+    if not found:
+        denoisers = [
+            f"{name} ({type(module).__name__})"
+            for name, module in components.items()
+            if module is not None and name.startswith(("transformer", "unet", "prior"))
+        ]
+        supported = ", ".join(name for name, row in HOSTS.items() if not row.unsupported)
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} has no transformer that vidaccel supports; "
+            f"found {', '.join(denoisers) or 'no denoiser'}; supported: {supported}; "
+            "vidaccel.register_host adds another"
+        )
+    return found
+
+
+def markdown_table() -> str:
+    """The table of supported models, as the README shows it."""
+    head = (
+        "model",
+        "pipelines tested",
+        "step plans",
+        "block cache",
+        "SVG2",
+        "diffusers",
+    )
+    rows = [head, ("---",) * len(head)]
+    for row in HOSTS.values():
+        pipelines = ", ".join(f"`{name}`" for name in row.pipelines)
+        pipelines += "".join(f"; not `{name}`, which {reason}" for name, reason in row.untested)
+        if row.unsupported:
+            cells = ("no", f"no: {row.transformer} {row.unsupported}", "")
+        else:
+            threshold = "yes" if row.threshold is None else f"yes, threshold {row.threshold:g}"
+            cache = threshold + ("; no corrector blocks" if row.no_corrector else "")
+            attention = "yes" if row.attention else f"no: {row.attention_note}"
+            cells = ("yes", cache, attention)
+        rows.append((row.family or row.transformer, pipelines, *cells, f"≥ {row.since}"))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _row_of(module: Any) -> HostSpec | None:
+    # A module compiled as a whole is found under its original class, to be refused by name.
+    cls = type(getattr(module, "_orig_mod", module))
+    return next((HOSTS[base.__name__] for base in cls.__mro__ if base.__name__ in HOSTS), None)

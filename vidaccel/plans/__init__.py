@@ -1,0 +1,1 @@
+"""Plans of computed steps and the policy files that hold them. No torch, no diffusers."""

@@ -1,0 +1,460 @@
+"""The policy file: which steps to compute for one model and number of steps, and what that costs.
+
+One JSON file, schema version 1. It is untrusted input: its size is bounded, every value has a
+strict type and range, names cannot be paths, and nothing in it is executed. `policies/README.md`
+explains every field.
+"""
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from vidaccel.errors import PlanError, PolicyError
+from vidaccel.files import write_text
+from vidaccel.lemica.dag import Move
+from vidaccel.plans.plan import FEW_STEPS, PRESETS, Plan, RunSettings
+from vidaccel.plans.schema import (
+    MAX_STEPS,
+    Budget,
+    Digest,
+    Edge,
+    Error,
+    GuidanceInfo,
+    ModelInfo,
+    Name,
+    Objective,
+    Pixels,
+    Record,
+    SchedulerInfo,
+    Steps,
+    StoredPlan,
+    Text,
+    Validation,
+)
+
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
+MAX_BYTES = 32 * 2**20
+# Noise grids agree when every entry does to this relative difference: float32 rounding, no more.
+GRID_TOLERANCE = 1e-4
+FILE_NAME = "vidaccel_policy.json"
+
+
+class CachePolicy(Record):
+    """A policy: plans for every budget of one model and number of steps, with their evidence."""
+
+    schema_version: Annotated[str, StringConstraints(pattern=r"^\d{1,4}\.\d{1,4}$")]
+    model: ModelInfo
+    num_inference_steps: Steps
+    scheduler: SchedulerInfo = SchedulerInfo()
+    guidance: GuidanceInfo = GuidanceInfo()
+    width: Pixels | None = None
+    height: Pixels | None = None
+    frames: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    quantity: Literal["stack_residual"] = "stack_residual"
+    max_skip: Steps | None = None
+    edges: Annotated[tuple[Edge, ...], Field(max_length=200_000)] = ()
+    noise_floor: Error | None = None
+    objective: Objective | None = None
+    plans: Annotated[dict[Budget, StoredPlan], Field(min_length=1, max_length=MAX_STEPS)]
+    prompts: Annotated[tuple[Text, ...], Field(max_length=10_000)] = ()
+    prompts_hash: Digest | None = None
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=10_000)] = ()
+    attention: Name | None = None
+    validation: Annotated[tuple[Validation, ...], Field(max_length=10_000)] | None = None
+    provenance: Literal["measured", "published", "transferred"]
+    source: Text | None = None
+    versions: Annotated[dict[Name, Text], Field(default_factory=dict, max_length=100)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        total = self.num_inference_steps
+        sigmas = self.scheduler.sigmas
+        if sigmas is not None and len(sigmas) != total:
+            raise ValueError(f"scheduler.sigmas: found {len(sigmas)} entries, expected {total}")
+        edges: dict[_Way, float] = {}
+        for edge in self.edges:
+            if not edge.start < edge.end <= total:
+                raise ValueError(f"edges: found {edge.start} to {edge.end} in {total} steps")
+            if edge.order and not (edge.previous is not None and edge.previous < edge.start):
+                raise ValueError(
+                    f"edges: found a forecast from {edge.start} to {edge.end} with previous "
+                    f"{edge.previous}, expected a step before {edge.start}"
+                )
+            way = (edge.start, edge.end, edge.order, edge.scale, edge.previous)
+            if way in edges:
+                raise ValueError(f"edges: found {edge.start} to {edge.end} twice, expected once")
+            edges[way] = edge.mean
+        for budget, plan in self.plans.items():
+            try:
+                steps = Plan(plan.steps, total, plan.errors, plan.orders, plan.scales).steps
+            except PlanError as error:
+                raise ValueError(f"plans.{budget}: {error}") from error
+            if len(steps) != int(budget):
+                raise ValueError(f"plans.{budget}: found {len(steps)} steps, expected {budget}")
+            if plan.stability and len(plan.stability) != len(steps):
+                raise ValueError(
+                    f"plans.{budget}.stability: found {len(plan.stability)} entries, "
+                    f"expected {len(steps)}"
+                )
+            self._check_errors(budget, plan, edges)
+        return self
+
+    def _check_errors(self, budget: str, plan: StoredPlan, edges: dict["_Way", float]) -> None:
+        """The errors that a plan states must be those of its edges."""
+        segments = list(zip(plan.steps, plan.steps[1:], strict=False))
+        if self.num_inference_steps - 1 > plan.steps[-1]:
+            segments.append((plan.steps[-1], self.num_inference_steps))
+        if not edges or not plan.errors:
+            return
+        for position, (error, (start, end)) in enumerate(zip(plan.errors, segments, strict=True)):
+            order = plan.orders[position] if plan.orders else 0
+            scale = plan.scales[position] if plan.scales else 1.0
+            previous = plan.steps[position - 1] if order and position else None
+            way = (start, end, order, scale if order else 1.0, previous)
+            expected = edges.get(way, 0.0 if end == start + 1 else None)
+            if expected is None or not math.isclose(error, expected, rel_tol=1e-6, abs_tol=1e-12):
+                raise ValueError(
+                    f"plans.{budget}.errors: found {error:g} from step {start} to {end}, "
+                    f"expected {'an edge' if expected is None else format(expected, 'g')}"
+                )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "CachePolicy":
+        """Read a policy file.
+
+        Raises:
+            PolicyError: missing, too large, not JSON, or a field that is wrong: the message names
+                the field, what was found and what is expected.
+        """
+        file = Path(path)
+        try:
+            with file.open("rb") as stream:
+                raw = stream.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise PolicyError(f"cannot read policy {file}: {error.strerror}") from error
+        if len(raw) > MAX_BYTES:
+            raise PolicyError(f"policy {file} is larger than {MAX_BYTES // 2**20} MiB")
+        try:
+            return cls.from_json(raw)
+        except PolicyError as error:
+            raise PolicyError(f"policy {file}: {error}") from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "CachePolicy":
+        """Read a policy from a file, a folder with a `vidaccel_policy.json`, or a hub id.
+
+        Args:
+            source: of the policy.
+            revision: branch, tag or commit of a hub repository.
+            token: for the hub; None uses the one that is logged in.
+
+        Raises:
+            PolicyError: as `load` does, or when the hub has no such repository or file.
+        """
+        path = Path(source)
+        if path.is_dir():
+            path = path / FILE_NAME
+        elif not path.exists() and path.suffix != ".json":
+            path = _from_hub(str(source), revision, token)
+        return cls.load(path)
+
+    @classmethod
+    def from_json(cls, raw: bytes | str) -> "CachePolicy":
+        """Parse the text of a policy file; raises PolicyError as `load` does."""
+        try:
+            text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+            data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        except RecursionError as error:
+            raise PolicyError("not a policy file: nested too deeply") from error
+        except ValueError as error:  # of the encoding, too
+            found = f"invalid JSON: {error}" if raw.strip() else "found nothing in it"
+            raise PolicyError(f"not a policy file: {found}") from error
+        if not isinstance(data, dict):
+            raise PolicyError(f"not a policy file: found {type(data).__name__}, expected an object")
+        version = _version(data.get("schema_version"))
+        if version > (SCHEMA_MAJOR, SCHEMA_MINOR):
+            warnings.warn(
+                f"policy of schema {version[0]}.{version[1]}: fields newer than "
+                f"{SCHEMA_MAJOR}.{SCHEMA_MINOR} are left out; update vidaccel to use them",
+                stacklevel=3,
+            )
+        elif unknown := sorted(set(data) - set(cls.model_fields)):
+            raise PolicyError(f"{_short(unknown[0])}: found an unknown field")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(_short(str(part)) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            found = "" if not where else f", found {_short(repr(first['input']))}"
+            raise PolicyError(f"{where}: {message}{found}" if where else message) from error
+
+    def to_json(self) -> str:
+        """The text of the file: sorted keys, one line per list of numbers and per edge."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True)
+        # A list or object without another one inside goes on one line.
+        return re.sub(r"[\[{][^\[\]{}\"]*[\]}]|\{[^\[\]{}]*\}", _on_one_line, text) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy file, whole or not at all."""
+        file = Path(path)
+        try:
+            write_text(file, self.to_json())
+        except OSError as error:
+            raise PolicyError(f"cannot write policy {file}: {error.strerror}") from error
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the policy into a folder, under the name that `from_pretrained` looks for."""
+        self.save(Path(folder) / FILE_NAME)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the policy to a model repository on the hub, which is made if need be.
+
+        Args:
+            repo_id: user/name.
+            commit_message: of the commit.
+            private: whether a new repository is private; None takes the account's default.
+            token: None uses the one that is logged in.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PolicyError: the hub refused it or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            api = HfApi(token=token)
+            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            message = commit_message or f"Upload a policy of {self.num_inference_steps} steps"
+            commit = api.upload_file(
+                path_or_fileobj=self.to_json().encode(),
+                path_in_repo=FILE_NAME,
+                repo_id=name,
+                commit_message=message,
+            )
+        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+            reason = _short(str(error).strip().partition("\n")[0])
+            raise PolicyError(f"cannot upload the policy to {repo_id}: {reason}") from error
+        return str(commit.commit_url)
+
+    def moves(self) -> list[Move]:
+        """The stored edges as `lemica.search.solve_moves` takes them."""
+        ones = [Move(step, step + 1, 0.0) for step in range(self.num_inference_steps)]
+        return ones + [
+            Move(e.start, e.end, e.mean, e.order, e.scale, e.previous) for e in self.edges
+        ]
+
+    def budgets(self) -> list[int]:
+        """The numbers of computed steps that have a plan, in order."""
+        return sorted(map(int, self.plans))
+
+    def table(self) -> str:
+        """What the policy says, for people: a line per budget, C computed, - reused."""
+        name = self.model.id or self.model.transformer
+        kept = {row.budget: row for row in self.validation or () if row.kept}
+        lines = [
+            f"{name}: {self.num_inference_steps} steps, {self.provenance}"
+            + (f", {self.source}" if self.source else ""),
+            "",
+            "budget  speedup  largest error       PSNR",
+        ]
+        for budget in self.budgets():
+            plan = self.plan(budget=budget)
+            error = self._largest_error(budget)
+            steps = "".join(
+                "C" if plan.computes(s) else "-" for s in range(self.num_inference_steps)
+            )
+            shown = f"{error:.4g}" if math.isfinite(error) else "not known"
+            psnr = f"{kept[budget].psnr:6.1f} dB" if budget in kept else f"{'-':>9}"
+            speedup = self.num_inference_steps / budget
+            lines.append(f"{budget:6d}  {speedup:6.2f}x  {shown:>13}  {psnr}  {steps}")
+        return "\n".join(lines)
+
+    @property
+    def fastest(self) -> float:
+        """The largest speedup of any plan, counting computed steps alone."""
+        return self.num_inference_steps / min(self.budgets())
+
+    def plan(
+        self,
+        *,
+        budget: int | None = None,
+        speedup: float | None = None,
+        max_error: float | None = None,
+    ) -> Plan:
+        """The plan for one wish.
+
+        Args:
+            budget: exactly this many computed steps.
+            speedup: the largest budget that is at least this many times faster, counting computed
+                steps alone.
+            max_error: the smallest budget of which no segment has a larger error.
+
+        Raises:
+            PolicyError: not exactly one wish, or no plan that fulfils it.
+        """
+        wishes = {"budget": budget, "speedup": speedup, "max_error": max_error}
+        given = {name: value for name, value in wishes.items() if value is not None}
+        if len(given) != 1:
+            raise PolicyError(f"plan() takes one of {', '.join(wishes)}, found {len(given)}")
+        total, known = self.num_inference_steps, self.budgets()
+        if budget is not None:
+            fitting = [b for b in known if b == budget]
+        elif speedup is not None:
+            fitting = [b for b in reversed(known) if total / b >= speedup]
+        else:
+            fitting = [b for b in known if self._largest_error(b) <= (max_error or 0.0)]
+        if not fitting:
+            (name, value), *_ = given.items()
+            raise PolicyError(
+                f"{name}: found {value}, expected one that a plan fulfils; this policy has the "
+                f"budgets {_ranges(known)} of {total} steps"
+            )
+        stored = self.plans[str(fitting[0])]
+        return Plan(stored.steps, total, stored.errors, stored.orders, stored.scales)
+
+    def _largest_error(self, budget: int) -> float:
+        return max(self.plans[str(budget)].errors, default=math.inf)
+
+    def preset(self, name: str) -> Plan:
+        """The plan for "quality", "balanced" or "fast", or the fastest there is."""
+        return self.plan(speedup=min(PRESETS[name], self.fastest))
+
+    def fits(self, run: RunSettings) -> bool:
+        """Whether the policy is made for this run: known to be of its model, and passes `check`."""
+        by_id = self.model.id is not None and self.model.id == run.model_id
+        hash_ = self.model.config_hash
+        if not (by_id or (hash_ is not None and hash_ == run.config_hash)):
+            return False
+        try:
+            self.check(run)
+        except PolicyError:
+            return False
+        return True
+
+    def check(self, run: RunSettings) -> None:
+        """Hold the policy against a run.
+
+        Raises:
+            PolicyError: naming the first field that does not match, what it has and what the run
+                has. Fields that are null are not checked.
+        """
+        self.check_model(run)
+        self._check_fields(
+            run,
+            ("num_inference_steps", self.num_inference_steps, run.num_inference_steps),
+            ("scheduler.name", self.scheduler.name, run.scheduler),
+        )
+        grid, other = self.scheduler.sigmas, run.sigmas
+        if grid is None or other is None:
+            return
+        for step, (a, b) in enumerate(zip(grid, other, strict=True)):
+            if abs(a - b) > GRID_TOLERANCE * max(a, b):
+                raise PolicyError(
+                    f"scheduler.sigmas: the policy has {a:.5f} at step {step}, this run has "
+                    f"{b:.5f}: use the scheduler settings that it was measured with"
+                )
+
+    def check_model(self, run: RunSettings) -> None:
+        """Hold the model alone against a run; raises PolicyError as `check` does."""
+        self._check_fields(
+            run,
+            ("model.transformer", self.model.transformer, run.transformer),
+            ("model.id", self.model.id, run.model_id),
+            ("model.config_hash", self.model.config_hash, run.config_hash),
+        )
+
+    def _check_fields(self, run: RunSettings, *fields: tuple[str, Any, Any]) -> None:
+        for field, mine, theirs in fields:
+            if mine is not None and theirs is not None and mine != theirs:
+                message = f"{field}: the policy is for {mine}, this run has {theirs}"
+                if run.adapters and run.num_inference_steps < FEW_STEPS:
+                    message += (
+                        f" and the adapters {', '.join(run.adapters)}: a few-step model has "
+                        "no step to spare, use policy=None"
+                    )
+                raise PolicyError(message)
+
+
+# start, end, order, scale, previous step: what an edge's error holds for
+_Way = tuple[int, int, int, float, int | None]
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{_short(twice)}: found twice, expected once")
+    return found
+
+
+def _from_hub(repo: str, revision: str | None, token: str | bool | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, FILE_NAME, revision=revision, token=token))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = _short(str(error).strip().partition("\n")[0])
+        raise PolicyError(
+            f"no policy file or folder {repo}, and not on the hub: {reason}"
+        ) from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"found {name}, expected a finite number")
+
+
+def _version(text: Any) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text) if isinstance(text, str) else None
+    if match is None or int(match[1]) != SCHEMA_MAJOR:
+        raise PolicyError(
+            f"schema_version: found {_short(repr(text))}, expected '{SCHEMA_MAJOR}.x'; "
+            "a newer file needs a newer vidaccel"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _short(text: str) -> str:
+    """Text from a file, short and on one line."""
+    text = text.encode("unicode_escape").decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return re.sub(r"\s*\n\s*", " ", match[0]).replace("[ ", "[").replace(" ]", "]")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers as text: 4-9, 12."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -1,0 +1,282 @@
+"""What `accelerate(policy=..., cache=...)` comes to for one run: one parser, one `Decision`."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vidaccel.dbcache import DBCache
+from vidaccel.engine.attention_hook import AttentionHook
+from vidaccel.engine.state import Decision
+from vidaccel.errors import AttentionError, PlanError, PolicyError, UnsupportedPipelineError
+from vidaccel.hosts.spec import HostSpec
+from vidaccel.plans.plan import FEW_STEPS, PRESETS, Plan, RunSettings
+from vidaccel.plans.policy import CachePolicy
+from vidaccel.plans.shipped import load_shipped
+from vidaccel.svg2.settings import SVG2
+
+# How much of the threshold of a model's row each preset allows.
+_TOLERANCE = {"quality": 0.5, "balanced": 1.0, "fast": 2.0}
+
+_EVERY = re.compile(r"\s*every[ :]?(\d{1,6})\s*")
+_STEPS = re.compile(r"-?\d+(\s*,\s*-?\d+)*")
+
+# The run -> its plan; None where nothing is known of such a run.
+_Planner = Callable[[RunSettings], Plan | None]
+
+
+class Resolver:
+    """The arguments of `accelerate`, read and checked once, which decide as soon as a run is known.
+
+    `accelerate` takes one in the place of a policy, so that a program that has made one already
+    reads no file twice.
+
+    Args:
+        policy: "auto" (a policy that comes with vidaccel and fits the run, otherwise what `cache`
+            says, otherwise evenly spaced steps), None (every step), "every N", a sequence of
+            computed steps, a `Plan`, a `CachePolicy`, or a file, folder or hub id that holds one.
+        cache: None; a `DBCache`, which guards the plan of a policy and decides alone where there
+            is none (policy=None, or "auto" without one that fits); or "auto": a `DBCache` where the
+            policy is "auto", none fits, and the model's row has a threshold.
+        preset: "quality", "balanced" or "fast": a speedup of 2, 3 or 5, as far as a policy goes.
+        allow_transfer: carry a policy that was given over to another number of steps, scheduler or
+            noise grid of the same model; without it such a run is refused.
+
+    Attributes:
+        cache: the block cache that was asked for by name, if any.
+        policy: how a report names the policy alone.
+
+    Raises:
+        PlanError, PolicyError: an argument is none of these, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        cache: Any = None,
+        preset: str = "balanced",
+        *,
+        allow_transfer: bool = False,
+    ) -> None:
+        if preset not in PRESETS:
+            raise PlanError(f"preset is one of {', '.join(map(repr, PRESETS))}, found {preset!r}")
+        self.policy, self._plan_for = _planner(policy, preset, allow_transfer)
+        if cache is not None and cache != "auto" and not isinstance(cache, DBCache):
+            raise PlanError(f"cache is 'auto', None or a DBCache, found {type(cache).__name__}")
+        self.cache: DBCache | None = cache if isinstance(cache, DBCache) else None
+        self._alone = self.cache is not None and policy is None
+        automatic = isinstance(policy, str) and policy == "auto"
+        self._by_threshold = automatic and isinstance(cache, str)
+        self._preset = preset
+        if self.cache is not None and not self.cache.probe_blocks and (self._alone or automatic):
+            raise PlanError(
+                "probe_blocks=0 leaves nothing to decide by: use it with a plan or policy"
+            )
+
+    @property
+    def description(self) -> str:
+        """How a report names what was asked for."""
+        named = [] if self._alone else [self.policy]
+        named += [] if self.cache is None else [str(self.cache)]
+        return " with ".join(named)
+
+    def plan(self, run: RunSettings) -> Plan | None:
+        """The plan of the policy for a run; None where the policy is "auto" and knows none.
+
+        Raises:
+            PlanError, PolicyError: it is for another run.
+        """
+        return self._plan_for(run)
+
+    def decide(self, run: RunSettings, host: HostSpec) -> Decision:
+        """What decides in a run of the model of this row.
+
+        Raises:
+            PlanError, PolicyError: nothing that was asked for fits it.
+        """
+        plan = None if self._alone else self.plan(run)
+        if plan is None and self.cache is not None:
+            return _by_cache(self.cache, run, host)
+        if plan is None and self._by_threshold and host.threshold is not None:
+            threshold = host.threshold * _TOLERANCE[self._preset]
+            return _by_cache(DBCache(threshold=threshold), run, host)
+        plan = plan or _evenly_spaced(run, self._preset)
+        guard = None if self.cache is None else self.cache.with_threshold(host.threshold)
+        return Decision(plan, guard, plan.origin)
+
+    def check(self, transformer: Any, host: HostSpec) -> None:
+        """Hold the block cache that was asked for against the blocks of a transformer.
+
+        Raises:
+            PlanError: there are too few blocks for its probe and corrector blocks.
+            UnsupportedPipelineError: the model cannot have corrector blocks.
+        """
+        if self.cache is None:
+            return
+        probe, corrector = self.cache.probe_blocks, self.cache.corrector_blocks
+        name = type(transformer).__name__
+        first, last = (len(getattr(transformer, host.blocks[i].name)) for i in (0, -1))
+        total = host.block_count(transformer) // host.unit
+        if probe + corrector >= total:
+            raise PlanError(
+                f"probe_blocks + corrector_blocks is {probe} + {corrector}, but {name} has {total} "
+                f"blocks: leave at least one between them"
+            )
+        if probe >= first and len(host.blocks) > 1 and not host.interleaved:
+            raise PlanError(
+                f"probe_blocks is {probe}, but {host.blocks[0].name} of {name} has {first} blocks: "
+                f"probe {first - 1} at most"
+            )
+        if corrector > last:
+            raise PlanError(
+                f"corrector_blocks is {corrector}, but {host.blocks[-1].name} of {name} has "
+                f"{last} blocks: correct {last} at most"
+            )
+        if corrector and host.no_corrector:
+            raise UnsupportedPipelineError(f"{name} {host.no_corrector}: set corrector_blocks=0")
+
+
+def policy_from_text(text: str, *, files: bool = True) -> Any:
+    """What a user has typed, as `accelerate(policy=...)` takes it.
+
+    Args:
+        text: "auto", "all" (every step), "every N", a list such as 0,1,5, or, with `files`, a file,
+            folder or hub id.
+        files: take what is none of the others for the name of a policy.
+
+    Raises:
+        PlanError: it is none of these.
+    """
+    text = text.strip()
+    if text == "all":
+        return None
+    if _STEPS.fullmatch(text):
+        return [int(step) for step in text.split(",")]
+    if files or text == "auto" or _EVERY.fullmatch(text):
+        return text
+    raise PlanError(
+        f"the steps are auto, all, every N, or a list such as 0,1,5; found {text[:80]!r} "
+        "(a policy file is uploaded)"
+    )
+
+
+def _planner(policy: Any, preset: str, allow_transfer: bool) -> tuple[str, _Planner]:
+    """How a report names a policy, and what gives its plan for a run."""
+    if policy is None:
+        return "every step", lambda run: Plan.every(1, run.num_inference_steps)
+    if isinstance(policy, Plan):
+        return str(policy), lambda run: _fitting(policy, run.num_inference_steps)
+    if isinstance(policy, CachePolicy):
+        return _of_policy(policy, "given", preset, allow_transfer)
+    if isinstance(policy, os.PathLike) or (
+        isinstance(policy, str) and ("/" in policy or policy.endswith(".json"))
+    ):
+        name = os.fspath(policy)
+        return _of_policy(CachePolicy.from_pretrained(policy), name, preset, allow_transfer)
+    if isinstance(policy, str):
+        if policy == "auto":
+            return "auto", lambda run: _known(run, preset)
+        match = _EVERY.fullmatch(policy)
+        if match is None:
+            raise PlanError(f"policy is 'auto', 'every N' or a list of steps, found {policy!r}")
+        n = int(match[1])
+        Plan.every(n, 1)
+        return f"every {n}", lambda run: Plan.every(n, run.num_inference_steps)
+    if isinstance(policy, Sequence):
+        steps = Plan.check_steps(policy)
+        return f"{len(steps)} listed steps", lambda run: Plan(steps, run.num_inference_steps)
+    raise PlanError(
+        "policy is 'auto', None, 'every N', a list of computed steps or a Plan, "
+        f"found {type(policy).__name__}"
+    )
+
+
+def _of_policy(
+    policy: CachePolicy, name: str, preset: str, allow_transfer: bool
+) -> tuple[str, _Planner]:
+    plan = policy.preset(preset)
+
+    def plan_for(run: RunSettings) -> Plan:
+        """The plan for this run; raises PolicyError when the policy is for another."""
+        try:
+            policy.check(run)
+        except PolicyError:
+            if not allow_transfer:
+                raise
+            from vidaccel.lemica.transfer import transferred
+
+            moved = transferred(policy, run).preset(preset)
+            total = policy.num_inference_steps
+            return replace(moved, origin=f"{moved}, transferred from {total} steps, not validated")
+        return plan
+
+    return f"policy {name}: {plan}", plan_for
+
+
+def _known(run: RunSettings, preset: str) -> Plan | None:
+    """The plan of a policy that comes with vidaccel and is made for this run, if there is one."""
+    steps = run.num_inference_steps
+    if steps < FEW_STEPS:
+        return replace(Plan.every(1, steps), origin="every step, since the run has few")
+    for name, policy in load_shipped():
+        if policy.fits(run):
+            note = "" if policy.validation else ", not validated here"
+            return replace(policy.preset(preset), origin=f"{name} ({policy.provenance}{note})")
+    return None
+
+
+def _evenly_spaced(run: RunSettings, preset: str) -> Plan:
+    n, steps = PRESETS[preset], run.num_inference_steps
+    return replace(Plan.every(n, steps), origin=f"every {n}, evenly spaced, not calibrated")
+
+
+def _fitting(plan: Plan, total: int) -> Plan:
+    if plan.num_inference_steps != total:
+        raise PlanError(
+            f"the plan is made for {plan.num_inference_steps} steps, but this run has {total}: "
+            f"pass num_inference_steps={plan.num_inference_steps} or another plan"
+        )
+    return plan
+
+
+def _by_cache(cache: DBCache, run: RunSettings, host: HostSpec) -> Decision:
+    """A block cache that decides alone."""
+    cache, steps = cache.with_threshold(host.threshold), run.num_inference_steps
+    if cache.warmup_interval == 1 and cache.warmup_steps >= steps:
+        raise PlanError(
+            f"warmup_steps is {cache.warmup_steps}, but this run has {steps} steps, so nothing "
+            f"could be reused: set it below {steps}"
+        )
+    return Decision(None, cache, str(cache))
+
+
+def attention_of(attention: Any, transformer: nn.Module, host: HostSpec) -> AttentionHook:
+    """What `accelerate(attention=...)` takes, for one transformer.
+
+    Args:
+        attention: None leaves attention alone; an `SVG2` makes it sparse; "auto" does so with
+            `SVG2()` where there is a GPU and the model allows it.
+
+    Raises:
+        AttentionError: it is none of these, or this attention cannot be made sparse.
+    """
+    if attention is None:
+        return AttentionHook()
+    if attention != "auto" and not isinstance(attention, SVG2):
+        raise AttentionError(
+            f"attention is 'auto', None or an SVG2, found {type(attention).__name__}"
+        )
+    if attention == "auto" and not torch.cuda.is_available():
+        return AttentionHook()
+    # Only here, since Triton and Diffusers' attention take seconds to import.
+    from vidaccel.svg2.runner import SparseAttention, why_dense
+
+    if isinstance(attention, SVG2):
+        return SparseAttention(transformer, host, attention)
+    if reason := why_dense(transformer, host):
+        return AttentionHook(f"dense, since {reason}")
+    return SparseAttention(transformer, host, SVG2(), gpu_only=True)

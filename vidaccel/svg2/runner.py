@@ -1,0 +1,467 @@
+"""Runs SVG2 on one transformer: which layers and steps are sparse, their clusters, their account.
+
+The engine says which call, branch, step and block is running; everything else is decided here, per
+layer and guidance branch. Nothing here waits for the device: what is counted is added up there and
+read when a report is asked for.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from vidaccel.engine.attention_hook import AttentionHook
+from vidaccel.engine.block_proxies import BlockArguments
+from vidaccel.engine.parallel import SequenceParallelMode
+from vidaccel.engine.report import AttentionReport
+from vidaccel.engine.step_tracker import Tick
+from vidaccel.engine.timing import Stopwatch
+from vidaccel.errors import AttentionError
+from vidaccel.hosts.registry import HostSpec
+from vidaccel.kernels.reference import attention_recall
+from vidaccel.kernels.semantic_attention import (
+    Clustering,
+    SemanticConfig,
+    SemanticState,
+    semantic_attention,
+)
+from vidaccel.svg2.interception import Interception, under
+from vidaccel.svg2.settings import SVG2
+
+# Computes the attention of a sparse call as `semantic_attention` does; another one is put in its
+# place to compare methods.
+Method = Callable[..., torch.Tensor]
+
+# Why a call of attention was dense.
+FIRST_STEPS, FIRST_LAYERS = "first steps", "first layers"
+SHORT, MASK, NO_GPU = "short sequence", "attention mask", "not on a GPU"
+RING = "ring attention, in which no process has all keys of a head"
+JOINT = "text and video tokens spread over processes"
+
+
+def why_dense(transformer: nn.Module, host: HostSpec) -> str:
+    """Why the self-attention of a transformer cannot be made sparse; empty when it can."""
+    if host.attention is None:
+        return host.attention_note or "its row names no self-attention"
+    if transformer.config.get("attention_type") == "nabla":
+        return "its own sparse attention (NABLA) is on"
+    try:
+        Interception(_modules(transformer, host))
+    except AttentionError as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a sequence consists of.
+
+    Attributes:
+        total: tokens.
+        start, stop: where the video is among them; all others are text.
+        text_mask: [B, text] bool, false for padding; None: there is none.
+    """
+
+    total: int
+    start: int
+    stop: int
+    text_mask: torch.Tensor | None = None
+
+    @property
+    def video(self) -> int:
+        """Number of video tokens."""
+        return self.stop - self.start
+
+    def with_mask(self, valid: torch.Tensor) -> "Tokens":
+        """The same with the padding of a [B, total] bool mask."""
+        text = torch.cat([valid[:, : self.start], valid[:, self.stop :]], 1)
+        return replace(self, text_mask=text)
+
+
+class SparseAttention(AttentionHook):
+    """Makes the self-attention of one transformer sparse between `attach` and `detach`.
+
+    Args:
+        transformer: an instance of the class that `host` describes.
+        host: its row of the table.
+        config: the settings.
+        gpu_only: leave attention dense where it does not run on a GPU.
+        method: what computes a sparse call.
+
+    Raises:
+        AttentionError: its attention cannot be made sparse; nothing has been changed then.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        host: HostSpec,
+        config: SVG2,
+        *,
+        gpu_only: bool = False,
+        method: Method = semantic_attention,
+    ) -> None:
+        if reason := why_dense(transformer, host):
+            raise AttentionError(
+                f"the attention of {type(transformer).__name__} cannot be made sparse: {reason}"
+            )
+        self.config = config
+        self._host, self._gpu_only, self.method = host, gpu_only, method
+        self._interception = Interception(_modules(transformer, host))
+        self._depths, self._depth = _depths(transformer, host)
+        self._layers: dict[tuple[int, str, int], _Layer] = {}
+        self._account = Account()
+        # Of the running call:
+        self._tick = Tick(0, 1, "", False)
+        self._spread = ""  # why it cannot be sparse in context parallel
+        self._settings = config
+
+    def attach(self) -> None:
+        self._interception.install()
+
+    def detach(self) -> None:
+        self._interception.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        self._layers.clear()
+
+    def restart(self) -> None:
+        self.forget()
+        self._account.settle()
+        # Loading adapters and fusing projections put other processors in.
+        self._interception.install()
+
+    def begin(
+        self, tick: Tick, *, refreshes: bool, spread: SequenceParallelMode | None = None
+    ) -> None:
+        """A call begins; raises AttentionError where its tokens are spread as none can be."""
+        self._spread = ""
+        if spread == "ring":
+            self._spread = RING
+        elif spread is not None and len(self._host.tokens) > 1:
+            self._spread = JOINT
+        if self._spread and not self._gpu_only:
+            raise AttentionError(
+                f"attention cannot be made sparse here: {self._spread}; use "
+                "ContextParallelConfig(ulysses_degree=...) on a model without text in its "
+                "self-attention, or pass attention=None"
+            )
+        self._tick = tick
+        self._settings = self.config.at_refresh() if refreshes else self.config
+
+    def block(
+        self, position: int, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        # Only beside text is the number of video tokens not that of all tokens.
+        joint = len(self._host.tokens) > 1
+        video_tokens = named.main(args, kwargs).shape[1] if joint else 0
+        return under(partial(self._attend, _RunningBlock(position, video_tokens)))
+
+    def end(self) -> None:
+        self._account.gather()
+
+    def _attend(
+        self,
+        block: "_RunningBlock",
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        dense: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """One call of self-attention; tensors are [B, S, H, D]."""
+        # Mochi calls for each sample of its batch, and each has clusters of its own.
+        sample, block.calls = block.calls, block.calls + 1
+        tokens = self._tokens(block, query, mask)
+        reason = self._why_dense(block, query, tokens)
+        if reason:
+            self._account.dense[reason] += 1
+        warming = reason == FIRST_STEPS and self.config.cluster_while_dense
+        watch = self._account.watch(query.device) if self.config.timed else None
+        if tokens is None or (reason and not warming):
+            return _timed(dense, watch)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        layer = self._layer((block.position, self._tick.branch, sample), q, tokens)
+        config = self._kernel_config(tokens.video, scale)
+        text = {"video": (tokens.start, tokens.stop), "text_mask": tokens.text_mask}
+        layer.state.lap = None if watch is None else watch.lap
+        if warming:
+            layer.state.cluster(q, k, config, **text)
+            layer.trim(self.config, q.dtype)
+            return _timed(dense, watch)
+        if layer.top_p != config.top_p:
+            layer.state.selection, layer.top_p = None, config.top_p
+        out = self.method(q, k, v, layer.state, config, **text)
+        self._account.add(
+            block.position, layer.state, self._recall(q, k, layer.state, tokens, config)
+        )
+        layer.trim(self.config, q.dtype)
+        return out.transpose(1, 2)
+
+    def _why_dense(self, block: "_RunningBlock", query: torch.Tensor, tokens: Tokens | None) -> str:
+        if self.config.is_dense_layer(self._depths[block.position], self._depth):
+            return FIRST_LAYERS
+        if self._spread:
+            return self._spread
+        if tokens is None:
+            return MASK
+        if tokens.video < self.config.min_tokens:
+            return SHORT
+        if self._gpu_only and not query.is_cuda:
+            return NO_GPU
+        step, steps = self._tick.step, self._tick.num_inference_steps
+        return FIRST_STEPS if self.config.is_dense_step(step, steps) else ""
+
+    def _tokens(
+        self, block: "_RunningBlock", query: torch.Tensor, mask: torch.Tensor | None
+    ) -> Tokens | None:
+        """What the sequence consists of; None when its mask says more than can be honoured."""
+        total = query.shape[1]
+        if self._host.tokens == ("video",):
+            return Tokens(total, 0, total) if mask is None else None
+        start = 0 if self._host.tokens[0] == "video" else total - block.video_tokens
+        tokens = Tokens(total, start, start + block.video_tokens)
+        if mask is None:
+            return tokens
+        if self._host.mask == "none" or mask.dtype != torch.bool or mask.dim() != 4:
+            return None
+        # What a video token may see is what there is.
+        return tokens.with_mask(mask[:, 0, 0])
+
+    def _layer(self, place: tuple[int, str, int], q: torch.Tensor, tokens: Tokens) -> "_Layer":
+        shape = (*q.shape, tokens.start, tokens.stop, q.dtype, q.device)
+        layer = self._layers.get(place)
+        if layer is None or layer.shape != shape:
+            layer = self._layers[place] = _Layer(shape)
+        return layer
+
+    def _kernel_config(self, video_tokens: int, scale: float | None) -> SemanticConfig:
+        chosen = self._settings
+        query_clusters, key_clusters = chosen.clusters(video_tokens)
+        return SemanticConfig(
+            query_clusters=query_clusters,
+            key_clusters=key_clusters,
+            top_p=chosen.top_p,
+            min_ratio=chosen.min_ratio,
+            iters=chosen.kmeans_iters,
+            init_iters=chosen.init_iters,
+            recluster_every=chosen.recluster_every,
+            reselect_every=chosen.reselect_every,
+            per_query_mass=chosen.mass_averaging,
+            compensate=chosen.compensation,
+            query_metric=chosen.query_metric,
+            int8_qk=chosen.int8_qk,
+            scale=scale,
+        )
+
+    def _recall(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        state: SemanticState,
+        tokens: Tokens,
+        config: SemanticConfig,
+    ) -> torch.Tensor | None:
+        """Mean kept share of the attention mass of rows spread over the video."""
+        count = min(self.config.recall_rows, tokens.video)
+        if not count:
+            return None
+        rows = tokens.start + torch.arange(count, device=q.device) * tokens.video // count
+        return attention_recall(
+            q,
+            k,
+            state.query.labels,
+            state.key.labels,
+            state.selection,
+            scale=config.scale or q.shape[3] ** -0.5,
+            rows=rows,
+        ).mean()
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the clusters that are kept at this moment."""
+        return sum(layer.bytes_held for layer in self._layers.values())
+
+    def report(self) -> AttentionReport:
+        return self._account.report(str(self.config), self.bytes_held)
+
+
+@dataclass
+class _RunningBlock:
+    """One run of a block: its place, and how often it has called for attention."""
+
+    position: int
+    video_tokens: int
+    calls: int = 0
+
+
+@dataclass
+class _Layer:
+    """What one layer of one guidance branch keeps from step to step.
+
+    Attributes:
+        shape: of what it was made for; another one needs another layer.
+        state: clusters and selection.
+        top_p: that the selection was made with.
+    """
+
+    shape: tuple[Any, ...]
+    state: SemanticState = field(default_factory=SemanticState)
+    top_p: float | None = None
+
+    def trim(self, config: SVG2, dtype: torch.dtype) -> None:
+        """Let go of what the next step makes anew, which is most of the memory."""
+        if config.recluster_every > 1:
+            return
+        self.state.selection = None
+        for side in ("query", "key"):
+            clustering: Clustering = getattr(self.state, side)
+            # Tensors without storage keep the shapes that say whom the centroids belong to.
+            rest = {
+                name: tensor.new_zeros(()).expand(tensor.shape)
+                for name, tensor in vars(clustering).items()
+                if name != "centroids"
+            }
+            centroids = clustering.centroids.to(dtype)
+            setattr(self.state, side, Clustering(centroids=centroids, **rest))
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all tensors."""
+        parts = (self.state.query, self.state.key, self.state.selection)
+        tensors = [tensor for part in parts if part is not None for tensor in vars(part).values()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+@dataclass
+class Account:
+    """Counts what was sparse, and how sparse it was.
+
+    Attributes:
+        dense: dense calls, by reason.
+    """
+
+    dense: Counter[str] = field(default_factory=Counter)
+    # Of the running call: layer, keys selected by and size of each query cluster, size of each
+    # key cluster, recall.
+    _new: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = field(
+        default_factory=list
+    )
+    # Layers, and for each: density, share of empty query and of empty key clusters, recall.
+    _gathered: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
+    _watches: list[Stopwatch] = field(default_factory=list)
+    _seconds: Counter[str] = field(default_factory=Counter)
+    # By layer: calls, then the sums of these four.
+    _sums: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
+
+    def add(self, layer: int, state: SemanticState, recall: torch.Tensor | None) -> None:
+        """Count one sparse call in."""
+        tokens = state.selection.tokens
+        self._new.append((layer, tokens, state.query.counts, state.key.counts, recall))
+
+    def watch(self, device: torch.device) -> Stopwatch:
+        """Start to time one call."""
+        self._watches.append(Stopwatch(device))
+        return self._watches[-1]
+
+    def gather(self) -> None:
+        """Reduce what was added to a few numbers: a few launches for all layers together."""
+        alike = defaultdict(list)
+        for entry in self._new:
+            alike[tuple(x.shape for x in entry[1:4])].append(entry)
+        self._new = []
+        for entries in alike.values():
+            layers, *columns = zip(*entries, strict=True)
+            chosen, q_counts, k_counts = (torch.stack(column) for column in columns[:3])
+            pairs = (chosen.double() * q_counts.double()).sum(-1)
+            table = [
+                (pairs / q_counts.sum(-1) / k_counts.sum(-1)).mean((1, 2)),
+                (q_counts == 0).double().mean((1, 2, 3)),
+                (k_counts == 0).double().mean((1, 2, 3)),
+            ]
+            if columns[3][0] is not None:
+                table.append(torch.stack(columns[3]).double())
+            self._gathered.append((list(layers), torch.stack(table, 1)))
+
+    def settle(self) -> None:
+        """Add everything up on the host; waits for the device."""
+        self.gather()
+        for layers, table in self._gathered:
+            for layer, row in zip(layers, table.tolist(), strict=True):
+                for column, value in enumerate((1.0, *row)):
+                    self._sums[layer][column] += value
+        self._gathered = []
+        for watch in self._watches:
+            for phase, seconds in watch.seconds():
+                self._seconds[phase] += seconds
+        self._watches = []
+
+    def report(self, settings: str, bytes_held: int) -> AttentionReport:
+        """The sums as they stand."""
+        self.settle()
+        totals = [sum(column) for column in zip(*self._sums.values(), strict=True)] or [0.0] * 5
+        calls, dense = totals[0], sum(self.dense.values())
+
+        def mean(column: int) -> float | None:
+            return totals[column] / calls if calls else None
+
+        return AttentionReport(
+            settings=settings,
+            sparse_calls=int(calls),
+            dense_calls=dict(self.dense),
+            density=mean(1),
+            density_with_dense=(totals[1] + dense) / (calls + dense) if calls + dense else None,
+            empty_query_clusters=mean(2),
+            empty_key_clusters=mean(3),
+            recall=mean(4) or None,
+            seconds=dict(self._seconds),
+            layers={
+                layer: {"density": sums[1] / sums[0], "recall": sums[4] / sums[0] or None}
+                for layer, sums in sorted(self._sums.items())
+            },
+            bytes_held=bytes_held,
+        )
+
+
+def _timed(dense: Callable[[], torch.Tensor], watch: Stopwatch | None) -> torch.Tensor:
+    """Dense attention, noted on the watch."""
+    out = dense()
+    if watch is not None:
+        watch.lap("dense")
+    return out
+
+
+def _modules(transformer: nn.Module, host: HostSpec) -> list[nn.Module]:
+    """The self-attention modules, in the order in which the blocks run.
+
+    Raises:
+        AttentionError: a block has none at the path of the row.
+    """
+    blocks = [block for spec in host.blocks for block in transformer.get_submodule(spec.name)]
+    try:
+        return [block.get_submodule(host.attention) for block in blocks]
+    except AttributeError as error:
+        raise AttentionError(f"a block has no self-attention {host.attention!r}") from error
+
+
+def _depths(transformer: nn.Module, host: HostSpec) -> tuple[list[int], int]:
+    """How deep each block lies, in running order, and how deep the whole stack is.
+
+    Blocks that run beside the main ones, such as those that make control hints, count for
+    themselves.
+    """
+    depths: list[int] = []
+    main = 0
+    for spec in host.blocks:
+        count = len(transformer.get_submodule(spec.name))
+        beside = spec.returns != host.blocks[-1].returns
+        depths += range(count) if beside else range(main, main + count)
+        main += 0 if beside else count
+    return depths, main
