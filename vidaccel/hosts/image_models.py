@@ -1,4 +1,4 @@
-"""Image transformer classes that are built like the video ones, a row each."""
+"""The supported image transformer classes, which are built like the video ones, a row each."""
 
 from vidaccel.hosts.spec import BlockList, Head, HostSpec
 

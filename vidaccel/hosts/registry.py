@@ -4,18 +4,8 @@ from typing import Any
 
 from vidaccel.errors import UnsupportedPipelineError
 from vidaccel.hosts.image_models import ROWS as IMAGE_ROWS
-from vidaccel.hosts.spec import BlockList, Head, HostSpec
+from vidaccel.hosts.spec import HostSpec
 from vidaccel.hosts.video_models import ROWS as VIDEO_ROWS
-
-__all__ = [
-    "HOSTS",
-    "BlockList",
-    "Head",
-    "HostSpec",
-    "find_transformers",
-    "markdown_table",
-    "register_host",
-]
 
 # By the name of the class; a subclass is found under the name of its base.
 HOSTS: dict[str, HostSpec] = {row.transformer: row for row in (*VIDEO_ROWS, *IMAGE_ROWS)}
@@ -48,7 +38,7 @@ def register_host(spec: HostSpec) -> HostSpec:
 
 
 def find_transformers(pipe: Any) -> dict[str, tuple[Any, HostSpec]]:
-    """The transformers of a pipeline with their rows, by component name.
+    """Find the transformers of a pipeline with their rows, by component name.
 
     Raises:
         UnsupportedPipelineError: when `pipe` is no pipeline, none of its components has a row, or
@@ -86,7 +76,7 @@ def find_transformers(pipe: Any) -> dict[str, tuple[Any, HostSpec]]:
 
 
 def markdown_table() -> str:
-    """The table of supported models, as the README shows it."""
+    """Make the table of supported models in Markdown, a line per row."""
     head = (
         "model",
         "pipelines tested",

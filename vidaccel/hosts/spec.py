@@ -1,9 +1,9 @@
-"""What a row of the table of supported transformer classes says."""
+"""A row of the table of supported transformer classes: where its blocks and its result are."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# What a pipeline tells its transformer about the time, made of the tables of its scheduler.
+# The forms in which a pipeline gives its transformer the time, made of its scheduler's tables.
 Time = Literal["t", "t / 1000", "1 - t / 1000", "sigma", "sigma / (sigma + 1)"]
 
 
@@ -12,9 +12,10 @@ class BlockList:
     """A list of blocks that the transformer's forward walks through.
 
     Attributes:
-        name: the attribute of the transformer that holds it.
-        returns: what a block returns, in order, by the names of the block's own arguments: a block
-            that is not run gives these arguments back, so the walk goes on with unchanged streams.
+        name: the attribute of the transformer that holds the list.
+        returns: the streams that a block returns, in order, by the names of the block's own
+            arguments: a block that is not run gives these arguments back, so the walk goes on with
+            unchanged streams.
         joins: the streams of the first list that the main one of this list continues, joined along
             the tokens in this order; empty when it continues the one of its own name.
     """
@@ -29,10 +30,10 @@ class Head:
     """The module that reads the last block's output.
 
     Attributes:
-        module: its dotted name in the transformer.
-        streams: the block arguments that its input continues; several when the model concatenates
+        module: the dotted name of the module in the transformer.
+        streams: the block arguments that the input continues; several when the model concatenates
             them along the token dimension before the head.
-        tail: it gets the last tokens only, those that are being generated.
+        tail: whether the input is the last tokens only, those that are being generated.
     """
 
     module: str
@@ -42,36 +43,36 @@ class Head:
 
 @dataclass(frozen=True)
 class HostSpec:
-    """One supported transformer class.
+    """A supported transformer class: its blocks, its result, and how pipelines call it.
 
     Attributes:
-        transformer: name of the class.
+        transformer: the name of the class.
         pipelines: the pipelines it is tested in.
-        untested: others that run it, with the reason why they are not among the tested ones.
+        untested: other pipelines that run it, each with the reason why it is not tested.
         blocks: its block lists, in the order in which they run.
-        heads: where the result is read, one per output stream, in the order in which they run;
-            none where the last block's own output is the place to take it, because it reaches the
-            head in another layout.
-        family: how people call the model.
-        guidance: how the pipelines call it for classifier-free guidance: "sequential" (one call
-            per branch), "batched" (one call for all) or "embedded" (one call; a second branch
-            only on demand).
-        tokens: what the self-attention sees, in order.
-        attention: path of the video self-attention inside a block; None where it is no full
+        heads: the modules that read the result, one per output stream, in the order in which they
+            run; none where the result is the last block's own output, because it reaches the head
+            in another layout.
+        family: the name of the model that people know.
+        guidance: the calls that a step of classifier-free guidance makes: "sequential" (one per
+            branch), "batched" (one for all) or "embedded" (one; a second branch only on demand).
+        tokens: the kinds of tokens in the self-attention, in order.
+        attention: the path of the video self-attention inside a block; None where it is no full
             attention over a grid of video tokens, for the reason in `attention_note`.
-        mask: what the mask of that attention means: "none" is ever given, or "keys" [B, 1, 1, S] or
+        attention_note: the reason why `attention` is None.
+        mask: the meaning of that attention's mask: "none" is ever given, or "keys" [B, 1, 1, S] or
             "pairs" [B, 1, S, S] of the tokens that are no padding, which the video never is.
-        threshold: of `DBCache` when none is given; None where nobody has published one.
-        threshold_origin: where that number comes from.
+        threshold: the threshold of `DBCache` when none is given; None where none is published.
+        threshold_origin: the source of that number.
         interleaved: the lists take turns, a block of each at a time, and change the layout of the
             tokens meanwhile: probe and corrector blocks are counted in such rounds.
-        no_corrector: why `DBCache` cannot run its corrector blocks; empty where it can.
+        no_corrector: the reason why `DBCache` cannot run its corrector blocks; empty where it can.
         main: the stream that becomes the result, by the name of the blocks' argument.
-        sample, timestep: names of the forward arguments that carry the latents (a tensor, or a
-            list of them) and the time.
-        times: what pipelines tell it about the time.
+        sample, timestep: the forward arguments that carry the latents (a tensor, or a list of
+            them) and the time.
+        times: the forms in which pipelines give the time.
         since: the first version of diffusers that has the class.
-        unsupported: why it is refused; empty for supported classes.
+        unsupported: the reason why it is refused; empty for supported classes.
     """
 
     transformer: str
@@ -98,21 +99,21 @@ class HostSpec:
 
     @property
     def streams(self) -> set[str]:
-        """Names of the streams that blocks hand on: those of the heads and of the last blocks."""
+        """The streams that blocks hand on: those of the heads and of the last blocks."""
         last = self.blocks[-1]
         named = [name for head in self.heads for name in head.streams]
         return {*named, *last.returns, *last.joins}
 
     @property
     def unit(self) -> int:
-        """Blocks that `DBCache` counts as one."""
+        """The number of blocks that `DBCache` counts as one."""
         return len(self.blocks) if self.interleaved else 1
 
     def block_count(self, transformer: Any) -> int:
-        """Blocks that one call of the transformer runs."""
+        """Count the blocks that one call of the transformer runs."""
         return sum(len(getattr(transformer, blocks.name)) for blocks in self.blocks)
 
     def branch(self, position: int) -> str:
-        """Name of the `position`-th call of a step when the pipeline does not name its calls."""
+        """Name the `position`-th call of a step for a pipeline that does not name its calls."""
         known = ("cond_uncond",) if self.guidance == "batched" else ("cond", "uncond")
         return known[position] if position < len(known) else f"call {position}"

@@ -1,4 +1,4 @@
-"""The table of supported video transformer classes: a row of data each.
+"""The supported video transformer classes, a row of data each.
 
 A row says where the transformer's blocks are, what they return, and which module reads the result
 after the last block. The engine needs nothing else to know about a model.
