@@ -2,12 +2,11 @@
 
 from typing import Any, TypeVar
 
-from vidaccel.engine.attention_hook import attention_of
 from vidaccel.engine.engine import Engine, engine_of
 from vidaccel.engine.report import Report, TransformerReport
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts.registry import find_transformers
-from vidaccel.resolve import course_source
+from vidaccel.resolve import Resolver, attention_of
 
 Pipeline = TypeVar("Pipeline")
 
@@ -71,11 +70,15 @@ def accelerate(
             f"{type(scheduler).__name__} calls the model {scheduler.order} times per step; use a "
             "first-order or multistep scheduler, such as UniPCMultistepScheduler"
         )
-    source = course_source(policy, cache, preset, allow_transfer=allow_transfer)
-    engines = [
-        Engine(transformer, host, source, attention_of(attention, transformer, host))
-        for transformer, host in found.values()
-    ]
+    resolver = policy
+    if not isinstance(policy, Resolver):
+        resolver = Resolver(policy, cache, preset, allow_transfer=allow_transfer)
+    engines = []
+    for transformer, host in found.values():
+        resolver.check(transformer, host)
+        engines.append(
+            Engine(transformer, host, resolver, attention_of(attention, transformer, host))
+        )
     for engine in engines:
         previous = engine_of(engine.transformer)
         if previous is not None:
@@ -121,7 +124,7 @@ def report(pipe: Any) -> Report:
                 engine.description,
                 engine.stats,
                 engine.bytes_held,
-                engine.cache.threshold if engine.cache is not None else None,
+                _threshold(engine),
                 engine.attention.report(),
                 notes=engine.notes,
             )
@@ -137,3 +140,9 @@ def engines_of(pipe: Any) -> dict[str, Engine]:
         for name, (transformer, _) in find_transformers(pipe).items()
         if (engine := engine_of(transformer)) is not None
     }
+
+
+def _threshold(engine: Engine) -> float | None:
+    """The threshold of the block cache in the last generation; None without one."""
+    cache = None if engine.generation is None else engine.generation.cache
+    return None if cache is None else cache.threshold

@@ -141,7 +141,7 @@ class Decider:
 
     Attributes:
         computed_at: the last step that was computed; -1 before the first.
-        reason: why the last settled step was computed; "" when it was reused.
+        reason: why the last decided step was computed; "" when it was reused.
     """
 
     def __init__(self, cache: DBCache, guards: bool = False) -> None:
@@ -154,12 +154,12 @@ class Decider:
         self._cached = 0
         self._accumulated = 0.0
 
-    def decided(self, step: int) -> bool | None:
-        """Whether `step` is reused, when an earlier branch has decided it; None otherwise."""
-        return not self.reason if step == self._step else None
+    def has_decided(self, step: int) -> bool:
+        """Tell whether an earlier branch of `step` has decided it: `reason` says how."""
+        return step == self._step
 
-    def obstacle(self, step: int) -> str | None:
-        """Why `step` has to be computed whatever its difference is; None when it need not be."""
+    def before_probe(self, step: int) -> str | None:
+        """Return why `step` is computed whatever its difference is; None when that has to tell."""
         cache = self._cache
         if self._guards:
             return None
@@ -171,23 +171,23 @@ class Decider:
             return CONSECUTIVE
         return None
 
-    def objection(self, difference: float) -> str | None:
-        """Why a step of this difference has to be computed; None when it may be reused."""
+    def after_probe(self, difference: float) -> str:
+        """Return why a step of this difference is computed; "" when it is reused."""
         limit = self._cache.max_accumulated
         # Written so that NaN, which no comparison holds for, is computed.
         if not difference < self._threshold:
             return DIFFERENCE
         if not self._guards and limit is not None and self._accumulated + difference > limit:
             return ACCUMULATED
-        return None
+        return ""
 
-    def settle(self, step: int, reason: str, difference: float = 0.0) -> None:
-        """Record what becomes of `step`, which later branches of it follow.
+    def record(self, step: int, reason: str, difference: float = 0.0) -> None:
+        """Note what becomes of `step`, which later branches of it follow.
 
         Args:
-            step: the step.
+            step: index of the step.
             reason: why it is computed; "" when it is reused.
-            difference: of a reused step.
+            difference: that of a reused step.
         """
         self._step, self.reason = step, reason
         if reason:

@@ -1,11 +1,11 @@
-"""The clock against every way in which pipelines drive their transformer."""
+"""The step tracker against every way in which pipelines drive their transformer."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vidaccel.engine.step_tracker import Clock
+from vidaccel.engine.step_tracker import StepTracker
 from vidaccel.errors import ScheduleError
 
 SHAPE = (1, 16, 3, 8, 8)
@@ -17,56 +17,56 @@ def scheduler(table=TABLE, counts=True):
 
 
 class Driven:
-    """A clock of which the schedulers are fixed."""
+    """A step tracker of which the schedulers are fixed."""
 
     def __init__(self, *schedulers, times=("t",)):
         self.schedulers = schedulers
-        self.clock = Clock(lambda position: ("cond", "uncond")[position], times)
+        self.tracker = StepTracker(lambda position: ("cond", "uncond")[position], times)
 
-    def tick(self, timestep, context, shape):
-        times = timestep if isinstance(timestep, tuple) else (timestep,)
-        return self.clock.tick(self.schedulers, times, context, shape)
+    def locate(self, timestep, cache_context, shape):
+        times = torch.tensor(timestep, dtype=torch.float64)
+        return self.tracker.locate(self.schedulers, times, cache_context, shape)
 
 
-def drive(clock, source, contexts, *, counts=True, table=TABLE, dtype=torch.float32, start=0):
-    """One generation as a pipeline would run it; the ticks as (step, branch, restarted)."""
-    ticks = []
+def drive(tracker, source, contexts, *, counts=True, table=TABLE, dtype=torch.float32, start=0):
+    """One generation as a pipeline would run it; its calls as (step, branch, restarted)."""
+    calls = []
     for step in range(start, len(table)):
         value = float(source.timesteps[step].to(dtype))
         for context in contexts:
-            tick = clock.tick(value, context, SHAPE)
-            assert tick.num_inference_steps == len(table)
-            ticks.append((tick.step, tick.branch, tick.restarted))
+            call = tracker.locate(value, context, SHAPE)
+            assert call.num_inference_steps == len(table)
+            calls.append((call.step, call.branch, call.restarted))
         if counts:
             source.step_index = step + 1
-    return ticks
+    return calls
 
 
 @pytest.mark.parametrize("counts", [True, False], ids=["counting", "not counting"])
 @pytest.mark.parametrize("named", [True, False], ids=["named", "nameless"])
 def test_sequential_guidance(counts, named):
     source = scheduler(counts=counts)
-    clock = Driven(source)
+    tracker = Driven(source)
     contexts = ["cond", "uncond"] if named else [None, None]
-    ticks = drive(clock, source, contexts, counts=counts)
+    calls = drive(tracker, source, contexts, counts=counts)
     expected = [(s, b, s == 0 and b == "cond") for s in range(5) for b in ("cond", "uncond")]
-    assert ticks == expected
+    assert calls == expected
 
 
 def test_a_new_table_restarts_even_after_an_interrupt():
     source = scheduler()
-    clock = Driven(source)
-    drive(clock, source, ["cond"], table=TABLE)
-    clock.tick(1000.0, "cond", SHAPE)
+    tracker = Driven(source)
+    drive(tracker, source, ["cond"], table=TABLE)
+    tracker.locate(1000.0, "cond", SHAPE)
     source.timesteps = torch.tensor(TABLE)  # what set_timesteps() does
-    assert clock.tick(1000.0, "cond", SHAPE).restarted
+    assert tracker.locate(1000.0, "cond", SHAPE).restarted
 
 
 def test_a_chunk_that_runs_the_same_table_again_restarts():
     source = scheduler(counts=False)
-    clock = Driven(source)
-    drive(clock, source, ["cond"], counts=False)
-    again = drive(clock, source, ["cond"], counts=False)
+    tracker = Driven(source)
+    drive(tracker, source, ["cond"], counts=False)
+    again = drive(tracker, source, ["cond"], counts=False)
     assert again[0] == (0, "cond", True)
     assert not any(restarted for _, _, restarted in again[1:])
 
@@ -80,29 +80,29 @@ def test_start_inside_the_schedule():
 def test_neighbours_that_round_to_the_same_bfloat16_stay_apart(counts, context):
     table = [1000.0, 998.9, 997.1, 995.0, 990.0, 500.0]  # bfloat16: 1000, 1000, 996, 996, 992, 500
     source = scheduler(table, counts)
-    clock = Driven(source)
-    ticks = drive(clock, source, [context], counts=counts, table=table, dtype=torch.bfloat16)
-    assert [step for step, _, _ in ticks] == list(range(6))
-    assert [restarted for _, _, restarted in ticks] == [True] + 5 * [False]
+    tracker = Driven(source)
+    calls = drive(tracker, source, [context], counts=counts, table=table, dtype=torch.bfloat16)
+    assert [step for step, _, _ in calls] == list(range(6))
+    assert [restarted for _, _, restarted in calls] == [True] + 5 * [False]
 
 
 def test_a_changed_shape_is_told_once_and_goes_on():
     source = scheduler(counts=False)
-    clock = Driven(source)
-    clock.tick(1000.0, "cond", SHAPE)
-    clock.tick(1000.0, "uncond", SHAPE)
+    tracker = Driven(source)
+    tracker.locate(1000.0, "cond", SHAPE)
+    tracker.locate(1000.0, "uncond", SHAPE)
     other = (1, 16, 1, 8, 8)
-    changed = clock.tick(940.5, "cond", other)
+    changed = tracker.locate(940.5, "cond", other)
     assert (changed.step, changed.restarted, changed.reshaped) == (1, False, True)
-    for tick in (clock.tick(940.5, "uncond", other), clock.tick(860.25, "cond", other)):
-        assert not (tick.restarted or tick.reshaped)
+    for call in (tracker.locate(940.5, "uncond", other), tracker.locate(860.25, "cond", other)):
+        assert not (call.restarted or call.reshaped)
 
 
 def test_two_schedulers_of_two_pipelines():
     first, second = scheduler(), scheduler([900.0, 300.0], counts=False)
-    clock = Driven(first, second)
-    drive(clock, first, ["cond"])
-    other = drive(clock, second, ["cond"], table=[900.0, 300.0], counts=False)
+    tracker = Driven(first, second)
+    drive(tracker, first, ["cond"])
+    other = drive(tracker, second, ["cond"], table=[900.0, 300.0], counts=False)
     assert other == [(0, "cond", True), (1, "cond", False)]
 
 
@@ -122,22 +122,22 @@ def test_what_pipelines_say_about_the_time(time, told, among):
     source = scheduler(counts=False)
     source.sigmas = torch.tensor([*sigmas, 0.0])
     others = ("sigma / (sigma + 1)", "t", "sigma")[: among - 1]
-    clock = Driven(source, times=(*others, time) if time not in others else others)
+    tracker = Driven(source, times=(*others, time) if time not in others else others)
     for step, (t, sigma) in enumerate(zip(TABLE, sigmas, strict=True)):
-        tick = clock.tick(told(t, sigma), "cond", SHAPE)
-        assert (tick.step, tick.restarted) == (step, step == 0)
+        call = tracker.locate(told(t, sigma), "cond", SHAPE)
+        assert (call.step, call.restarted) == (step, step == 0)
 
 
 def test_conditioning_frames_with_a_later_time_than_the_others():
-    clock = Driven(scheduler(counts=False))
-    ticks = [clock.tick((max(t, 790.0), min(t, 790.0)), "cond", SHAPE) for t in TABLE]
-    assert [tick.step for tick in ticks] == list(range(5))
-    assert not any(tick.restarted for tick in ticks[1:])
+    tracker = Driven(scheduler(counts=False))
+    calls = [tracker.locate((max(t, 790.0), min(t, 790.0)), "cond", SHAPE) for t in TABLE]
+    assert [call.step for call in calls] == list(range(5))
+    assert not any(call.restarted for call in calls[1:])
 
 
 def test_a_timestep_of_nobody_is_an_error():
-    clock = Driven(scheduler())
+    tracker = Driven(scheduler())
     with pytest.raises(ScheduleError, match="timestep 123, which is not among the 5 timesteps"):
-        clock.tick(123.0, "cond", SHAPE)
+        tracker.locate(123.0, "cond", SHAPE)
     with pytest.raises(ScheduleError):
-        Driven(SimpleNamespace(timesteps=None)).tick(1000.0, "cond", SHAPE)
+        Driven(SimpleNamespace(timesteps=None)).locate(1000.0, "cond", SHAPE)

@@ -27,8 +27,8 @@ def simulate(cache: DBCache, differences: list[float]) -> list[str]:
     decider = Decider(cache)
     reasons = []
     for step, difference in enumerate(differences):
-        reason = decider.obstacle(step) or decider.objection(difference) or ""
-        decider.settle(step, reason, difference)
+        reason = decider.before_probe(step) or decider.after_probe(difference)
+        decider.record(step, reason, difference)
         reasons.append(reason)
     return reasons
 

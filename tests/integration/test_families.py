@@ -13,7 +13,7 @@ from tiny import Case
 from tiny.looking import count_blocks, snapshot, transformers_of
 from vidaccel import DBCache, accelerate, report, restore
 from vidaccel.api import engines_of
-from vidaccel.engine.step_tracker import Tick
+from vidaccel.engine.step_tracker import CallContext
 from vidaccel.hosts.registry import find_transformers
 
 PLAN = [0, 1, 4]
@@ -158,10 +158,10 @@ def test_the_same_input_twice_gives_the_same_output(family: Case, decides: str):
         accelerate(family.pipe, policy=[0], cache=None)
     else:
         accelerate(family.pipe, policy=None, cache=with_corrector(family))
-    steps = iter((Tick(0, 2, "cond", True), Tick(1, 2, "cond", False)))
+    steps = iter((CallContext(0, 2, "cond", True), CallContext(1, 2, "cond", False)))
     engine = engines_of(family.pipe)["transformer"]
-    engine._clock = SimpleNamespace(
-        values=lambda *args: (), tick=lambda *args: next(steps), scheduler=family.pipe.scheduler
+    engine._tracker = SimpleNamespace(
+        locate=lambda *args: next(steps), scheduler=family.pipe.scheduler
     )
     first, second = call.again(model), call.again(model)
     assert report(family.pipe).transformers[0].timeline in ("C-", "Cp")

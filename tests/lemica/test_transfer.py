@@ -14,7 +14,7 @@ from vidaccel.calibration.replay import Replayer
 from vidaccel.errors import PolicyError
 from vidaccel.lemica.transfer import transferred
 from vidaccel.plans.policy import CachePolicy
-from vidaccel.resolve import policy_source
+from vidaccel.resolve import Resolver
 
 CALL = {"height": 16, "width": 16, "num_frames": 9, "guidance_scale": 5.0}
 
@@ -85,6 +85,6 @@ def test_what_cannot_be_transferred():
         transferred(parse(valid()), run_settings(num_inference_steps=9, sigmas=None))
     with pytest.raises(PolicyError, match=r"model.id: the policy is for org/tiny-wan"):
         transferred(parse(valid()), run_settings(model_id="org/other"))
-    source = policy_source(parse(json.loads(json.dumps(valid()))), allow_transfer=True)
+    source = Resolver(parse(json.loads(json.dumps(valid()))), allow_transfer=True)
     with pytest.raises(PolicyError, match=r"model.transformer"):
-        source.resolve(run_settings(transformer="CogVideoXTransformer3DModel"))
+        source.plan(run_settings(transformer="CogVideoXTransformer3DModel"))

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from vidaccel.errors import PlanError
-from vidaccel.plans.plan import Plan, RunSettings, plan_source
+from vidaccel.plans.plan import Plan, RunSettings
+from vidaccel.resolve import Resolver
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_every_n(n):
     ],
 )
 def test_policies(policy, steps):
-    assert plan_source(policy).resolve(RunSettings(10)).steps == tuple(steps)
+    assert Resolver(policy).plan(RunSettings(10)).steps == tuple(steps)
 
 
 @pytest.mark.parametrize(
@@ -86,14 +87,14 @@ def test_policies(policy, steps):
 )
 def test_other_policies_are_refused_at_once(policy):
     with pytest.raises(PlanError):
-        plan_source(policy)
+        Resolver(policy)
 
 
 def test_a_plan_for_another_number_of_steps_is_refused():
     with pytest.raises(PlanError, match="made for 10 steps, but this run has 12"):
-        plan_source(Plan((0, 5), 10)).resolve(RunSettings(12))
+        Resolver(Plan((0, 5), 10)).plan(RunSettings(12))
     with pytest.raises(PlanError, match="computes step 5, but the run has 4 steps"):
-        plan_source([0, 5]).resolve(RunSettings(4))
+        Resolver([0, 5]).plan(RunSettings(4))
 
 
 def test_spread_is_as_even_as_whole_steps_allow():

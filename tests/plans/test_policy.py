@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError
 
-from tiny.policies import SIGMAS, forecasting, parse, run_settings, valid
+from tiny.policies import SIGMAS, forecasting, parse, plan_of, run_settings, valid
 from vidaccel import accelerate, report
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.lemica import search
@@ -20,7 +20,7 @@ from vidaccel.lemica.dag import Move
 from vidaccel.plans.plan import Plan, RunSettings
 from vidaccel.plans.policy import FILE_NAME, MAX_BYTES, CachePolicy
 from vidaccel.plans.shipped import shipped_policies
-from vidaccel.resolve import policy_source
+from vidaccel.resolve import Resolver
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -221,10 +221,10 @@ def test_a_policy_file_as_the_source_of_plans(tmp_path):
     file = tmp_path / FILE_NAME
     parse(valid()).save(file)
     for policy in (file, str(file), tmp_path, parse(valid())):
-        assert policy_source(policy, "quality").resolve(run_settings()).steps == (0, 3, 5)
+        assert plan_of(policy, run_settings(), "quality").steps == (0, 3, 5)
     # The preset asks for three times, the fastest plan gives two.
-    source = policy_source(file)
-    assert source.resolve(run_settings()).steps == (0, 3, 5)
+    source = Resolver(file)
+    assert source.plan(run_settings()).steps == (0, 3, 5)
     assert source.description == f"policy {file}: 3 of 6 steps computed"
     with pytest.raises(PolicyError, match="num_inference_steps"):
         source.resolve(run_settings(num_inference_steps=7))
@@ -234,7 +234,7 @@ def test_a_policy_file_as_the_source_of_plans(tmp_path):
 def test_a_policy_that_is_not_there(policy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PolicyError, match=r"nowhere|no-policy|a/b/c"):
-        policy_source(policy)
+        Resolver(policy)
 
 
 @pytest.mark.parametrize("name", shipped_policies())
@@ -263,31 +263,31 @@ def test_every_field_is_explained():
 
 def test_auto_is_evenly_spaced_without_a_policy_for_the_model():
     budgets = [
-        len(policy_source("auto", preset).resolve(run_settings(num_inference_steps=50)).steps)
+        len(plan_of("auto", run_settings(num_inference_steps=50), preset).steps)
         for preset in ("quality", "balanced", "fast")
     ]
     assert budgets == [25, 17, 10]
-    plan = policy_source("auto").resolve(run_settings(num_inference_steps=50))
+    plan = plan_of("auto", run_settings(num_inference_steps=50))
     assert plan.steps == tuple(range(0, 50, 3)) and "evenly spaced" in plan.origin
 
 
 def test_auto_computes_every_step_of_a_few_step_model():
-    assert policy_source("auto").resolve(run_settings()).steps == tuple(range(6))
-    assert len(policy_source("auto").resolve(run_settings(num_inference_steps=8)).steps) < 8
+    assert plan_of("auto", run_settings()).steps == tuple(range(6))
+    assert len(plan_of("auto", run_settings(num_inference_steps=8)).steps) < 8
 
 
 def test_auto_takes_a_shipped_policy_that_fits():
     wan = RunSettings(50, "WanTransformer3DModel", "Wan-AI/Wan2.1-T2V-14B-Diffusers", "0" * 64)
-    plan = policy_source("auto").resolve(wan)
+    plan = plan_of("auto", wan)
     assert plan.steps[:9] == (0, 1, 2, 3, 4, 5, 7, 10, 17)
     assert "published, not validated here" in plan.origin
-    other = policy_source("auto").resolve(replace(wan, num_inference_steps=40))
+    other = plan_of("auto", replace(wan, num_inference_steps=40))
     assert "evenly spaced" in other.origin
 
 
 def test_unknown_preset_is_refused():
     with pytest.raises(PlanError, match="'quality', 'balanced', 'fast', found 'turbo'"):
-        policy_source("auto", "turbo")
+        Resolver("auto", preset="turbo")
 
 
 @pytest.mark.parametrize("name", [n for n in shipped_policies() if "published" not in n])
@@ -379,7 +379,7 @@ def test_a_policy_in_a_folder(tmp_path):
 
 
 def test_the_embedded_model_is_the_one_its_policy_was_measured_on():
-    from vidaccel.clips.generate import load_pipeline
+    from vidaccel.clips.load import load_pipeline
 
     pipe = accelerate(load_pipeline(device="cpu"))
     pipe.set_progress_bar_config(disable=True)

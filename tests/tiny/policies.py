@@ -2,8 +2,10 @@
 
 import json
 
+from vidaccel.hosts import HOSTS
 from vidaccel.plans.plan import RunSettings
 from vidaccel.plans.policy import CachePolicy
+from vidaccel.resolve import Resolver
 
 SIGMAS = [1.0, 0.9, 0.8, 0.6, 0.4, 0.1]
 
@@ -85,3 +87,8 @@ def run_settings(**changes):
         "sigmas": tuple(SIGMAS),
     }
     return RunSettings(**(known | changes))
+
+
+def plan_of(policy, run, preset="balanced"):
+    """The plan that `accelerate(policy=..., cache=None)` comes to in a run."""
+    return Resolver(policy, None, preset).decide(run, HOSTS["WanTransformer3DModel"]).plan

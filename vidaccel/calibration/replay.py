@@ -1,7 +1,7 @@
 """Runs one sample of a pipeline again and again, each time with another segment reused.
 
 A reference generation is recorded first: what the transformer gave at every step and the residuals
-at its heads. Later runs play its first steps back and compute or reuse only what comes after.
+at its heads. Later runs replay its first steps and compute or reuse only what comes after.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from vidaccel.api import accelerate, engines_of, restore
 from vidaccel.clips import metrics
 from vidaccel.clips.generate import without_bar
 from vidaccel.engine.engine import Engine
-from vidaccel.engine.recording import Tape
+from vidaccel.engine.recording import Recording
 from vidaccel.errors import PlanError
 from vidaccel.plans.plan import Plan
 
@@ -74,7 +74,7 @@ class Reference:
     """One generation with every step computed.
 
     Attributes:
-        tape: what the transformers gave at each step.
+        recording: what the transformers gave at each step.
         latents: the latents that came out.
         outcome: what the metric compares; the latents, or the decoded clip.
         inputs: the latents that went into each step, in host memory.
@@ -82,7 +82,7 @@ class Reference:
             may cross; None with one.
     """
 
-    tape: Tape
+    recording: Recording
     latents: torch.Tensor
     outcome: Any
     inputs: dict[int, torch.Tensor]
@@ -102,7 +102,7 @@ class Replayer:
 
     Attributes:
         reference: the run in which every step is computed.
-        setting: what the runs are like, for a policy.
+        run_settings: what the runs are like, for a policy.
         forwards: steps that were computed so far.
 
     Raises:
@@ -121,17 +121,23 @@ class Replayer:
         except BaseException:
             restore(pipe)
             raise
-        self.run_settings = next(iter(engines_of(pipe).values())).run_settings
+        generation = next(iter(engines_of(pipe).values())).generation
+        assert generation is not None  # the reference has run
+        self.run_settings = generation.run
 
     def __enter__(self) -> "Replayer":
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the pipeline without acceleration."""
         restore(self.pipe)
 
     def forget_steps(self) -> None:
         """Keep only what `error_of` a plan needs from its first step on."""
-        self.reference = replace(self.reference, tape=_blank_tape(), inputs={})
+        self.reference = replace(self.reference, recording=Recording(replay_until=0), inputs={})
 
     def allowed(self, start: int, end: int) -> bool:
         """Whether the segment stays on one side of the switch between two transformers."""
@@ -153,9 +159,9 @@ class Replayer:
         """
         return self.error_of(self._plan(start, end, order, previous), start + 1)
 
-    def error_of(self, plan: Plan, play_until: int = 0) -> float:
-        """The outcome error of any plan whose first `play_until` steps count as all computed."""
-        outcome = self._run(plan, play_until, output_type=self.metric.output_type)
+    def error_of(self, plan: Plan, replay_until: int = 0) -> float:
+        """The outcome error of any plan whose first `replay_until` steps count as all computed."""
+        outcome = self._run(plan, replay_until, output_type=self.metric.output_type)
         return self.metric.compare(self.reference.outcome, outcome)
 
     def drift(
@@ -190,7 +196,7 @@ class Replayer:
         return found
 
     def _plan(self, start: int, end: int, order: int, previous: int | None) -> Plan:
-        # The reference is played back until `start`, whatever the plan says of the steps before:
+        # The reference is replayed until `start`, whatever the plan says of the steps before:
         # leaving some out decides only which residuals a forecast gets to see.
         left_out = range(0) if previous is None else range(previous + 1, start)
         computed = tuple(
@@ -206,10 +212,9 @@ class Replayer:
         def look(step: int, sample: torch.Tensor) -> None:
             inputs[step] = sample.cpu().clone()
 
-        tape = Tape()
+        recording = Recording()
         every = Plan.every(1, self.steps)
-        latents = self._run(every, 0, look, tape)
-        tape.recording = False
+        latents = self._run(every, None, look, recording)
         if sorted(inputs) != list(range(self.steps)):
             raise PlanError(
                 f"this run computes steps {min(inputs)} to {max(inputs)} of {self.steps}; "
@@ -220,33 +225,36 @@ class Replayer:
         outcome: Any = latents
         if self.metric.output_type != "latent":
             # Playing every step back gives the same latents, decoded this time.
-            outcome = self._run(every, self.steps, tape=tape, output_type=self.metric.output_type)
-        return Reference(tape, latents, outcome, inputs, switch[0] if switch else None)
+            outcome = self._run(
+                every, self.steps, recording=recording, output_type=self.metric.output_type
+            )
+        return Reference(recording, latents, outcome, inputs, switch[0] if switch else None)
 
     def _run(
         self,
         plan: Plan,
-        play_until: int,
+        replay_until: int | None,
         look: Callable[[int, torch.Tensor], None] | None = None,
-        tape: Tape | None = None,
+        recording: Recording | None = None,
         output_type: str = "latent",
     ) -> Any:
         """What comes out of a run; `look` sees the input of each step's first call."""
         accelerate(self.pipe, policy=plan, cache=None, attention=None)
-        tape = tape or self.reference.tape
-        tape.play_until = play_until
+        recording = recording or self.reference.recording
+        recording.replay_until = replay_until
         seen: set[int] = set()
         handles = []
         engines = list(engines_of(self.pipe).values())
         for engine in engines:
-            engine.tape = tape
+            engine.observer = recording
 
             def before(
                 module: Any, args: Any, kwargs: dict[str, Any], engine: Any = engine
             ) -> None:
-                if look is not None and engine.step not in seen:
-                    seen.add(engine.step)
-                    look(engine.step, kwargs[engine.host.sample])
+                step = engine.running.context.step
+                if look is not None and step not in seen:
+                    seen.add(step)
+                    look(step, kwargs[engine.host.sample])
 
             hook = engine.transformer.register_forward_pre_hook(before, with_kwargs=True)
             handles.append(hook)
@@ -257,7 +265,7 @@ class Replayer:
                 stack.enter_context(without_bar(self.pipe))
                 stack.enter_context(self._texts_kept())
                 for engine in engines:
-                    stack.enter_context(_played_without_forward(engine))
+                    stack.enter_context(_replayed_without_forward(engine))
                 output = self.pipe(**call)
             return output.frames if hasattr(output, "frames") else output.images
         finally:
@@ -293,23 +301,18 @@ class Replayer:
                 attributes["encode_prompt"] = previous
 
 
-def _blank_tape() -> Tape:
-    tape = Tape()
-    tape.recording = False
-    return tape
-
-
 @contextmanager
-def _played_without_forward(engine: Engine) -> Iterator[None]:
-    """Steps that are played back do not run the transformer: its output would be thrown away."""
+def _replayed_without_forward(engine: Engine) -> Iterator[None]:
+    """Keep replayed steps from running the transformer, whose output would be thrown away."""
     model = engine.transformer
     attributes, forward = vars(model), model.forward
     previous = attributes.get("forward")
 
-    def shadow(*args: Any, **kwargs: Any) -> Any:
-        return None if engine.playing else forward(*args, **kwargs)
+    def forward_or_nothing(*args: Any, **kwargs: Any) -> Any:
+        call = engine.running
+        return None if call is not None and call.replayed else forward(*args, **kwargs)
 
-    attributes["forward"] = shadow
+    attributes["forward"] = forward_or_nothing
     try:
         yield
     finally:

@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 from vidaccel.api import accelerate, engines_of, restore
 from vidaccel.dbcache import DBCache, Decider
 from vidaccel.engine.engine import Engine
-from vidaccel.engine.step_tracker import Tick
+from vidaccel.engine.observer import Observer
+from vidaccel.engine.stats import StepKind
+from vidaccel.engine.step_tracker import CallContext
 from vidaccel.errors import PlanError
 
 # Tokens of a probe residual that are kept of each step; more would not move a mean.
@@ -107,18 +109,18 @@ def suggest_threshold(
         raise PlanError("prompts: found none, expected at least one")
 
     with tqdm(total=len(samples), unit="run", disable=not progress) as bar:
-        trial = _Trial(pipe, cache, call, samples, seed, bar)
+        search = _ThresholdSearch(pipe, cache, call, samples, seed, bar)
         try:
-            trial.record()
+            search.record()
             if speedup is not None:
-                return trial.measured(trial.threshold_for(speedup))
+                return search.measured(search.threshold_for(speedup))
             assert max_error is not None
-            return trial.largest_within(max_error)
+            return search.largest_within(max_error)
         finally:
             restore(pipe)
 
 
-class _Trial:
+class _ThresholdSearch:
     """The recorded runs of one search.
 
     Attributes:
@@ -137,7 +139,7 @@ class _Trial:
     ) -> None:
         self.pipe, self.cache, self.call, self.prompts = pipe, cache, call, prompts
         self.seed, self.bar = seed, bar
-        self.records: list[list[_Record]] = []
+        self.records: list[list[_ProbeRecord]] = []
         self.latents: list[torch.Tensor] = []
 
     def record(self) -> None:
@@ -146,7 +148,7 @@ class _Trial:
             # Warm-up would be refused where it is as long as the run, and decides nothing here.
             recording = replace(self.cache, threshold=0.0, warmup_steps=0)
             accelerate(self.pipe, policy=None, cache=recording)
-            records = [_Record(engine) for engine in engines_of(self.pipe).values()]
+            records = [_ProbeRecord(engine) for engine in engines_of(self.pipe).values()]
             self.latents.append(self._run(prompt))
             self.records.append([record for record in records if record.probes])
 
@@ -197,7 +199,7 @@ class _Trial:
             accelerate(self.pipe, policy=None, cache=cache)
             latents = self._run(prompt)
             for engine in engines_of(self.pipe).values():
-                computed += engine.stats.timeline().count("C")
+                computed += engine.stats.timeline().count(StepKind.COMPUTED)
                 for totals in engine.stats.totals().values():
                     whole += (totals.computed + totals.reused) * engine.stats.blocks
                     run += totals.blocks_run
@@ -231,7 +233,7 @@ class _Trial:
         )
 
 
-class _Record:
+class _ProbeRecord(Observer):
     """The probe residuals of one transformer in a run that computed every step.
 
     Attributes:
@@ -243,12 +245,12 @@ class _Record:
         self.blocks = engine.stats.blocks
         self.probes: dict[int, torch.Tensor] = {}
         self._differences: torch.Tensor | None = None
-        engine.on_probe = self._keep
+        engine.observer = self
 
-    def _keep(self, tick: Tick, probe: torch.Tensor) -> None:
-        if tick.step not in self.probes:
-            stride = math.ceil(probe.shape[1] / _TOKENS)
-            self.probes[tick.step] = probe[:, ::stride].float().cpu().clone()
+    def after_probe(self, context: CallContext, residual: torch.Tensor) -> None:
+        if context.step not in self.probes:
+            stride = math.ceil(residual.shape[1] / _TOKENS)
+            self.probes[context.step] = residual[:, ::stride].float().cpu().clone()
 
     def differences(self) -> torch.Tensor:
         """[n, n]: of the j-th step against the i-th, i < j; NaN elsewhere."""
@@ -268,8 +270,8 @@ class _Record:
         last = None
         for now, step in enumerate(self.probes):
             difference = math.nan if last is None else float(found[last, now])
-            reason = decider.obstacle(step) or decider.objection(difference) or ""
-            decider.settle(step, reason, difference)
+            reason = decider.before_probe(step) or decider.after_probe(difference)
+            decider.record(step, reason, difference)
             if reason:
                 last = now
             total += self.blocks if reason else cache.probe_blocks + cache.corrector_blocks

@@ -1,15 +1,17 @@
-"""Which adapters (LoRA) are at work in a transformer."""
+"""Finds the adapters (LoRA) that are at work in a transformer."""
 
 from typing import Any
 
+from vidaccel.engine.compat import has_adapters
+
 
 def active_adapters(transformer: Any) -> tuple[str, ...]:
-    """Names of the adapters that change what `transformer` computes, in alphabetical order.
+    """Return the names of the adapters that change what `transformer` computes, sorted.
 
     Fused ones count, disabled ones do not. One that was fused and then unloaded cannot be told from
     weights that were trained that way.
     """
-    if not getattr(transformer, "_hf_peft_config_loaded", False):
+    if not has_adapters(transformer):
         return ()
     loaded = set(getattr(transformer, "peft_config", {}))
     found: set[str] = set()

@@ -6,16 +6,16 @@ from typing import Any
 from vidaccel.engine.block_proxies import BlockArguments
 from vidaccel.engine.parallel import SequenceParallelMode
 from vidaccel.engine.report import AttentionReport
-from vidaccel.engine.step_tracker import Tick
+from vidaccel.engine.step_tracker import CallContext
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class AttentionHook:
-    """What an engine tells about its run to whom makes attention sparse; this one leaves it alone.
+    """Is told by an engine about its run; this one leaves attention alone.
 
     Args:
-        note: why, for reports; empty when nobody asked for anything else.
+        note: the reason, for reports; empty when nobody asked for anything else.
     """
 
     def __init__(self, note: str = "") -> None:
@@ -34,14 +34,18 @@ class AttentionHook:
         """A generation begins."""
 
     def begin(
-        self, tick: Tick, *, refreshes: bool, spread: SequenceParallelMode | None = None
+        self,
+        context: CallContext,
+        *,
+        refreshes: bool,
+        parallel_mode: SequenceParallelMode | None = None,
     ) -> None:
         """A call of the transformer begins.
 
         Args:
-            tick: its place in the generation.
+            context: its place in the generation.
             refreshes: what it computes is kept and used again by later steps.
-            spread: how its tokens are spread over processes, if they are.
+            parallel_mode: how its tokens are split over processes, if they are.
         """
 
     def block(
@@ -50,7 +54,7 @@ class AttentionHook:
         """Around one block that runs.
 
         Args:
-            position: of the block, in the order in which all blocks are walked.
+            position: the place of the block, in the order in which all blocks are walked.
             named, args, kwargs: its arguments.
         """
         return _NOTHING
@@ -59,5 +63,5 @@ class AttentionHook:
         """The call has ended."""
 
     def report(self) -> AttentionReport | None:
-        """What was sparse since `attach`; waits for the device."""
+        """Return what was sparse since `attach`; waits for the device."""
         return AttentionReport(self._note) if self._note else None

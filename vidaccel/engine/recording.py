@@ -1,4 +1,4 @@
-"""What a transformer gave at each step of a generation, to run a later part of it again.
+"""Records the output of a transformer at each step, to run a later part of a generation again.
 
 A generation is run again from step i by letting the pipeline walk through its loop from the start
 while the transformer gives back what it gave before: latents, random numbers and every scheduler's
@@ -10,51 +10,58 @@ from typing import Any
 
 import torch
 
+from vidaccel.engine.observer import Observer
+from vidaccel.engine.step_tracker import CallContext
 from vidaccel.errors import VidaccelError
 
 
-class Tape:
-    """Records the outputs of one generation, then plays back the first steps of others.
+class Recording(Observer):
+    """The outputs and residuals of one generation, which answer for the first steps of others.
 
     Attributes:
-        recording: outputs are kept and nothing is played back.
-        play_until: steps before this one are played back.
+        replay_until: steps before this one are replayed; None while the recording is made.
     """
 
-    def __init__(self) -> None:
-        self.recording = True
-        self.play_until = 0
+    def __init__(self, replay_until: int | None = None) -> None:
+        self.replay_until = replay_until
         self._outputs: dict[tuple[int, str], Any] = {}
         self._residuals: dict[tuple[int, str], list[torch.Tensor]] = {}
 
-    def plays(self, step: int) -> bool:
-        """Whether `step` is played back."""
-        return not self.recording and step < self.play_until
+    def wants_residuals(self, context: CallContext) -> bool:
+        return self.replay_until is None
 
-    def record(
-        self, step: int, branch: str, output: Any, residuals: Sequence[torch.Tensor] = ()
+    def replays(self, context: CallContext) -> bool:
+        return self.replay_until is not None and context.step < self.replay_until
+
+    def after_call(
+        self, context: CallContext, output: Any, residuals: Sequence[torch.Tensor]
     ) -> None:
-        """Keep what the transformer returned and its residuals at the heads, in host memory."""
-        self._outputs[step, branch] = _mapped(lambda tensor: tensor.detach().cpu().clone(), output)
+        """Keep the output and the residuals in host memory while the recording is made."""
+        if self.replay_until is not None:
+            return
+        key = context.step, context.branch
+        self._outputs[key] = _mapped(lambda tensor: tensor.detach().cpu().clone(), output)
         # Nothing writes into a residual once it is made, so one in host memory is not copied.
-        self._residuals[step, branch] = [residual.detach().cpu() for residual in residuals]
+        self._residuals[key] = [residual.detach().cpu() for residual in residuals]
 
-    def played(self, step: int, branch: str, device: torch.device) -> Any:
-        """What the transformer returned then.
+    def replayed(self, context: CallContext, device: torch.device) -> Any:
+        """Return the recorded output.
 
         Raises:
             VidaccelError: this step and branch were not recorded.
         """
+        step, branch = context.step, context.branch
         if (step, branch) not in self._outputs:
             raise VidaccelError(f"step {step} of branch {branch!r} was not recorded")
         return _mapped(lambda tensor: tensor.to(device, copy=True), self._outputs[step, branch])
 
-    def residual(self, step: int, branch: str, device: torch.device) -> list[torch.Tensor]:
-        """The residuals at the heads then, one per head.
+    def residuals(self, context: CallContext, device: torch.device) -> list[torch.Tensor]:
+        """Return the recorded residuals, one per head or stream.
 
         Raises:
             VidaccelError: they were not recorded.
         """
+        step, branch = context.step, context.branch
         if not self._residuals.get((step, branch)):
             raise VidaccelError(f"no residual of step {step} of branch {branch!r} was recorded")
         return [residual.to(device) for residual in self._residuals[step, branch]]

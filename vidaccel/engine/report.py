@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vidaccel.engine.stats import Call, CallStats
+from vidaccel.engine.stats import Call, CallStats, StepKind
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,17 @@ class TransformerReport:
         )
 
 
-_KINDS = {"C": "computed", "p": "probed", "-": "reused"}
+_KINDS = {
+    StepKind.COMPUTED: "computed",
+    StepKind.PROBED: "probed",
+    StepKind.REUSED: "reused",
+}
 
 
 def _step(call: Call) -> StepReport:
     difference = None if call.difference is None else float(call.difference)
     return StepReport(
-        call.step, call.branch, _KINDS[call.letter], call.reason, difference, call.seconds
+        call.step, call.branch, _KINDS[call.kind], call.reason, difference, call.seconds
     )
 
 

@@ -2,7 +2,16 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
+
+
+class StepKind(StrEnum):
+    """What became of a step, as the letter that stands for it in a timeline."""
+
+    COMPUTED = "C"
+    PROBED = "p"  # reused around probe or corrector blocks
+    REUSED = "-"  # without any block
 
 
 @dataclass(frozen=True)
@@ -15,7 +24,7 @@ class Call:
         planned: nothing but the plan, where there is one, had the step computed.
         blocks: blocks that ran.
         started, ended: seconds on the host's clock, or CUDA events.
-        reason: why it was computed; "" when it was reused.
+        reason: the reason why it was computed; "" when it was reused.
         difference: relative change of the probe blocks' residual since the last computed step, a
             number or a scalar on the device; None without probe blocks.
     """
@@ -31,11 +40,11 @@ class Call:
     difference: Any = None
 
     @property
-    def letter(self) -> str:
-        """C computed, p reused around probe or corrector blocks, - reused without any block."""
+    def kind(self) -> StepKind:
+        """What became of its step in this branch."""
         if not self.reused:
-            return "C"
-        return "p" if self.blocks else "-"
+            return StepKind.COMPUTED
+        return StepKind.PROBED if self.blocks else StepKind.REUSED
 
     @property
     def seconds(self) -> float:
@@ -82,6 +91,10 @@ class Totals:
         return max(0.0, self.reused * mean - self.seconds_reused)
 
 
+# From the most to the least that was run of a step.
+_ORDER = tuple(StepKind)
+
+
 class CallStats:
     """Counts the calls of one transformer since it was accelerated.
 
@@ -111,13 +124,13 @@ class CallStats:
     @property
     def steps_reused(self) -> int:
         """Steps of the running or last generation that no branch computed."""
-        return len(self.timeline().replace("C", ""))
+        return len(self.timeline().replace(StepKind.COMPUTED, ""))
 
     def timeline(self) -> str:
         """The running or last generation, a letter per step: that of its most computed branch."""
-        kinds: dict[int, str] = {}
+        kinds: dict[int, StepKind] = {}
         for call in self.calls:
-            kinds[call.step] = min(kinds.get(call.step, call.letter), call.letter, key="Cp-".index)
+            kinds[call.step] = min(kinds.get(call.step, call.kind), call.kind, key=_ORDER.index)
         return "".join(kind for _, kind in sorted(kinds.items()))
 
     def totals(self) -> dict[str, Totals]:

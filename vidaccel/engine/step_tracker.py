@@ -1,9 +1,9 @@
-"""Which step and branch of a generation a transformer call belongs to.
+"""Finds the step and branch of a generation that a transformer call belongs to.
 
 Pipelines differ in what they tell their transformer. What all of them do is pass a timestep taken
 from the scheduler's table; most also name their guidance branches through `cache_context`. The
-clock needs no more than that. Chunked pipelines, a new call after an interrupt and a changed shape
-all show up as a restart.
+tracker needs no more than that. Chunked pipelines, a new call after an interrupt and a changed
+shape all show up as a restart.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,13 +27,13 @@ _TABLES: dict[Time, tuple[str, Callable[[float], float]]] = {
 
 
 @dataclass(frozen=True)
-class Tick:
-    """One call of the transformer.
+class CallContext:
+    """The place of one call of the transformer in its generation.
 
     Attributes:
         step: index of the denoising step in the scheduler's table.
         num_inference_steps: length of that table.
-        branch: name of the guidance branch ("cond", "uncond", ...).
+        branch: the guidance branch ("cond", "uncond", ...).
         restarted: a generation begins: nothing kept from earlier calls belongs to it.
         reshaped: the latents of the running generation have another shape from here on, which
             nothing kept from earlier calls fits.
@@ -46,7 +46,7 @@ class Tick:
     reshaped: bool = False
 
 
-class Clock:
+class StepTracker:
     """Tells the step and branch of each call from its timestep.
 
     Args:
@@ -71,60 +71,59 @@ class Clock:
         self._seen: list[str] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def tick(
+    def locate(
         self,
         schedulers: Iterable[Any],
-        timesteps: tuple[float, ...],
-        context: str | None,
+        timestep: Any,
+        cache_context: str | None,
         shape: tuple[int, ...],
-    ) -> Tick:
+    ) -> CallContext:
         """Place one call.
 
         Args:
             schedulers: those whose steps this transformer may be running.
-            timesteps: the values that the transformer was given, latest first.
-            context: the branch as the pipeline names it, or None.
+            timestep: what the transformer was given, a tensor of any shape. Image conditioning
+                gives its clean frames time 0, or one of their own that may be above that of the
+                others.
+            cache_context: the branch as the pipeline names it, or None.
             shape: shape of the latents.
 
         Raises:
             ScheduleError: when no scheduler has this timestep in its table.
         """
-        scheduler, table, nearest, timestep = self._locate(schedulers, timesteps)
+        schedulers = list(schedulers)
+        timesteps = self._values(schedulers, timestep)
+        scheduler, table, nearest, value = self._entry(schedulers, timesteps)
         # set_timesteps() makes a new table for every generation.
         restarted = scheduler.timesteps is not self._timesteps
         counter = getattr(scheduler, "step_index", None)
         # Any one of these may be missing: two neighbouring timesteps can round to the same value,
         # some schedulers do not count, some pipelines do not name their calls.
-        moved = timestep != self._value or counter != self._counter or context in self._seen
+        moved = value != self._value or counter != self._counter or cache_context in self._seen
         step = self._step
         if restarted:
             step = nearest
         elif moved:
             following = step + 1
-            step = following if _close(table, following, timestep) else nearest
+            step = following if _close(table, following, value) else nearest
             restarted = step <= self._step
         if restarted or moved:
             self._seen = []
-        branch = context or self._branch_name(len(self._seen))
+        branch = cache_context or self._branch_name(len(self._seen))
         reshaped = not restarted and self._shapes.get(branch, shape) != shape
         if restarted or reshaped:
             self._shapes = {}
         self._shapes[branch] = shape
         self._seen.append(branch)
         self.scheduler, self._timesteps, self._step = scheduler, scheduler.timesteps, step
-        self._value, self._counter = timestep, counter
-        return Tick(step, len(table), branch, restarted, reshaped)
+        self._value, self._counter = value, counter
+        return CallContext(step, len(table), branch, restarted, reshaped)
 
-    def values(self, schedulers: Iterable[Any], timestep: Any) -> tuple[float, ...]:
+    def _values(self, schedulers: list[Any], timestep: Any) -> tuple[float, ...]:
         """The times of a call, latest first, without waiting for the device if that can be helped.
 
         Most pipelines pass a view of one entry of their scheduler's table, which is known on the
         host. Anything else is read from the device.
-
-        Args:
-            schedulers: as `tick`.
-            timestep: tensor of any shape. Image conditioning gives its clean frames time 0, or one
-                of their own that may be above that of the others.
         """
         if "t" in self._times:
             for scheduler in schedulers:
@@ -138,12 +137,12 @@ class Clock:
         low, high = map(float, torch.stack(timestep.aminmax()).tolist())
         return (high, low) if 0 < low < high else (high,)
 
-    def _locate(
-        self, schedulers: Iterable[Any], timesteps: tuple[float, ...]
+    def _entry(
+        self, schedulers: list[Any], timesteps: tuple[float, ...]
     ) -> tuple[Any, list[float], int, float]:
         """The scheduler that is running, its table, the nearest entry, and the value it is of."""
         known = [(s, self._tables_of(s)) for s in schedulers if s.timesteps is not None]
-        # The scheduler of the previous call keeps the clock while it still fits.
+        # The scheduler of the previous call goes on while it still fits.
         known.sort(key=lambda entry: entry[0].timesteps is not self._timesteps)
         for scheduler, tables in known:
             running = scheduler.timesteps is self._timesteps
@@ -204,12 +203,3 @@ def _close(table: list[float], index: int, timestep: float) -> bool:
     # Some pipelines cut the timestep to a whole number.
     whole = 1.0 if scale > 100.0 and timestep.is_integer() else 0.0
     return abs(table[index] - timestep) <= max(1e-6 * scale, _ROUNDING * abs(timestep), whole)
-
-
-def noise_grid(scheduler: Any, steps: int) -> tuple[float, ...]:
-    """Noise level of each of the `steps` steps: sigmas, or timesteps from 1 to 0 without them."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) >= steps:
-        return tuple(float(sigma) for sigma in sigmas[:steps].tolist())
-    length = float(scheduler.config.num_train_timesteps)
-    return tuple(float(t) / length for t in scheduler.timesteps.tolist())

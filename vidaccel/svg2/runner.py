@@ -19,10 +19,10 @@ from vidaccel.engine.attention_hook import AttentionHook
 from vidaccel.engine.block_proxies import BlockArguments
 from vidaccel.engine.parallel import SequenceParallelMode
 from vidaccel.engine.report import AttentionReport
-from vidaccel.engine.step_tracker import Tick
+from vidaccel.engine.step_tracker import CallContext
 from vidaccel.engine.timing import Stopwatch
 from vidaccel.errors import AttentionError
-from vidaccel.hosts.registry import HostSpec
+from vidaccel.hosts.spec import HostSpec
 from vidaccel.kernels.reference import attention_recall
 from vidaccel.kernels.semantic_attention import (
     Clustering,
@@ -117,7 +117,7 @@ class SparseAttention(AttentionHook):
         self._layers: dict[tuple[int, str, int], _Layer] = {}
         self._account = Account()
         # Of the running call:
-        self._tick = Tick(0, 1, "", False)
+        self._context = CallContext(0, 1, "", False)
         self._spread = ""  # why it cannot be sparse in context parallel
         self._settings = config
 
@@ -138,13 +138,17 @@ class SparseAttention(AttentionHook):
         self._interception.install()
 
     def begin(
-        self, tick: Tick, *, refreshes: bool, spread: SequenceParallelMode | None = None
+        self,
+        context: CallContext,
+        *,
+        refreshes: bool,
+        parallel_mode: SequenceParallelMode | None = None,
     ) -> None:
         """A call begins; raises AttentionError where its tokens are spread as none can be."""
         self._spread = ""
-        if spread == "ring":
+        if parallel_mode == "ring":
             self._spread = RING
-        elif spread is not None and len(self._host.tokens) > 1:
+        elif parallel_mode is not None and len(self._host.tokens) > 1:
             self._spread = JOINT
         if self._spread and not self._gpu_only:
             raise AttentionError(
@@ -152,7 +156,7 @@ class SparseAttention(AttentionHook):
                 "ContextParallelConfig(ulysses_degree=...) on a model without text in its "
                 "self-attention, or pass attention=None"
             )
-        self._tick = tick
+        self._context = context
         self._settings = self.config.at_refresh() if refreshes else self.config
 
     def block(
@@ -188,7 +192,7 @@ class SparseAttention(AttentionHook):
         if tokens is None or (reason and not warming):
             return _timed(dense, watch)
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        layer = self._layer((block.position, self._tick.branch, sample), q, tokens)
+        layer = self._layer((block.position, self._context.branch, sample), q, tokens)
         config = self._kernel_config(tokens.video, scale)
         text = {"video": (tokens.start, tokens.stop), "text_mask": tokens.text_mask}
         layer.state.lap = None if watch is None else watch.lap
@@ -216,7 +220,7 @@ class SparseAttention(AttentionHook):
             return SHORT
         if self._gpu_only and not query.is_cuda:
             return NO_GPU
-        step, steps = self._tick.step, self._tick.num_inference_steps
+        step, steps = self._context.step, self._context.num_inference_steps
         return FIRST_STEPS if self.config.is_dense_step(step, steps) else ""
 
     def _tokens(

@@ -1,0 +1,64 @@
+"""Every use of private API of Diffusers: the one place to check with a new release."""
+
+from typing import Any
+
+from torch import nn
+
+
+def native_cache_enabled(transformer: nn.Module) -> bool:
+    """Tell whether one of Diffusers' own caches is enabled on a transformer."""
+    return getattr(transformer, "_cache_config", None) is not None
+
+
+def compiled_as_a_whole(transformer: nn.Module) -> bool:
+    """Tell whether a transformer went through `torch.compile` as one module."""
+    return hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None
+
+
+def original_class(module: Any) -> type:
+    """Return the class of a module, or that of the module inside of a compiled one."""
+    return type(getattr(module, "_orig_mod", module))
+
+
+# What pipelines call on their transformer when a generation has ended.
+RESET_CACHE = "_reset_stateful_cache"
+
+
+def reset_cache(transformer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Run the class's own method of that name."""
+    type(transformer)._reset_stateful_cache(transformer, *args, **kwargs)  # type: ignore[operator]
+
+
+def has_adapters(transformer: nn.Module) -> bool:
+    """Tell whether adapters (LoRA) were loaded into a transformer."""
+    return bool(getattr(transformer, "_hf_peft_config_loaded", False))
+
+
+def parallel_config(transformer: nn.Module) -> Any:
+    """Return the `ParallelConfig` that is enabled on a transformer; None without one."""
+    return getattr(transformer, "_parallel_config", None)
+
+
+def context_parallel_group(context_parallel_config: Any) -> Any:
+    """Return the process group of a context-parallel mesh."""
+    return context_parallel_config._flattened_mesh.get_group()
+
+
+def input_split_hooks(block: nn.Module) -> tuple[Any, ...]:
+    """Return the hooks in which Diffusers splits the tokens that a block is given over ranks."""
+    registry = vars(block).get("_diffusers_hook")
+    if registry is None:
+        return ()
+    return tuple(hook for name, hook in registry.hooks.items() if name.startswith("cp_input"))
+
+
+def progress_bar_config(pipe: Any) -> dict[str, Any]:
+    """Return the options of a pipeline's progress bar."""
+    return dict(getattr(pipe, "_progress_bar_config", {}))
+
+
+def templated_context_parallel_attention(*args: Any, **kwargs: Any) -> Any:
+    """Attention over the tokens of several ranks around a function for those of one."""
+    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+
+    return _templated_context_parallel_attention(*args, **kwargs)

@@ -1,0 +1,38 @@
+"""What may look on while an engine runs, and answer in the place of its transformer."""
+
+from typing import Any
+
+import torch
+
+from vidaccel.engine.step_tracker import CallContext
+
+
+class Observer:
+    """Is told what an engine does; this one, which every accelerated pipeline has, does nothing.
+
+    Measuring what reuse costs takes three things that a run does not: the output and residuals of
+    every call, the residuals of the probe blocks, and calls that are answered with the output of an
+    earlier run. A subclass overrides those that it wants.
+    """
+
+    def wants_residuals(self, context: CallContext) -> bool:
+        """Tell whether the residuals of a computed call are wanted though no later step is."""
+        return False
+
+    def replays(self, context: CallContext) -> bool:
+        """Tell whether `replayed` answers a call, so that no block of it has to run."""
+        return False
+
+    def replayed(self, context: CallContext, device: torch.device) -> Any:
+        """Return the output of a call that `replays` has claimed."""
+        raise NotImplementedError
+
+    def residuals(self, context: CallContext, device: torch.device) -> list[torch.Tensor]:
+        """Return the residuals of a call that `replays` has claimed, one per head or stream."""
+        raise NotImplementedError
+
+    def after_probe(self, context: CallContext, residual: torch.Tensor) -> None:
+        """The probe blocks of a call have run and added `residual` [B, S, C] to the main stream."""
+
+    def after_call(self, context: CallContext, output: Any, residuals: list[torch.Tensor]) -> None:
+        """A call has run and returned `output`; `residuals` are those it has added, if any."""
