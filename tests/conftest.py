@@ -1,7 +1,10 @@
-"""Fixtures on the tiny random pipelines."""
+"""The tiny random pipelines as fixtures; every test runs on one thread, in a folder of its own."""
+
+from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from packaging.version import Version
 
 from tiny import (
@@ -14,6 +17,15 @@ from tiny import (
     SINCE,
     Case,
 )
+
+# Results depend on the number of threads, and several processes run tests at once.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test in a folder of its own: none needs the repository there, or leaves files in it."""
+    monkeypatch.chdir(tmp_path)
 
 
 def _built(name: str) -> Case:
@@ -40,7 +52,11 @@ def case(request: pytest.FixtureRequest) -> Case:
     return _built(request.param)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(
+    params=[
+        name if name in CORE else pytest.param(name, marks=pytest.mark.repeats) for name in CASES
+    ]
+)
 def family(request: pytest.FixtureRequest) -> Case:
     """A pipeline of each supported family."""
     return _built(request.param)

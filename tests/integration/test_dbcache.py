@@ -1,6 +1,5 @@
-"""The block cache: its decisions against their definition, and what it does to real pipelines."""
+"""The block cache in pipelines: results, blocks run, differences, branches, and refusals."""
 
-import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,109 +11,12 @@ from tiny.hunyuan import hunyuan
 from tiny.looking import count_blocks, transformers_of
 from tiny.wan import wan, wan22, wan_vace
 from vidaccel import DBCache, Plan, accelerate, report, restore
-from vidaccel.dbcache import ACCUMULATED, CACHED, CONSECUTIVE, DIFFERENCE, WARM_UP, Decider
+from vidaccel.api import engines_of
+from vidaccel.dbcache import DIFFERENCE, WARM_UP
 from vidaccel.errors import PlanError, UnsupportedPipelineError
 
 # Reuses whatever it may: every difference of a tiny random model is far below.
 EAGER = DBCache(threshold=1e9, warmup_steps=1, max_consecutive=None)
-
-
-# Decisions.
-
-
-def simulate(cache: DBCache, differences: list[float]) -> list[str]:
-    """What `Decider` makes of a row of differences: "" reused, otherwise the reason."""
-    decider = Decider(cache)
-    reasons = []
-    for step, difference in enumerate(differences):
-        reason = decider.before_probe(step) or decider.after_probe(difference)
-        decider.record(step, reason, difference)
-        reasons.append(reason)
-    return reasons
-
-
-def test_decisions_are_what_the_settings_say():
-    """Each decision restated from the definitions, over many random settings and differences."""
-    rng = random.Random(0)
-    seen = set()
-    for _ in range(3000):
-        cache = DBCache(
-            threshold=rng.choice([0.0, 0.1, 0.3]),
-            warmup_steps=rng.randrange(5),
-            warmup_interval=rng.randrange(1, 4),
-            max_consecutive=rng.choice([None, 0, 1, 2, 3]),
-            max_cached=rng.choice([None, 0, 2, 5]),
-            max_accumulated=rng.choice([None, 0.0, 0.2, 0.5]),
-        )
-        differences = [rng.choice([0.0, 0.05, 0.1, 0.2, 0.4, float("nan")]) for _ in range(14)]
-        reasons = simulate(cache, differences)
-        for step, reason in enumerate(reasons):
-            earlier = reasons[:step]
-            since = max((i + 1 for i, r in enumerate(earlier) if r), default=0)
-            run = differences[since : step + 1]
-            broken = set()
-            if step < cache.warmup_steps and step % cache.warmup_interval == 0:
-                broken.add(WARM_UP)
-            if cache.max_cached is not None and earlier.count("") >= cache.max_cached:
-                broken.add(CACHED)
-            if cache.max_consecutive is not None and step - since >= cache.max_consecutive:
-                broken.add(CONSECUTIVE)
-            if not differences[step] < cache.threshold:
-                broken.add(DIFFERENCE)
-            elif cache.max_accumulated is not None and sum(run) > cache.max_accumulated + 1e-12:
-                broken.add(ACCUMULATED)
-            assert (reason in broken) if broken else reason == ""
-            seen.add(reason)
-    assert seen == {"", WARM_UP, CACHED, CONSECUTIVE, DIFFERENCE, ACCUMULATED}
-
-
-def test_limits_start_anew_after_a_computed_step():
-    free = DBCache(threshold=1.0, warmup_steps=0, max_consecutive=2)
-    assert simulate(free, [0.1] * 6) == ["", "", CONSECUTIVE, "", "", CONSECUTIVE]
-    summed = replace(free, max_consecutive=None, max_accumulated=0.25)
-    assert simulate(summed, [0.1] * 6) == ["", "", ACCUMULATED, "", "", ACCUMULATED]
-    # A step that its difference has computed counts as much as one that a limit has.
-    assert simulate(free, [0.1, 2.0, 0.1, 0.1, 0.1]) == ["", DIFFERENCE, "", "", CONSECUTIVE]
-
-
-def test_a_guard_knows_only_the_difference():
-    decider = Decider(replace(EAGER, threshold=0.1, warmup_steps=9, max_consecutive=0), guards=True)
-    assert decider.obstacle(0) is None
-    assert decider.objection(0.05) is None
-    assert decider.objection(0.1) == DIFFERENCE
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("threshold", -0.1),
-        ("threshold", float("nan")),
-        ("threshold", float("inf")),
-        ("threshold", "0.1"),
-        ("probe_blocks", -1),
-        ("corrector_blocks", 1.5),
-        ("warmup_steps", -1),
-        ("warmup_interval", 0),
-        ("max_consecutive", -1),
-        ("max_cached", True),
-        ("max_accumulated", -1.0),
-        ("forecast_order", 3),
-        ("branches", "both"),
-        ("probe_stride", 0),
-        ("store", "disk"),
-    ],
-)
-def test_wrong_settings_are_refused_when_they_are_made(field, value):
-    with pytest.raises(PlanError, match=rf"{field} is .*found"):
-        DBCache(**{field: value})
-
-
-def test_an_unknown_setting_is_refused():
-    with pytest.raises(TypeError, match="treshold"):
-        DBCache(treshold=0.1)
-
-
-# Pipelines.
 
 
 def test_threshold_zero_is_bit_equal(case: Case):
@@ -321,10 +223,11 @@ def test_a_refreshed_residual_replaces_the_planned_one():
     case = wan()
     differing = {"left": 2}
     accelerate(case.pipe, policy=[0], cache=replace(EAGER, threshold=1.0))
+    (engine,) = engines_of(case.pipe).values()
 
     def jump(module, args, output):
         # The third step, both branches: far from everything before.
-        if case.pipe.transformer._vidaccel_engine.step == 2 and differing["left"]:
+        if engine.running.context.step == 2 and differing["left"]:
             differing["left"] -= 1
             return output + 100 * torch.ones_like(output)
         return output
@@ -337,7 +240,7 @@ def test_a_refreshed_residual_replaces_the_planned_one():
     assert [s.reason for s in shown.steps if s.step == 2] == [DIFFERENCE] * 2
 
 
-def test_two_experts_share_the_clock_and_not_the_residuals():
+def test_two_experts_share_the_count_of_steps_and_not_the_residuals():
     case = wan22()
     accelerate(case.pipe, policy=None, cache=EAGER)
     case.run()
