@@ -1,24 +1,32 @@
 # make demo          environment, install, then one prompt with and without acceleration
-# make test          environment, lint, types, tests
+# make test          environment, lint, types, and the tests that take seconds: every module
+# make test-all      lint, types and every test: also wheels, browser, compilers, several processes,
+#                    whole examples, and every supported family of models
 # make test-oldest   the tests of the supported models again, with the oldest supported Diffusers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
 OLDEST := diffusers==0.38.0
+# A process per core; tests that share an expensive fixture, or start processes, name a group.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadgroup
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-all test-oldest lint clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/vidaccel generate --compare --out out/demo.mp4
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow and not browser and not repeats"
+
+test-all: lint
+	$(PYTEST)
 
 # Diffusers alone, laid over the environment: everything else stays what it is.
 test-oldest: $(VENV)/installed-oldest
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_engine.py tests/test_families.py \
-	  tests/test_dbcache.py tests/test_clock.py
+	PYTHONPATH=$(abspath $(VENV))/oldest $(PYTEST) tests/engine/test_engine.py \
+	  tests/engine/test_step_tracker.py tests/integration/test_dbcache.py \
+	  tests/integration/test_families.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
