@@ -6,7 +6,7 @@ from vidaccel.engine.engine import Engine, engine_of
 from vidaccel.engine.report import Report, TransformerReport
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts.registry import find_transformers
-from vidaccel.resolve import Resolver, attention_of
+from vidaccel.resolve import Attention, Cache, Policy, Preset, Resolver, attention_of
 
 Pipeline = TypeVar("Pipeline")
 
@@ -14,10 +14,10 @@ Pipeline = TypeVar("Pipeline")
 def accelerate(
     pipe: Pipeline,
     *,
-    policy: Any = "auto",
-    cache: Any = "auto",
-    attention: Any = "auto",
-    preset: str = "balanced",
+    policy: Policy | Resolver = "auto",
+    cache: Cache = "auto",
+    attention: Attention = "auto",
+    preset: Preset = "balanced",
     allow_transfer: bool = False,
 ) -> Pipeline:
     """Make a Diffusers video pipeline skip denoising steps whose result it can reuse.
@@ -70,8 +70,9 @@ def accelerate(
             f"{type(scheduler).__name__} calls the model {scheduler.order} times per step; use a "
             "first-order or multistep scheduler, such as UniPCMultistepScheduler"
         )
-    resolver = policy
-    if not isinstance(policy, Resolver):
+    if isinstance(policy, Resolver):
+        resolver = policy
+    else:
         resolver = Resolver(policy, cache, preset, allow_transfer=allow_transfer)
     engines = []
     for transformer, host in found.values():
@@ -104,7 +105,7 @@ def restore(pipe: Pipeline) -> Pipeline:
 
 
 def report(pipe: Any) -> Report:
-    """What was computed and reused in `pipe` since it was accelerated.
+    """Tell what was computed and reused in `pipe` since it was accelerated.
 
     Returns:
         A `Report`: `str()` is a table for people, `.to_dict()` is for programs.

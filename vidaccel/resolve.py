@@ -1,10 +1,10 @@
-"""What `accelerate(policy=..., cache=...)` comes to for one run: one parser, one `Decision`."""
+"""Turns the arguments of `accelerate` into one `Decision` per run, and an attention."""
 
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,13 @@ _TOLERANCE = {"quality": 0.5, "balanced": 1.0, "fast": 2.0}
 
 _EVERY = re.compile(r"\s*every[ :]?(\d{1,6})\s*")
 _STEPS = re.compile(r"-?\d+(\s*,\s*-?\d+)*")
+
+# The arguments of `accelerate`. A policy is "auto", "every N", None (every step), computed steps, a
+# plan, a policy, or the file, folder or hub id of one.
+Policy = str | os.PathLike[str] | Sequence[int] | Plan | CachePolicy | None
+Cache = Literal["auto"] | DBCache | None
+Attention = Literal["auto"] | SVG2 | None
+Preset = Literal["quality", "balanced", "fast"]
 
 # The run -> its plan; None where nothing is known of such a run.
 _Planner = Callable[[RunSettings], Plan | None]
@@ -48,7 +55,7 @@ class Resolver:
 
     Attributes:
         cache: the block cache that was asked for by name, if any.
-        policy: how a report names the policy alone.
+        policy: the name of the policy alone, for reports.
 
     Raises:
         PlanError, PolicyError: an argument is none of these, or cannot be read.
@@ -56,9 +63,9 @@ class Resolver:
 
     def __init__(
         self,
-        policy: Any,
-        cache: Any = None,
-        preset: str = "balanced",
+        policy: Policy,
+        cache: Cache = None,
+        preset: Preset = "balanced",
         *,
         allow_transfer: bool = False,
     ) -> None:
@@ -67,7 +74,7 @@ class Resolver:
         self.policy, self._plan_for = _planner(policy, preset, allow_transfer)
         if cache is not None and cache != "auto" and not isinstance(cache, DBCache):
             raise PlanError(f"cache is 'auto', None or a DBCache, found {type(cache).__name__}")
-        self.cache: DBCache | None = cache if isinstance(cache, DBCache) else None
+        self.cache = cache if isinstance(cache, DBCache) else None
         self._alone = self.cache is not None and policy is None
         automatic = isinstance(policy, str) and policy == "auto"
         self._by_threshold = automatic and isinstance(cache, str)
@@ -79,7 +86,7 @@ class Resolver:
 
     @property
     def description(self) -> str:
-        """How a report names what was asked for."""
+        """The name in reports of what was asked for."""
         named = [] if self._alone else [self.policy]
         named += [] if self.cache is None else [str(self.cache)]
         return " with ".join(named)
@@ -93,7 +100,7 @@ class Resolver:
         return self._plan_for(run)
 
     def decide(self, run: RunSettings, host: HostSpec) -> Decision:
-        """What decides in a run of the model of this row.
+        """Decide a run of the model of this row.
 
         Raises:
             PlanError, PolicyError: nothing that was asked for fits it.
@@ -140,8 +147,8 @@ class Resolver:
             raise UnsupportedPipelineError(f"{name} {host.no_corrector}: set corrector_blocks=0")
 
 
-def policy_from_text(text: str, *, files: bool = True) -> Any:
-    """What a user has typed, as `accelerate(policy=...)` takes it.
+def policy_from_text(text: str, *, files: bool = True) -> str | list[int] | None:
+    """Read what a user has typed as `accelerate(policy=...)` takes it.
 
     Args:
         text: "auto", "all" (every step), "every N", a list such as 0,1,5, or, with `files`, a file,
@@ -164,8 +171,8 @@ def policy_from_text(text: str, *, files: bool = True) -> Any:
     )
 
 
-def _planner(policy: Any, preset: str, allow_transfer: bool) -> tuple[str, _Planner]:
-    """How a report names a policy, and what gives its plan for a run."""
+def _planner(policy: Policy, preset: str, allow_transfer: bool) -> tuple[str, _Planner]:
+    """Return the name of a policy in reports, and what gives its plan for a run."""
     if policy is None:
         return "every step", lambda run: Plan.every(1, run.num_inference_steps)
     if isinstance(policy, Plan):
@@ -254,8 +261,8 @@ def _by_cache(cache: DBCache, run: RunSettings, host: HostSpec) -> Decision:
     return Decision(None, cache, str(cache))
 
 
-def attention_of(attention: Any, transformer: nn.Module, host: HostSpec) -> AttentionHook:
-    """What `accelerate(attention=...)` takes, for one transformer.
+def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -> AttentionHook:
+    """Make what `accelerate(attention=...)` asks for, for one transformer.
 
     Args:
         attention: None leaves attention alone; an `SVG2` makes it sparse; "auto" does so with

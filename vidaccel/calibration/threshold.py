@@ -212,7 +212,7 @@ class _ThresholdSearch:
     def _run(self, prompt: str) -> torch.Tensor:
         generator = torch.Generator("cpu").manual_seed(self.seed)
         call = {**self.call, "prompt": prompt, "generator": generator, "output_type": "latent"}
-        latents = self.pipe(**call)[0].float().cpu()
+        latents: torch.Tensor = self.pipe(**call)[0].float().cpu()
         self.bar.update()
         return latents
 

@@ -1,6 +1,6 @@
-"""Stand-ins for the block lists of a transformer, which decide whether a block runs.
+"""Proxies for the block lists of a transformer, which decide whether a block runs.
 
-A block list is shadowed in the transformer's instance `__dict__`, which wins over
+A block list is replaced in the transformer's instance `__dict__`, which wins over
 `nn.Module.__getattr__`, by a list of the same length whose entries decide *outside* of each block
 whether it runs. Nothing that lives in `_modules` changes, so state dict, module names, offload
 hooks, LoRA layers and compiled blocks stay as they are, and a block compiled with `fullgraph=True`
@@ -20,17 +20,19 @@ RunBlock = Callable[[nn.Module, "BlockArguments", tuple[Any, ...], dict[str, Any
 
 @dataclass(frozen=True)
 class Argument:
-    """Where a named argument is in a call."""
+    """The place of a named argument in a call."""
 
     name: str
     position: int
 
     @classmethod
-    def of_forward(cls, module_class: type, name: str) -> "Argument":
+    def of_forward(cls, module_class: type[nn.Module], name: str) -> "Argument":
+        """Find an argument of the forward of a class."""
         parameters = list(signature(module_class.forward).parameters)
         return cls(name, parameters.index(name) - 1)  # without self
 
     def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return its value in a call; None when it is not given."""
         if self.name in kwargs:
             return kwargs[self.name]
         return args[self.position] if self.position < len(args) else None
@@ -40,7 +42,7 @@ class BlockArguments:
     """Finds the streams in the arguments and results of the blocks of one list.
 
     Args:
-        block_class: class of the blocks.
+        block_class: the class of the blocks.
         streams: names of the streams that the transformer carries from block to block; those that
             these blocks take are found.
         main: the one that becomes the result.
@@ -54,7 +56,7 @@ class BlockArguments:
 
     def __init__(
         self,
-        block_class: type,
+        block_class: type[nn.Module],
         streams: set[str],
         main: str,
         returns: tuple[str, ...],
@@ -70,38 +72,39 @@ class BlockArguments:
         self._joins = joins
 
     def value(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return a stream that goes into a block."""
         return self._arguments[name].value(args, kwargs)
 
     def streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The streams that go into a block, by name."""
+        """Return the streams that go into a block, by name."""
         return {name: self.value(name, args, kwargs) for name in self._taken}
 
     def main(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The main stream that goes into a block."""
+        """Return the main stream that goes into a block."""
         return self.value(self._main, args, kwargs)
 
     def origin(self, name: str) -> tuple[str, ...]:
-        """The streams of the first blocks that stream `name` of these continues."""
+        """Return the streams of the first blocks that stream `name` of these continues."""
         return self._joins if self._joins and name == self._main else (name,)
 
     def outputs(self, output: Any) -> dict[str, Any]:
-        """What a block has returned, by the names of its streams."""
+        """Return what a block has returned, by the names of its streams."""
         values = output if len(self._returns) > 1 else (output,)
         return dict(zip(self._returns, values, strict=True))
 
     def output(self, streams: dict[str, Any]) -> Any:
-        """What a block returns that hands on these streams."""
+        """Return what a block does that hands on these streams."""
         values = tuple(streams[name] for name in self._returns)
         return values[0] if len(values) == 1 else values
 
     def passed_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a block returns that leaves its streams unchanged."""
+        """Return what a block does that leaves its streams unchanged."""
         return self.output({name: self.value(name, args, kwargs) for name in self.returned})
 
     def replaced(
         self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a block with another value for one of its streams."""
+        """Return the arguments of a block with another value for one of its streams."""
         if name in kwargs:
             return args, {**kwargs, name: value}
         position = self._arguments[name].position
@@ -109,7 +112,7 @@ class BlockArguments:
 
 
 class BlockProxy:
-    """Stands in for one block in the walk of the transformer's forward."""
+    """Stands in for one block while the transformer's forward walks through its list."""
 
     def __init__(
         self, blocks: nn.ModuleList, key: str, arguments: BlockArguments, run: RunBlock
@@ -131,7 +134,7 @@ class BlockProxy:
 
 
 class BlockListProxy(nn.ModuleList):
-    """Shadows a block list: iterating and indexing give `BlockProxy`s.
+    """Stands in for a block list: iterating and indexing give `BlockProxy`s.
 
     It stays an `nn.ModuleList` that shares the real list's entries, because `get_submodule`, which
     PEFT and Diffusers' hooks use, walks through attributes and insists on modules.
@@ -146,10 +149,10 @@ class BlockListProxy(nn.ModuleList):
         super().__init__()
         self._modules = blocks._modules
         # A plain attribute, out of sight of torch's own bookkeeping.
-        self._shadows = [BlockProxy(self, key, arguments, run) for key in self._modules]
+        self._proxies = [BlockProxy(self, key, arguments, run) for key in self._modules]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._shadows)
+        return iter(self._proxies)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._shadows[index]
+        return self._proxies[index]

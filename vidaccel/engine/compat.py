@@ -26,7 +26,8 @@ RESET_CACHE = "_reset_stateful_cache"
 
 def reset_cache(transformer: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Run the class's own method of that name."""
-    type(transformer)._reset_stateful_cache(transformer, *args, **kwargs)  # type: ignore[operator]
+    own: Any = type(transformer)
+    own._reset_stateful_cache(transformer, *args, **kwargs)
 
 
 def has_adapters(transformer: nn.Module) -> bool:

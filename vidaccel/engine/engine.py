@@ -184,8 +184,9 @@ class Engine:
     def _cache_context(self, name: str, **fields: Any) -> Iterator[None]:
         """Stand in for `CacheMixin.cache_context` to learn the name of the guidance branch."""
         outer, self._cache_context_name = self._cache_context_name, name
+        own: Any = type(self.transformer)
         try:
-            with type(self.transformer).cache_context(self.transformer, name, **fields):
+            with own.cache_context(self.transformer, name, **fields):
                 yield
         finally:
             self._cache_context_name = outer

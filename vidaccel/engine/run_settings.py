@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vidaccel.engine.adapters import active_adapters
+from vidaccel.hosts.registry import config_of
 from vidaccel.plans.plan import RunSettings
 
 
@@ -21,8 +22,7 @@ def run_settings_of(
         scheduler: the one that drives it.
         steps: length of the scheduler's table.
     """
-    config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-    text = json.dumps(config, sort_keys=True, default=str)
+    text = json.dumps(config_of(transformer), sort_keys=True, default=str)
     names = {getattr(pipe, "name_or_path", None) for pipe in pipelines}
     return RunSettings(
         steps,

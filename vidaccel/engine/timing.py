@@ -1,4 +1,4 @@
-"""How long the parts of a computation take, on the time line of the device that runs it."""
+"""Times the parts of a computation on the time line of the device that runs it."""
 
 import time
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ from vidaccel.engine.stats import elapsed
 
 
 def moment(device: torch.device) -> Any:
-    """A moment on the device's own time line, without waiting for the device."""
+    """Return a moment on the device's own time line, without waiting for the device."""
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
@@ -22,7 +22,7 @@ class Stopwatch:
     """Notes when each phase of a computation ends, without waiting for the device.
 
     Args:
-        device: that computes.
+        device: the one that computes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,6 +34,6 @@ class Stopwatch:
         self._laps.append((phase, moment(self._device)))
 
     def seconds(self) -> Iterable[tuple[str, float]]:
-        """Each phase and how long it took; waits for the device."""
+        """Return each phase and its seconds; waits for the device."""
         for (_, before), (phase, after) in zip(self._laps, self._laps[1:], strict=False):
             yield phase, elapsed(before, after)
