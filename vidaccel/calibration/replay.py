@@ -28,7 +28,7 @@ def l1(reference: torch.Tensor, latents: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """How two outcomes of one sample are compared; 0 for equal ones.
+    """A measure of how far apart two outcomes of one sample are; 0 for equal ones.
 
     Attributes:
         output_type: what the pipeline is asked for.
@@ -97,7 +97,7 @@ class Replayer:
     Args:
         pipe: a pipeline that `accelerate` takes.
         call: arguments of its call, with the prompt and `num_inference_steps`.
-        seed: of the noise.
+        seed: seed of the noise.
         metric: "l1" of the final latents, "decoded" (L1 of the frames, 0 to 1) or "lpips".
 
     Attributes:
@@ -140,7 +140,7 @@ class Replayer:
         self.reference = replace(self.reference, recording=Recording(replay_until=0), inputs={})
 
     def allowed(self, start: int, end: int) -> bool:
-        """Whether the segment stays on one side of the switch between two transformers."""
+        """Tell whether a segment stays on one side of the switch between two transformers."""
         switch = self.reference.switch
         return switch is None or not start < switch < end
 
@@ -149,25 +149,25 @@ class Replayer:
         return self.error_of(Plan.every(1, self.steps), self.steps // 2)
 
     def error(self, start: int, end: int, order: int = 0, previous: int | None = None) -> float:
-        """The outcome error of the segment start -> end.
+        """Measure the outcome error of the segment start -> end.
 
         Args:
             start: its computed step.
             end: the next computed step; T reuses to the end.
-            order: of the forecast; 0 holds.
+            order: order of the forecast; 0 holds.
             previous: the computed step before `start` that a forecast draws its line through.
         """
         return self.error_of(self._plan(start, end, order, previous), start + 1)
 
     def error_of(self, plan: Plan, replay_until: int = 0) -> float:
-        """The outcome error of any plan whose first `replay_until` steps count as all computed."""
+        """Measure the outcome error of any plan whose first `replay_until` steps count as all computed."""
         outcome = self._run(plan, replay_until, output_type=self.metric.output_type)
         return self.metric.compare(self.reference.outcome, outcome)
 
     def drift(
         self, start: int, max_skip: int, order: int = 0, previous: int | None = None
     ) -> dict[int, torch.Tensor]:
-        """How reusing from `start` on moves the latents that go into each later step.
+        """Measure how reusing from `start` on moves the latents that go into each later step.
 
         Costs the embedding and head of the reused steps, and no block.
 
@@ -238,7 +238,7 @@ class Replayer:
         recording: Recording | None = None,
         output_type: str = "latent",
     ) -> Any:
-        """What comes out of a run; `look` sees the input of each step's first call."""
+        """Return what comes out of a run; `look` sees the input of each step's first call."""
         accelerate(self.pipe, policy=plan, cache=None, attention=None)
         recording = recording or self.reference.recording
         recording.replay_until = replay_until

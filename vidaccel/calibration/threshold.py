@@ -33,7 +33,7 @@ class Suggestion:
 
     Attributes:
         cache: the settings with that threshold.
-        steps_computed: of the runs it was measured on, the mean.
+        steps_computed: mean over the runs it was measured on.
         num_inference_steps: T.
         speedup: blocks without a cache over blocks with it, measured.
         error: mean absolute difference of the final latents from those of a run with every step
@@ -84,7 +84,7 @@ def suggest_threshold(
             fraction of their mean absolute value. Give one of the two.
         cache: the other settings; its threshold does not matter.
         call_kwargs: further arguments of the pipeline's call, such as the size.
-        seed: of the noise.
+        seed: seed of the noise.
         progress: show a bar.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What an engine tells about its run to whatever makes attention sparse."""
+"""The interface through which an engine tells about its run to whatever makes attention sparse."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

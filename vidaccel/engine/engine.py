@@ -43,11 +43,11 @@ def engine_of(transformer: nn.Module) -> "Engine | None":
 
 
 class DecisionSource(Protocol):
-    """What decides about the steps of a generation once its run is known."""
+    """Decides about the steps of a generation once its run is known."""
 
     @property
     def description(self) -> str:
-        """How a report names it."""
+        """The name in reports."""
 
     def decide(self, run: RunSettings, host: HostSpec) -> Decision:
         """Return the decision for a run of the model of this row."""
@@ -111,13 +111,13 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """What decides, and what that came to in the last generation."""
+        """Name what decides, and what that came to in the last generation."""
         origin = "" if self.generation is None else self.generation.origin
         return ": ".join(filter(None, (self._source.description, origin)))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the last generation's report should know besides its numbers."""
+        """Tell a reader of the last generation's report what its numbers do not."""
         last = self.generation
         if last is None or not last.run.adapters or not (last.plan or last.cache):
             return ()

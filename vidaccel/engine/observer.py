@@ -1,4 +1,4 @@
-"""What may look on while an engine runs, and answer in the place of its transformer."""
+"""The interface for looking on while an engine runs, and answering for its transformer."""
 
 from typing import Any
 

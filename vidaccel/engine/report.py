@@ -1,4 +1,4 @@
-"""What vidaccel did in a pipeline, for people and for programs. No torch, no diffusers."""
+"""Reports of what vidaccel did, for people and for programs. No torch, no diffusers."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from vidaccel.engine.stats import Call, CallStats, StepKind
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """What sparse attention did in one transformer since `accelerate`.
+    """The account of sparse attention in one transformer since `accelerate`.
 
     Attributes:
         settings: of the sparse attention, or why there is none.
@@ -83,7 +83,7 @@ class StepReport:
         step, branch: its place.
         kind: "computed", "probed" (reused around probe or corrector blocks) or "reused".
         reason: why it was computed; "" when it was not.
-        difference: of the probe blocks' residual; None without them or without one to compare.
+        difference: relative change of the probe blocks' residual; None without two to compare.
         seconds: that it took.
     """
 
@@ -198,7 +198,7 @@ def _notes(steps: tuple[StepReport, ...], threshold: float | None) -> tuple[str,
 
 @dataclass(frozen=True)
 class Report:
-    """What vidaccel did in one pipeline since `accelerate`. `str()` gives a table."""
+    """Everything vidaccel did in one pipeline since `accelerate`. `str()` gives a table."""
 
     pipeline: str
     transformers: tuple[TransformerReport, ...]

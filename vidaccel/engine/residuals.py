@@ -12,7 +12,7 @@ Place = Literal["device", "cpu"]
 
 @dataclass(frozen=True)
 class Residual:
-    """What the reused blocks added at one computed step: one tensor per stream."""
+    """One computed step: what the reused blocks added, one tensor per stream."""
 
     step: int
     sigma: float

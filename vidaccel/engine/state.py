@@ -38,7 +38,7 @@ class RunningCall:
         reason: why every block runs; "" when the middle ones do not; None while the difference of
             the probe blocks has to tell.
         position: blocks reached so far.
-        blocks_run: of them, those that ran.
+        blocks_run: blocks reached that ran.
         probe_input: the main stream at the first block [B, S, C].
         probe_residual: what the probe blocks have added to it [B, S / probe_stride, C].
         difference: relative change of `probe_residual`, a scalar tensor.

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class StepKind(StrEnum):
-    """What became of a step, as the letter that stands for it in a timeline."""
+    """The fate of a step, as the letter that stands for it in a timeline."""
 
     COMPUTED = "C"
     PROBED = "p"  # reused around probe or corrector blocks
@@ -41,7 +41,7 @@ class Call:
 
     @property
     def kind(self) -> StepKind:
-        """What became of its step in this branch."""
+        """The fate of its step in this branch."""
         if not self.reused:
             return StepKind.COMPUTED
         return StepKind.PROBED if self.blocks else StepKind.REUSED
@@ -53,7 +53,7 @@ class Call:
 
 
 def elapsed(started: Any, ended: Any) -> float:
-    """Seconds between two moments on the host's clock or two CUDA events; waits for the latter."""
+    """Return the seconds between two moments on the host's clock or two CUDA events; waits for the latter."""
     if isinstance(started, float):
         return float(ended - started)
     ended.synchronize()
@@ -84,7 +84,7 @@ class Totals:
 
     @property
     def seconds_saved(self) -> float:
-        """What the reused steps would have taken more, had they been computed; an estimate."""
+        """Estimate how much longer the reused steps would have taken, had they been computed."""
         if not self.computed or not self.reused:
             return 0.0
         mean = self.seconds_computed / self.computed

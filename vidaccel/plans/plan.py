@@ -1,4 +1,4 @@
-"""Which denoising steps are computed. No torch, no diffusers."""
+"""Plans: the denoising steps that are computed. No torch, no diffusers."""
 
 import math
 from bisect import bisect_right
@@ -146,7 +146,7 @@ class Plan:
         ]
 
     def computes(self, step: int) -> bool:
-        """Whether the plan computes `step`."""
+        """Tell whether the plan computes `step`."""
         return step in self._computed
 
     def anchor(self, step: int) -> int:
@@ -158,11 +158,11 @@ class Plan:
         return self.orders[self._segments[step]] if self.orders else 0
 
     def scale(self, step: int) -> float:
-        """How far the reused `step` goes from holding to its forecast."""
+        """Return how far the reused `step` goes from holding to its forecast."""
         return self.scales[self._segments[step]] if self.scales else 1.0
 
     def keeps(self, step: int) -> int:
-        """How many of the last residuals, that of `step` included, later steps may ask for."""
+        """Return how many of the last residuals, that of `step` included, later steps may want."""
         return self._keeps[step]
 
     def __str__(self) -> str:
