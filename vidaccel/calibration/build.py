@@ -22,7 +22,7 @@ from vidaccel.calibration.runners import (
 from vidaccel.calibration.task import Task, WorkFolder
 from vidaccel.environment import environment
 from vidaccel.errors import PlanError
-from vidaccel.hosts.registry import find_transformers
+from vidaccel.hosts.registry import config_of, find_transformers
 from vidaccel.lemica import search
 from vidaccel.lemica.dag import Move
 from vidaccel.lemica.graph import Aggregation, aggregator, moves, stability
@@ -323,7 +323,7 @@ def _model_identity(pipe: Any) -> dict[str, Any]:
         for key, parameter in _small_parameters(transformer):
             digest.update(key.encode())
             digest.update(parameter.detach().float().cpu().numpy().tobytes())
-        config = {k: str(v) for k, v in transformer.config.items() if not k.startswith("_")}
+        config = {key: str(value) for key, value in config_of(transformer).items()}
         found[name] = {
             "class": type(transformer).__name__,
             "config": config,

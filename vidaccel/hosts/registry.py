@@ -75,6 +75,11 @@ def find_transformers(pipe: Any) -> dict[str, tuple[Any, HostSpec]]:
     return found
 
 
+def config_of(transformer: Any) -> dict[str, Any]:
+    """Return the config of a transformer without Diffusers' own entries, such as its path."""
+    return {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+
+
 def markdown_table() -> str:
     """Make the table of supported models in Markdown, a line per row."""
     head = (
