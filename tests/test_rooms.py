@@ -267,15 +267,21 @@ def test_private_names_of_libraries_are_used_in_one_module():
     )
 
 
-def test_docstrings_say_what_a_thing_does_or_is():
+def indirect(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Lines of docstrings that begin with a question word, or say of whom instead of what."""
     question = re.compile(r"(What|Whether|How)\b.*")
-    of_attribute = re.compile(r"^\s+[\w, ]+: of\b.*", re.MULTILINE)
+    of_attribute = re.compile(r"^ +[\w, ]+: of\b.*", re.MULTILINE)
+    for line, text in docstrings(tree):
+        if found := question.match(text) or of_attribute.search(text):
+            yield line + text[: found.start()].count("\n"), found[0].strip()
+
+
+def test_docstrings_say_what_a_thing_does_or_is():
     none_of(
         [
-            f"{module.at(line)}: {found[0].strip()}"
+            f"{module.at(line)}: {said}"
             for module in sources().values()
-            for line, text in docstrings(module.tree)
-            if (found := question.match(text) or of_attribute.search(text))
+            for line, said in indirect(module.tree)
         ],
         "a docstring begins with a question word, or describes an attribute as '…: of …'",
     )
