@@ -46,8 +46,8 @@ DOORS = {"policy": "vidaccel"}
 WITHOUT = {"lemica": ("torch", "diffusers"), "kernels": ("diffusers",)}
 MOST_LINES = 400
 ROWS = ("vidaccel.hosts.video_models", "vidaccel.hosts.image_models")
-# Underscored all the same: named tuples promise theirs, torch its modules, and cache-dit tells which
-# steps it has reused under no other name.
+# Underscored all the same: named tuples promise theirs, torch its modules, and cache-dit tells the
+# steps that it has reused under no other name.
 PUBLIC = {"_asdict", "_fields", "_make", "_replace", "_modules", "_orig_mod"}
 PUBLIC |= {"_cached_steps", "_cfg_cached_steps"}
 COMPAT = "vidaccel.engine.compat"

@@ -1,8 +1,6 @@
 """The table of supported models against the models, and rows of one's own."""
 
 import ast
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,13 +128,3 @@ def test_rows_that_cannot_work_are_refused():
     with pytest.raises(UnsupportedPipelineError, match="reads y, but its blocks return hidden_st"):
         register_host(HostSpec("MyTransformer", (), (BlockList("b"),), (Head("head", ("y",)),)))
     assert "MyTransformer" not in HOSTS
-
-
-def test_the_example_of_an_own_model_runs():
-    script = ROOT / "examples" / "own_model.py"
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "C--C--C--" in done.stdout
-    assert "120  360" in done.stdout

@@ -109,6 +109,7 @@ def test_nothing_that_is_kept_lies_in_the_memory_of_a_graph(build: Callable[[], 
     assert report(graphs.pipe).transformers[0].timeline == KEPT[name]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="inductor has no C++ compiler"
 )

@@ -102,6 +102,7 @@ def test_accelerate_commutes_with(actions, build, name):
     assert orders.bytes_held == {0} and all(orders.peak_bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [wan, hunyuan], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("actions", COMBINED, ids=_name)
 def test_accelerate_stands_anywhere_among(actions, build):

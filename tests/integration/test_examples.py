@@ -36,12 +36,14 @@ def test_examples_are_short():
         assert len(path.read_text().splitlines()) < 60, path
 
 
+@pytest.mark.slow
 def test_quickstart(tmp_path):
     shown = run("quickstart.py", folder=tmp_path)
     assert "WanTransformer3DModel" in shown and "16 " in shown
     assert video.read_video(tmp_path / "quickstart.mp4")[0].shape == (17, 96, 96, 3)
 
 
+@pytest.mark.slow
 def test_build_policy(tmp_path):
     shown = run("build_policy.py", *SMALL, folder=tmp_path)
     policy = CachePolicy.load(tmp_path / "policy.json")
@@ -49,6 +51,8 @@ def test_build_policy(tmp_path):
     assert "policy.json" in shown and "reused" in shown
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_ray_calibration(tmp_path):
     pytest.importorskip("ray")
     shown = run("ray_calibration.py", *SMALL, "--workers", 2, folder=tmp_path)
@@ -57,6 +61,14 @@ def test_ray_calibration(tmp_path):
     assert "6 steps, measured" in shown
 
 
+@pytest.mark.slow
+def test_own_model(tmp_path):
+    shown = run("own_model.py", folder=tmp_path)
+    assert "C--C--C--" in shown
+    assert "120  360" in shown
+
+
+@pytest.mark.slow
 def test_compare_settings(tmp_path):
     shown = run("compare_settings.py", *SMALL, folder=tmp_path)
     lines = [line for line in shown.splitlines() if " dB " in line]
@@ -65,6 +77,7 @@ def test_compare_settings(tmp_path):
     assert Image.open(tmp_path / "compare-settings.png").width > 100
 
 
+@pytest.mark.slow
 def test_wan22_with_two_transformers(tmp_path):
     from diffusers import WanPipeline, WanTransformer3DModel
 
@@ -81,6 +94,7 @@ def test_wan22_with_two_transformers(tmp_path):
     assert video.read_video(tmp_path / "wan22.mp4")[0].shape == (5, 48, 64, 3)
 
 
+@pytest.mark.slow
 def test_the_space_is_what_its_read_me_says(tmp_path):
     pytest.importorskip("gradio")
     for name in (EXAMPLES / "space").iterdir():
@@ -117,6 +131,8 @@ def test_the_space_is_what_its_read_me_says(tmp_path):
         server.wait()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_torchrun_on_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--size", "64", "--frames", "5", "--steps", "8", "--out", "clip.mp4"]
