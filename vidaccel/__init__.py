@@ -8,9 +8,10 @@
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vidaccel.environment import vidaccel_version
 
 # In a source checkout, policies/ and assets/ lie beside this package and not inside it as in an
 # installed wheel; there this test is false and nothing happens.
@@ -18,10 +19,7 @@ _parent = Path(__file__).resolve().parent.parent
 if (_parent / "pyproject.toml").is_file() and (_parent / "policies").is_dir():
     __path__.append(str(_parent))
 
-try:
-    __version__ = version("vidaccel")
-except PackageNotFoundError:  # a bare clone on the import path
-    __version__ = "0+source"
+__version__ = vidaccel_version()
 
 if TYPE_CHECKING:
     from vidaccel.api import accelerate, report, restore

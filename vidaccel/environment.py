@@ -6,9 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# The version of a bare clone on the import path.
-SOURCE_VERSION = "0+source"
-
 _PACKAGES = (
     "torch",
     "diffusers",
@@ -25,8 +22,13 @@ _PACKAGES = (
 )
 
 
+def vidaccel_version() -> str:
+    """Return the version of the installed package; "0+source" for a bare clone."""
+    return _version("vidaccel") or "0+source"
+
+
 def environment() -> dict[str, Any]:
-    """Versions and hardware, as every result file records them.
+    """Return versions and hardware, as every result file records them.
 
     Returns:
         "vidaccel", "python", "platform", "cpu", "cores", "threads" (of torch), "gpus" (a list of
@@ -43,7 +45,7 @@ def environment() -> dict[str, Any]:
         for i in range(torch.cuda.device_count())
     ]
     return {
-        "vidaccel": _version("vidaccel") or SOURCE_VERSION,
+        "vidaccel": vidaccel_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
@@ -55,6 +57,7 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package; None for one that is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -62,6 +65,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

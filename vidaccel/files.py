@@ -1,7 +1,34 @@
-"""Files that appear whole or not at all."""
+"""Files of text and JSON: found writable in time, written whole, holding what JSON can hold."""
 
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
+
+from vidaccel.errors import OutputError
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Find out before any work that files can be written later; None is no file.
+
+    Makes the folders if need be.
+
+    Raises:
+        OutputError: one of them cannot be written.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            with path.open("a"):
+                pass
+            if new:
+                path.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,3 +43,17 @@ def write_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
+
+
+def finite(value: Any) -> Any:
+    """Return a value as JSON can hold it: without infinity, so the PSNR of equal clips is null."""
+    if isinstance(value, dict):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON, sorted and indented, without infinities."""
+    return json.dumps(finite(value), indent=2, sort_keys=True) + "\n"

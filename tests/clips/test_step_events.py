@@ -6,13 +6,13 @@ import torch
 from tiny.cogvideo import cogvideox_i2v
 from tiny.hunyuan import framepack, hunyuan15, hunyuan15_i2v
 from tiny.wan import wan, wan22
-from vidaccel.clips.step_events import steps_told
+from vidaccel.clips.step_events import follow_steps
 
 
 @pytest.mark.parametrize("build", [wan, wan22, cogvideox_i2v], ids=lambda b: b.__name__)
 def test_the_same_is_told_as_by_the_pipeline(build):
     case, told, seen = build(), [], []
-    with steps_told(case.pipe, lambda step, latents: seen.append((step, latents))):
+    with follow_steps(case.pipe, lambda step, latents: seen.append((step, latents))):
         case.run(
             callback_on_step_end=lambda _, step, __, kwargs: (
                 told.append((step, kwargs["latents"])) or kwargs
@@ -27,7 +27,7 @@ def test_the_same_is_told_as_by_the_pipeline(build):
 @pytest.mark.parametrize("build", [hunyuan15, hunyuan15_i2v], ids=lambda b: b.__name__)
 def test_a_pipeline_without_a_callback(build):
     case, seen = build(), []
-    with steps_told(case.pipe, lambda step, latents: seen.append((step, latents))):
+    with follow_steps(case.pipe, lambda step, latents: seen.append((step, latents))):
         clip = case.run()
     assert [step for step, _ in seen] == list(range(6))
     assert {latents.shape for _, latents in seen[:-1]} == {clip.shape}
@@ -36,7 +36,7 @@ def test_a_pipeline_without_a_callback(build):
 
 def test_chunks_are_counted_on():
     case, seen = framepack(), []
-    with steps_told(case.pipe, lambda step, _: seen.append(step)):
+    with follow_steps(case.pipe, lambda step, _: seen.append(step)):
         case.run()
     assert seen == list(range(len(seen))) and len(seen) == 12
 
@@ -49,7 +49,7 @@ def test_what_is_raised_ends_the_run():
         if step == 2:
             raise InterruptedError
 
-    with pytest.raises(InterruptedError), steps_told(case.pipe, stop):
+    with pytest.raises(InterruptedError), follow_steps(case.pipe, stop):
         case.run()
     assert not case.pipe.transformer._forward_pre_hooks
     assert torch.equal(case.run(), expected)

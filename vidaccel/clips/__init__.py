@@ -1,1 +1,1 @@
-"""Clips: made, read, written and compared."""
+"""Clips made, read, written and compared."""

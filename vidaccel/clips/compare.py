@@ -1,146 +1,141 @@
-"""Two clips held against each other, frame by frame."""
+"""One prompt with and without acceleration: both clips, the numbers, and files that show them."""
 
-from __future__ import annotations
-
-import math
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vidaccel.clips import metrics, video
-from vidaccel.errors import MetricUnavailable, VideoError
-
-FORMS = {"psnr": "{:.1f} dB", "ssim": "{:.3f}", "lpips": "{:.3f}"}
+from vidaccel.api import accelerate, restore
+from vidaccel.clips import metrics, scenes, video
+from vidaccel.clips.generate import Run, generate
+from vidaccel.clips.video import Clip
 
 
-def fidelity(reference: Any, clip: Any) -> dict[str, Any]:
-    """How close a clip is to its reference, as a whole and frame by frame.
+def compare(
+    pipe: Any,
+    call: dict[str, Any],
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    **acceleration: Any,
+) -> tuple[Run, Run, dict[str, Any]]:
+    """Run a pipeline plain and accelerated on the same noise, after a warm-up of two steps.
+
+    Leaves the pipeline accelerated.
 
     Args:
-        reference, clip: two clips of one shape, as `vidaccel.clips.video.as_uint8` takes them.
+        pipe: the pipeline.
+        call: arguments of its call.
+        seed: seed of the noise.
+        progress: show a bar for each run.
+        acceleration: arguments of `accelerate`; a `Resolver` as policy is read no second time.
 
     Returns:
-        "mean" (metric -> value of the clip, as `vidaccel.clips.metrics.summary` gives it), "worst"
-        (metric -> {"frame", "value"}), "per_frame" (metric -> one value per frame), "flicker" (grey
-        levels of the reference and of the clip) and "unavailable" (metric -> why). The metrics are
-        "psnr", "ssim" and "lpips"; one that cannot be computed here is in none but the last.
+        The plain run, the accelerated run, and a dict for JSON: "steps", "steps_computed",
+        "blocks_run", "seconds" and "denoising_seconds" of both, "speedup" (whole call and
+        denoising), "metrics" (`clips.metrics.summary` of the accelerated clip against the plain
+        one), "adherence" (`adherence_of` both) and "report" (that of the accelerated run).
 
     Raises:
-        VideoError: the clips differ in shape.
+        UnsupportedPipelineError, PlanError: as `accelerate` does, before anything runs.
     """
-    first, second = video.as_uint8(reference), video.as_uint8(clip)
-    mean: dict[str, float] = {"psnr": metrics.psnr(first, second)}  # raises for different shapes
-    per_frame: dict[str, list[float]] = {}
-    unavailable: dict[str, str] = {}
-    for name in FORMS:
-        try:
-            per_frame[name] = _per_frame(name, first, second)
-        except MetricUnavailable as error:
-            unavailable[name] = str(error)
-    mean |= {name: float(np.mean(per_frame[name])) for name in per_frame if name != "psnr"}
-    worst = {}
-    for name, values in per_frame.items():
-        frame, value = metrics.worst(name, values)
-        worst[name] = {"frame": frame, "value": value}
-    return {
-        "mean": mean,
-        "worst": worst,
-        "per_frame": per_frame,
-        "flicker": [metrics.flicker(first), metrics.flicker(second)],
-        "unavailable": unavailable,
+    accelerate(pipe, **acceleration)
+    restore(pipe)
+    warm_up = {**call, "num_inference_steps": 2}
+    generate(pipe, warm_up, seed=seed, label="warm-up ", progress=progress)
+    plain = generate(pipe, call, seed=seed, label="plain   ", progress=progress)
+    accelerate(pipe, **acceleration)
+    fast = generate(pipe, call, seed=seed, label="vidaccel", progress=progress)
+    assert fast.report is not None
+    parts = fast.report["transformers"]
+    branches = [branch for part in parts for branch in part["branches"]]
+    blocks = [sum(b[key] for b in branches) for key in ("blocks_without_vidaccel", "blocks_run")]
+    timeline = "".join(part["timeline"] for part in parts)
+    result = {
+        "steps": len(timeline),
+        "steps_computed": [len(timeline), timeline.count("C")],
+        "blocks_run": blocks,
+        "seconds": [plain.seconds, fast.seconds],
+        "denoising_seconds": [plain.denoising_seconds, fast.denoising_seconds],
+        "speedup": plain.seconds / fast.seconds,
+        "denoising_speedup": plain.denoising_seconds / fast.denoising_seconds
+        if plain.denoising_seconds and fast.denoising_seconds
+        else None,
+        "metrics": metrics.summary(plain.frames, fast.frames),
+        "adherence": [adherence_of(run.frames, call.get("prompt")) for run in (plain, fast)],
+        "report": fast.report,
     }
+    return plain, fast, result
 
 
-def _per_frame(name: str, first: video.Clip, second: video.Clip) -> list[float]:
-    if name == "ssim" and min(first.shape[1:3]) < 3:
-        raise MetricUnavailable("SSIM needs frames of 3 pixels a side")
-    model = _lpips_model() if name == "lpips" else None
-    more = {} if model is None else {"model": model}
-    metric = getattr(metrics, name)
-    return [metric(first[i : i + 1], second[i : i + 1], **more) for i in range(len(first))]
-
-
-def _lpips_model() -> Any:
-    model, reason = _lpips()
-    if model is None:
-        raise MetricUnavailable(reason)
-    return model
-
-
-@cache
-def _lpips() -> tuple[Any, str]:
-    """The network, or None and why; asked once per process, since finding out can take seconds."""
+def adherence_of(frames: Clip, prompt: Any) -> dict[str, bool] | None:
+    """Return which parts of a scene caption a clip shows; None for other prompts and sizes."""
     try:
-        return metrics.load_lpips(), ""
-    except MetricUnavailable as error:
-        return None, str(error)
+        return vars(scenes.adherence(frames, prompt))
+    except (AttributeError, ValueError):
+        return None
 
 
-def compare_files(
-    reference: Path, clip: Path, out: Path, *, labels: tuple[str, str] | None = None
-) -> tuple[dict[str, Any], list[Path]]:
-    """Compare two video files and draw the difference.
+def write_comparison(out: Path, clips: dict[str, Clip], fps: int) -> list[Path]:
+    """Write both clips, alone and beside each other, and a contact sheet.
 
     Args:
-        reference, clip: the files; same size and number of frames.
-        out: where the two clips beside each other go, .mp4; a contact sheet goes beside it.
-        labels: over the clips; the names of the files if left out.
+        out: file of the accelerated clip, .mp4; the others go beside it.
+        clips: label -> clip, the plain one first and the accelerated one second.
+        fps: frames per second of the files.
 
     Returns:
-        What `fidelity` says, with "frames", "size" (width, height) and "fps" of both, and the
-        files that were written.
-
-    Raises:
-        VideoError: a file is missing, damaged or no video, they differ in shape, or `out` cannot
-            be written.
+        The files: `out`, and -plain.mp4, -side-by-side.mp4 and -contact-sheet.png.
     """
-    video.check_writable(out)
-    (first, fps), (second, other_fps) = video.read_video(reference), video.read_video(clip)
-    if first.shape != second.shape:
-        described = (
-            f"{path} with {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}"
-            for path, frames in ((reference, first), (clip, second))
-        )
-        raise VideoError(
-            "expected two clips of one size and length, found "
-            + " and ".join(
-                f"{p} with {d}" for p, d in zip((reference, clip), described, strict=True)
-            )
-        )
-    result = fidelity(first, second)
-    a, b = labels or (reference.name, clip.name)
-    clips = {a: first, (b if b != a else f"{b} (second)"): second}
-    video.write_video(out, video.side_by_side(clips), fps)
+    plain, fast = clips.values()
+    beside = {
+        out: fast,
+        out.with_stem(f"{out.stem}-plain"): plain,
+        out.with_stem(f"{out.stem}-side-by-side"): video.side_by_side(clips),
+    }
+    for path, frames in beside.items():
+        video.write_video(path, frames, fps)
     sheet = out.with_name(f"{out.stem}-contact-sheet.png")
     video.write_image(sheet, video.contact_sheet(clips))
-    size = [first.shape[2], first.shape[1]]
-    return {"frames": len(first), "size": size, "fps": [fps, other_fps]} | result, [out, sheet]
+    return [*beside, sheet]
 
 
-def fidelity_table(result: dict[str, Any]) -> str:
-    """What `fidelity` says, for people."""
-    rows = [("", "whole clip", "worst frame", "")]
-    for name in FORMS:
-        if name in result["unavailable"]:
-            rows.append((name.upper(), "not available", "", ""))
-            continue
-        worst = result["worst"][name]
-        values = (in_words(name, value) for value in (result["mean"][name], worst["value"]))
-        rows.append((name.upper(), *values, f"frame {worst['frame']}"))
-    first, second = result["flicker"]
-    rows.append(("flicker", f"{second - first:+.3f}", "", f"{first:.3f} to {second:.3f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}  {d}".rstrip()
-        for a, b, c, d in rows
+def comparison_table(result: dict[str, Any]) -> str:
+    """Return the result of `compare` for people: a row per measure, plain beside accelerated."""
+    measured = result["metrics"]
+
+    def seconds(values: Sequence[float | None]) -> list[str]:
+        return ["-" if value is None else f"{value:.2f} s" for value in values]
+
+    def metric(name: str, form: str) -> str:
+        return "not available" if measured[name] is None else format(measured[name], form)
+
+    def speedup(value: float | None) -> list[str]:
+        return ["1.00x", "-" if value is None else f"{value:.2f}x"]
+
+    rows = [
+        ["", "plain", "vidaccel"],
+        ["steps computed", *(f"{n} of {result['steps']}" for n in result["steps_computed"])],
+        ["blocks run", *map(str, result["blocks_run"])],
+        ["denoising", *seconds(result["denoising_seconds"])],
+        ["  speedup", *speedup(result["denoising_speedup"])],
+        ["whole call", *seconds(result["seconds"])],
+        ["  speedup", *speedup(result["speedup"])],
+        ["PSNR", "", f"{metric('psnr', '.1f')} dB"],
+        ["SSIM", "", metric("ssim", ".3f")],
+        ["LPIPS", "", metric("lpips", ".3f")],
     ]
-    return "\n".join([*lines, *(f"{n.upper()}: {why}" for n, why in result["unavailable"].items())])
-
-
-def in_words(name: str, value: float | None) -> str:
-    """A value of a metric as people read it; JSON writes the PSNR of equal clips as null."""
-    if name == "psnr" and (value is None or not math.isfinite(value)):
-        return "identical"
-    return "-" if value is None else FORMS[name].format(value)
+    plain, fast = result["adherence"]
+    if plain is not None and fast is not None:
+        rows += [
+            [f"shows the {part}", *("yes" if run[part] else "no" for run in (plain, fast))]
+            for part in plain
+        ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [
+        f"{name.ljust(widths[0])}  {a.rjust(widths[1])}  {b.rjust(widths[2])}"
+        for name, a, b in rows
+    ]
+    lines[1:1] = ["-" * len(lines[0])]
+    lines += [f"policy  {result['report']['transformers'][0]['policy']}"]
+    lines += [f"{name}: {why}" for name, why in measured["unavailable"].items()]
+    return "\n".join(lines)

@@ -1,11 +1,12 @@
-"""tiny-wan, the text-to-video model that comes with vidaccel, and what it is run with."""
+"""tiny-wan, the text-to-video model that comes with vidaccel, and the call that it is made for."""
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-# What it is run with when nothing else is asked for.
+# The prompt and the arguments where nothing else is asked for.
 EMBEDDED_PROMPT = "a magenta striped square moving down on a charcoal checkered background"
-EMBEDDED_CALL = {
+EMBEDDED_CALL: dict[str, Any] = {
     "height": 96,
     "width": 96,
     "num_frames": 17,
@@ -15,5 +16,5 @@ EMBEDDED_CALL = {
 
 
 def embedded_model() -> Path:
-    """The folder of tiny-wan, in Diffusers format."""
+    """Return the folder of tiny-wan, in Diffusers format."""
     return Path(str(files("vidaccel.assets").joinpath("tiny-wan")))

@@ -1,4 +1,4 @@
-"""Follows the denoising steps of a pipeline that does not tell them.
+"""The ends of denoising steps, for pipelines without a step callback.
 
 Most Diffusers pipelines call back at the end of every step; some do not. All of them call their
 transformer in every step with a time of the scheduler's table, and with the latents that the step
@@ -13,41 +13,41 @@ import torch
 from torch import nn
 
 from vidaccel.engine.block_proxies import Argument
-from vidaccel.engine.step_tracker import Clock
-from vidaccel.hosts.registry import HostSpec, find_transformers
+from vidaccel.engine.step_tracker import StepTracker
+from vidaccel.hosts.registry import find_transformers
+from vidaccel.hosts.spec import HostSpec
 
 
 @contextmanager
-def steps_told(pipe: Any, ended: Callable[[int, Any], None]) -> Iterator[None]:
-    """Have the steps of one call of a pipeline told.
+def follow_steps(pipe: Any, on_step_end: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call back at the end of each denoising step of one call of a pipeline.
 
     Args:
         pipe: a pipeline whose transformers are in the table.
-        ended: called with index and latents of each step that has ended: when the next one begins,
-            and for the last one, with None for latents, when the pipeline has returned. What it
-            raises ends the run.
+        on_step_end: called with index and latents of each step that has ended: when the next one
+            begins, and for the last one, with None for latents, when the pipeline has returned.
+            What it raises ends the run.
     """
-    begun, running = 0, -1  # steps so far, and the place of the running one in the schedule
-    clock: Clock | None = None
+    begun, running = 0, -1  # steps so far, and the index of the running one in the schedule
+    tracker: StepTracker | None = None
 
     def on_call(
         transformer: nn.Module, host: HostSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """A transformer is called: if that begins a step, the one before it has ended."""
-        nonlocal begun, running, clock
-        clock = clock or Clock(host.branch, host.times)
+        """End the running step if this call of a transformer begins another."""
+        nonlocal begun, running, tracker
+        # Two experts take turns within one schedule, so one tracker follows both.
+        tracker = tracker or StepTracker(host.branch, host.times)
         timestep, sample = (
             Argument.of_forward(type(transformer), name).value(args, kwargs)
             for name in (host.timestep, host.sample)
         )
-        # Two experts take turns within one schedule, so one clock follows both.
-        schedulers = [pipe.scheduler]
-        tick = clock.tick(schedulers, clock.values(schedulers, timestep), None, ())
-        if tick.step == running and not tick.restarted:
+        context = tracker.locate([pipe.scheduler], timestep, None, ())
+        if context.step == running and not context.restarted:
             return  # another guidance branch
         if begun:
-            ended(begun - 1, _latents(sample, transformer))
-        begun, running = begun + 1, tick.step
+            on_step_end(begun - 1, _latents(sample, transformer))
+        begun, running = begun + 1, context.step
 
     handles = [
         # Before any other hook: an engine that begins another generation forgets its last one.
@@ -61,15 +61,20 @@ def steps_told(pipe: Any, ended: Callable[[int, Any], None]) -> Iterator[None]:
     try:
         yield
         if begun:
-            ended(begun - 1, None)
+            on_step_end(begun - 1, None)
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _latents(sample: Any, transformer: nn.Module) -> Any:
-    """The latents among what the transformer is given: conditions are joined behind them."""
-    config = transformer.config
+    """Return the latents among what a transformer is given: conditions are joined behind them.
+
+    Args:
+        sample: the argument that holds them, in video models [B, C, F, H, W] or [B, F, C, H, W].
+        transformer: the one that is called.
+    """
+    config: Any = transformer.config
     given, made = config.in_channels, getattr(config, "out_channels", None)
     if not isinstance(sample, torch.Tensor) or sample.ndim != 5 or made is None or made >= given:
         return sample
