@@ -10,7 +10,8 @@ import argparse
 import vidaccel
 from vidaccel.clips import metrics, video
 from vidaccel.clips.embedded import EMBEDDED_PROMPT
-from vidaccel.clips.generate import generate, load_pipeline
+from vidaccel.clips.generate import generate
+from vidaccel.clips.load import load_pipeline
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=50)

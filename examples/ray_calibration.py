@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 
 import vidaccel
 from vidaccel.clips.embedded import embedded_model
-from vidaccel.clips.generate import default_device
+from vidaccel.clips.load import default_device
 
 PROMPTS = [
     "a red striped circle moving right on a navy dotted background",

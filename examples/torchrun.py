@@ -16,7 +16,7 @@ from diffusers.utils import export_to_video
 
 import vidaccel
 from vidaccel.clips.embedded import EMBEDDED_PROMPT
-from vidaccel.clips.generate import load_pipeline
+from vidaccel.clips.load import load_pipeline
 
 
 def main() -> None:

@@ -1,21 +1,23 @@
-"""The commands that compare methods: vidaccel bench quality | parity."""
+"""The benches of results: `vidaccel bench quality`, `parity` and `attention`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from vidaccel.cli.options import (
+    add_clip_options,
+    add_command,
+    add_json_option,
+    add_model_options,
     at_least,
-    check_writable,
-    print_result,
+    call_of,
+    model_name,
+    pipeline_of,
     read_prompts,
-    size,
-    write_json,
+    shares,
 )
+from vidaccel.cli.output import check_writable, print_result, print_written, write_json
 from vidaccel.errors import MetricUnavailable, ModelError, UnsupportedPipelineError
-from vidaccel.plans.policy import CachePolicy
-from vidaccel.plans.shipped import shipped_policies
 
 EMBEDDED_POLICY = "vidaccel--tiny-wan/50-steps.json"
 # Held-out captions that no shipped policy was measured or validated on.
@@ -29,92 +31,38 @@ EMBEDDED_PROMPTS = (
 )
 
 
-def add_quality(benches: Any, add_model_options: Any) -> None:
-    """Add the parser of `bench quality`."""
-    parser = benches.add_parser(
-        "quality",
-        help="methods side by side: quality against speed, with figure and table",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def add_quality(benches: Any) -> None:
+    """Add `vidaccel bench quality`."""
+    parser = add_command(
+        benches, "quality", "methods side by side: quality against speed, with figure and table"
     )
-    parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
     parser.add_argument("--methods", metavar="A,B,...", help="see --list; all if left out")
     parser.add_argument("--list", action="store_true", help="name the methods and stop")
-    parser.add_argument(
-        "--every-point", action="store_true", help="a row for every setting, not for equal times"
-    )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
-    parser.add_argument("--policy", help="policy file, folder or hub id; a shipped one that fits")
+    parser.add_argument(
+        "--policy", help="policy file, folder or hub id; a shipped one that fits if left out"
+    )
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="prompts that MagCache is calibrated on"
     )
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--size", type=size, metavar="WxH", help="of a frame, in pixels")
-    parser.add_argument("--frames", type=at_least(1), help="number of frames")
     parser.add_argument("--steps", type=at_least(2), default=50, help="denoising steps")
-    parser.add_argument("--guidance", type=float, help="guidance scale")
-    parser.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="what speedups are taken from"
     )
     parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
-    parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    parser.add_argument("--plot", type=Path, help="draw the curves: .png, .svg or .pdf")
-    add_model_options(parser)
+    parser.add_argument(
+        "--every-point", action="store_true", help="a row for every setting, not for equal times"
+    )
+    add_json_option(parser)
+    _add_plot_option(parser)
+    add_clip_options(parser, guidance=True)
+    add_model_options(parser, threads=True)
     parser.set_defaults(run=_quality)
 
 
-def add_parity(benches: Any, add_model_options: Any) -> None:
-    """Add the parser of `bench parity`."""
-    parser = benches.add_parser(
-        "parity",
-        help="DBCache beside cache-dit's with equal settings: steps reused and results",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
-    parser.add_argument("--prompt", default=EMBEDDED_PROMPTS[0])
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--size", type=size, metavar="WxH", default="32x32", help="of a frame")
-    parser.add_argument("--frames", type=at_least(1), default=9, help="number of frames")
-    parser.add_argument("--steps", type=at_least(8), default=30, help="denoising steps")
-    parser.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
-    parser.add_argument("--json", type=Path, help="write the numbers there, or - for the screen")
-    add_model_options(parser)
-    parser.set_defaults(run=_parity)
-
-
-def _parity(arguments: argparse.Namespace) -> None:
-    check_writable(arguments.json)
-    from vidaccel.bench.parity import parity, parity_table
-    from vidaccel.clips import embedded
-    from vidaccel.clips import generate as g
-
-    pipe = _pipeline(arguments)
-    width, height = arguments.size
-    call = dict(embedded.EMBEDDED_CALL) if arguments.model is None else {}
-    call |= {"prompt": arguments.prompt, "height": height, "width": width}
-    call |= {"num_frames": arguments.frames, "num_inference_steps": arguments.steps}
-    result = parity(pipe, g.call_arguments(pipe, call), seed=arguments.seed)
-    result["settings"] |= {"model": arguments.model or "tiny-wan"}
-    print_result(parity_table(result), arguments.json)
-    write_json(result, arguments.json)
-
-
-def _pipeline(arguments: argparse.Namespace) -> Any:
-    import torch
-
-    from vidaccel.clips.generate import load_pipeline
-
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    return load_pipeline(
-        arguments.model,
-        device=arguments.device,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        offload=arguments.offload,
-    )
-
-
 def _quality(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench quality`."""
     from vidaccel.bench.methods import METHODS, MethodContext, check_names, variants
 
     if arguments.list:
@@ -127,9 +75,7 @@ def _quality(arguments: argparse.Namespace) -> None:
     names = None if arguments.methods is None else arguments.methods.split(",")
     check_names(names or ())
     prompts = read_prompts(arguments.prompts) if arguments.prompts else list(EMBEDDED_PROMPTS)
-    policy = CachePolicy.from_pretrained(arguments.policy) if arguments.policy else None
-    if policy is None and arguments.model is None:
-        policy = CachePolicy.load(shipped_policies()[EMBEDDED_POLICY])
+    policy = _policy_of(arguments)
     if arguments.calibration:
         calibration = read_prompts(arguments.calibration)
     else:
@@ -137,22 +83,15 @@ def _quality(arguments: argparse.Namespace) -> None:
 
     from vidaccel.bench import curves
     from vidaccel.bench.quality import quality
-    from vidaccel.clips import embedded
-    from vidaccel.clips import generate as g
+    from vidaccel.clips.load import steps_of
     from vidaccel.clips.metrics import load_lpips
 
-    pipe = _pipeline(arguments)
-    width, height = arguments.size or (None, None)
-    wanted = {"height": height, "width": width, "num_frames": arguments.frames}
-    wanted |= {"guidance_scale": arguments.guidance, "num_inference_steps": arguments.steps}
-    call = dict(embedded.EMBEDDED_CALL) if arguments.model is None else {}
-    call |= {name: value for name, value in wanted.items() if value is not None}
-    call = g.call_arguments(pipe, call)
-    steps = g.steps_of(pipe, call)
+    pipe = pipeline_of(arguments)
+    call = call_of(pipe, arguments, num_inference_steps=arguments.steps)
     ratios = None
     if calibration and (names is None or "MagCache" in names):
-        ratios = _ratios(pipe, call, calibration, arguments.seed)
-    contenders, left_out = variants(names, MethodContext(steps, policy, ratios))
+        ratios = _magnitude_ratios(pipe, call, calibration, arguments.seed)
+    measured, left_out = variants(names, MethodContext(steps_of(pipe, call), policy, ratios))
     lpips = None
     try:
         lpips = load_lpips()
@@ -162,14 +101,14 @@ def _quality(arguments: argparse.Namespace) -> None:
         pipe,
         call,
         prompts,
-        contenders,
+        measured,
         seed=arguments.seed,
         clock=arguments.clock,
         workdir=arguments.workdir,
         lpips=lpips,
     )
     result["settings"] |= {
-        "model": arguments.model or "tiny-wan",
+        "model": model_name(arguments),
         "policy": arguments.policy or (EMBEDDED_POLICY if policy is not None else None),
         "mag_ratios": ratios,
     }
@@ -179,13 +118,25 @@ def _quality(arguments: argparse.Namespace) -> None:
     write_json(result, arguments.json)
     if arguments.plot is not None:
         curves.figure(result, arguments.plot)
-        print(f"wrote {arguments.plot}", file=sys.stderr)
+        print_written([arguments.plot])
 
 
-def _ratios(
+def _policy_of(arguments: argparse.Namespace) -> Any:
+    """Return the policy that --policy names, or the embedded model's own; None without either."""
+    from vidaccel.plans.policy import CachePolicy
+    from vidaccel.plans.shipped import shipped_policies
+
+    if arguments.policy:
+        return CachePolicy.from_pretrained(arguments.policy)
+    if arguments.model is None:
+        return CachePolicy.load(shipped_policies()[EMBEDDED_POLICY])
+    return None
+
+
+def _magnitude_ratios(
     pipe: Any, call: dict[str, Any], prompts: list[str], seed: int
 ) -> tuple[float, ...] | None:
-    """What MagCache needs; None where it does not work, which its row then says."""
+    """Measure what MagCache needs; None where it does not work, which its row then says."""
     import torch
 
     from vidaccel.bench.baselines import magnitude_ratios
@@ -198,3 +149,90 @@ def _ratios(
         return tuple(magnitude_ratios(pipe, calls))
     except UnsupportedPipelineError:
         return None
+
+
+def add_parity(benches: Any) -> None:
+    """Add `vidaccel bench parity`."""
+    parser = add_command(
+        benches,
+        "parity",
+        "DBCache beside cache-dit's with equal settings: steps reused and results",
+    )
+    parser.add_argument("--prompt", default=EMBEDDED_PROMPTS[0], help="what to show")
+    parser.add_argument("--steps", type=at_least(8), default=30, help="denoising steps")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise")
+    add_json_option(parser)
+    add_clip_options(parser)
+    parser.set_defaults(size="32x32", frames=9)
+    add_model_options(parser, threads=True)
+    parser.set_defaults(run=_parity)
+
+
+def _parity(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench parity`."""
+    check_writable(arguments.json)
+    from vidaccel.bench.parity import parity, parity_table
+
+    pipe = pipeline_of(arguments)
+    call = call_of(pipe, arguments, prompt=arguments.prompt, num_inference_steps=arguments.steps)
+    result = parity(pipe, call, seed=arguments.seed)
+    result["settings"] |= {"model": model_name(arguments)}
+    print_result(parity_table(result), arguments.json)
+    write_json(result, arguments.json)
+
+
+def add_attention(benches: Any) -> None:
+    """Add `vidaccel bench attention`."""
+    parser = add_command(
+        benches, "attention", "PSNR against density of sparse attention, on the embedded model"
+    )
+    parser.add_argument("--steps", type=at_least(2), default=12, help="denoising steps")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
+    parser.add_argument(
+        "--top-p", type=shares, default="0.5,0.7,0.9", help="masses to keep, separated by commas"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="measure these alone, without single changes"
+    )
+    parser.add_argument(
+        "--workdir", "--partial", type=Path, help="keeps what is measured; go on from there"
+    )
+    add_json_option(parser)
+    _add_plot_option(parser)
+    add_model_options(parser, any_model=False)
+    parser.set_defaults(run=_attention)
+
+
+def _attention(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench attention`."""
+    check_writable(arguments.json, arguments.plot)
+    from vidaccel.bench import attention as bench
+    from vidaccel.clips.embedded import EMBEDDED_CALL
+
+    pipe = pipeline_of(arguments)
+    result = bench.attention(
+        pipe,
+        {**EMBEDDED_CALL, "num_inference_steps": arguments.steps},
+        prompts=read_prompts(arguments.prompts) if arguments.prompts else bench.PROMPTS,
+        top_ps=arguments.top_p,
+        methods=arguments.methods,
+        changes_at=0.7 if arguments.methods is None else None,
+        partial=arguments.workdir,
+    )
+    result["settings"] |= {"model": model_name(arguments)}
+    print_result(bench.attention_table(result), arguments.json)
+    if arguments.plot is not None:
+        bench.draw(result, arguments.plot)
+        print_written([arguments.plot])
+    write_json(result, arguments.json)
+
+
+def _add_plot_option(parser: argparse.ArgumentParser) -> None:
+    """Add --plot."""
+    parser.add_argument(
+        "--plot",
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="draw the curves there: .png, .svg or .pdf; needs matplotlib",
+    )

@@ -1,18 +1,28 @@
-"""The command `vidaccel env`: versions, hardware, and which parts of vidaccel work here."""
+"""The commands `vidaccel env` and `vidaccel hosts`: what works here, and for which models."""
 
 import argparse
 import json
 from importlib.util import find_spec
 from typing import Any
 
+from vidaccel.cli.options import add_command
 
-def env_parser(commands: Any) -> None:
-    parser = commands.add_parser("env", help="versions, GPU and what works here, for bug reports")
+
+def add_env(commands: Any) -> None:
+    """Add `vidaccel env`."""
+    parser = add_command(commands, "env", "versions, GPU and what works here, for bug reports")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(run=_env)
 
 
+def add_hosts(commands: Any) -> None:
+    """Add `vidaccel hosts`."""
+    parser = add_command(commands, "hosts", "print the table of supported models")
+    parser.set_defaults(run=_hosts)
+
+
 def _env(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel env`."""
     from vidaccel.environment import environment
 
     found, works = environment(), capabilities()
@@ -35,23 +45,36 @@ def _env(arguments: argparse.Namespace) -> None:
             print(f"{name.ljust(15)} {value or '-'}")
 
 
+def _hosts(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel hosts`."""
+    from vidaccel.hosts.registry import markdown_table
+
+    print(markdown_table())
+
+
 def capabilities() -> dict[str, str]:
-    """What works here: part of vidaccel -> "yes" with what it found, or "no" with what to do."""
+    """Find out what works here.
+
+    Returns:
+        Part of vidaccel -> "yes" with what was found, or "no" with what to do.
+    """
     import torch
 
     from vidaccel.clips.embedded import embedded_model
-    from vidaccel.hosts import HOSTS
+    from vidaccel.hosts.registry import HOSTS
     from vidaccel.plans.shipped import shipped_policies
 
     def extra(name: str, *modules: str) -> str:
+        """Say whether all modules of an optional part are installed."""
         missing = [module for module in modules if find_spec(module) is None]
         return f'no: pip install "vidaccel[{name}]"' if missing else "yes"
 
     supported = [name for name, row in HOSTS.items() if not row.unsupported]
+    model = embedded_model()
     return {
         "step plans": f"yes: {', '.join(supported)}",
-        "embedded model": f"yes: {embedded_model()}"
-        if (embedded_model() / "model_index.json").is_file()
+        "embedded model": f"yes: {model}"
+        if (model / "model_index.json").is_file()
         else "no: reinstall vidaccel",
         "policies": f"{len(shipped_policies())} shipped",
         "GPU": "yes" if torch.cuda.is_available() else "no: runs on the CPU",
@@ -62,6 +85,7 @@ def capabilities() -> dict[str, str]:
 
 
 def _ffmpeg() -> str:
+    """Say which ffmpeg program there is, or how to get one."""
     try:
         from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
 

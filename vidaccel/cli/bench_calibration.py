@@ -1,0 +1,81 @@
+"""The benches of calibration: `vidaccel bench search` and `vidaccel bench calibration`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vidaccel.cli.options import (
+    add_command,
+    add_json_option,
+    add_model_options,
+    at_least,
+    model_name,
+    pipeline_of,
+    read_prompts,
+)
+from vidaccel.cli.output import check_writable, print_result, write_json
+
+
+def add_search(benches: Any) -> None:
+    """Add `vidaccel bench search`."""
+    parser = add_command(benches, "search", "how long the search for plans takes")
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="random graphs of each kind")
+    add_json_option(parser)
+    parser.set_defaults(run=_search)
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench search`."""
+    check_writable(arguments.json)
+    from vidaccel.bench.calibration import search_table, search_times
+
+    result = search_times(arguments.rounds)
+    print_result(search_table(result), arguments.json)
+    write_json(result, arguments.json)
+
+
+def add_calibration(benches: Any) -> None:
+    """Add `vidaccel bench calibration`."""
+    parser = add_command(
+        benches, "calibration", "estimated errors and their plans against exact ones"
+    )
+    parser.add_argument(
+        "--exact-workdir",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the --workdir of a build-policy --method exact; its complete samples are used",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="prompts that the plans are tried on: a text file, one per line",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=at_least(1),
+        nargs="+",
+        default=[25, 17, 12],
+        metavar="N",
+        help="computed steps of the plans",
+    )
+    add_json_option(parser)
+    add_model_options(parser)
+    parser.set_defaults(run=_calibration)
+
+
+def _calibration(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench calibration`."""
+    held_out = read_prompts(arguments.held_out)
+    check_writable(arguments.json)
+    from vidaccel.bench.calibration import calibration, calibration_table, read_task
+
+    read_task(arguments.exact_workdir)
+    pipe = pipeline_of(arguments)
+    pipe.set_progress_bar_config(disable=True)
+    result = calibration(pipe, arguments.exact_workdir, held_out, arguments.budgets)
+    result["settings"]["model"] = model_name(arguments)
+    print_result(calibration_table(result), arguments.json)
+    write_json(result, arguments.json)

@@ -1,0 +1,105 @@
+"""The benches of the kernels: `vidaccel bench kernels`, `models` and `codegen`."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from vidaccel.cli.options import add_command, add_json_option, at_least
+from vidaccel.cli.output import check_writable, print_result, write_json
+from vidaccel.errors import VidaccelError
+
+
+def add_kernels(benches: Any) -> None:
+    """Add `vidaccel bench kernels`."""
+    parser = add_command(
+        benches, "kernels", "check the attention kernels on a CUDA GPU, then measure them"
+    )
+    parser.add_argument(
+        "--shapes", default="", help="part of a model's name, such as Wan; all if left out"
+    )
+    parser.add_argument("--check-only", action="store_true", help="measure nothing")
+    add_json_option(parser)
+    parser.set_defaults(run=_kernels)
+
+
+def _kernels(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench kernels`."""
+    check_writable(arguments.json)
+    from vidaccel.bench.kernels import SHAPES, kernels, kernels_table
+
+    names = _named(arguments.shapes, SHAPES, "shape")
+    if arguments.check_only:
+        names = []
+    result = kernels(names, report=lambda line: print(line, file=sys.stderr))
+    print_result(kernels_table(result), arguments.json)
+    write_json(result, arguments.json)
+
+
+def add_models(benches: Any) -> None:
+    """Add `vidaccel bench models`."""
+    parser = add_command(
+        benches,
+        "models",
+        "seconds of Wan models of their real size on a CUDA GPU, with random weights",
+    )
+    parser.add_argument("--models", default="", help="part of a model's name; all if left out")
+    parser.add_argument("--steps", type=at_least(6), help="fewer than the model's 50, to be sooner")
+    parser.add_argument("--rounds", type=at_least(1), default=1, help="medians are over these")
+    add_json_option(parser)
+    parser.set_defaults(run=_models)
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench models`."""
+    check_writable(arguments.json)
+    from vidaccel.bench.models import MODELS, speed, speed_table
+
+    results = {}
+    for name in _named(arguments.models, MODELS, "model"):
+        results[name] = speed(
+            MODELS[name],
+            steps=arguments.steps,
+            rounds=arguments.rounds,
+            report=lambda line, name=name: print(f"{name}: {line}", file=sys.stderr),
+        )
+        print_result(f"{name}\n{speed_table(results[name])}\n", arguments.json)
+    write_json(results, arguments.json)
+
+
+def _named(part: str, known: Iterable[str], kind: str) -> list[str]:
+    """Return the known names that hold a part.
+
+    Raises:
+        VidaccelError: there is none.
+    """
+    names = [name for name in known if part in name]
+    if not names:
+        raise VidaccelError(f"no {kind} is called {part!r}; there are {', '.join(known)}")
+    return names
+
+
+def add_codegen(benches: Any) -> None:
+    """Add `vidaccel bench codegen`."""
+    parser = add_command(
+        benches, "codegen", "compile every kernel without a GPU: registers, spills, instruction mix"
+    )
+    parser.add_argument("--chips", default="80,90,100,120", help="compute capabilities")
+    parser.add_argument("--kernels", default="", help="part of a kernel's name; all if left out")
+    add_json_option(parser)
+    parser.set_defaults(run=_codegen)
+
+
+def _codegen(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench codegen`."""
+    check_writable(arguments.json)
+    from vidaccel.bench.codegen import CHIPS, codegen, codegen_table
+
+    chips = [int(chip) for chip in arguments.chips.split(",") if chip.strip().isdigit()]
+    if not chips or not set(chips) <= set(CHIPS):
+        raise VidaccelError(f"--chips takes some of 80,90,100,120, found {arguments.chips!r}")
+    result = codegen(chips, wanted=lambda shipped: arguments.kernels in shipped.name)
+    print_result(codegen_table(result), arguments.json)
+    write_json(result, arguments.json)
+    if result["problems"]:
+        raise VidaccelError(f"{len(result['problems'])} problems in generated code")

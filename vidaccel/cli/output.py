@@ -1,0 +1,43 @@
+"""Results of a command: a table for people, JSON for programs, and the files that were written."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vidaccel import files
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Find out before any work that files can be written later; "-" is the screen.
+
+    Raises:
+        OutputError: one of them cannot be written.
+    """
+    files.check_writable(*(path for path in paths if not _is_screen(path)))
+
+
+def print_result(table: str, json_path: Path | None) -> None:
+    """Print a result for people; on stderr where stdout is taken by JSON."""
+    print(table, file=sys.stderr if _is_screen(json_path) else sys.stdout)
+
+
+def print_written(paths: Iterable[Path]) -> None:
+    """Print which files were written."""
+    for path in paths:
+        print(f"wrote {path}", file=sys.stderr)
+
+
+def write_json(result: dict[str, Any], path: Path | None) -> None:
+    """Write a result, sorted and indented; on stdout for the path "-", nowhere for None."""
+    if path is None:
+        return
+    text = files.json_text(result)
+    if _is_screen(path):
+        print(text, end="")
+    else:
+        path.write_text(text)
+
+
+def _is_screen(path: Path | None) -> bool:
+    return str(path) == "-"

@@ -1,0 +1,69 @@
+"""The command `vidaccel suggest-threshold`: a threshold of the block cache, from recorded runs."""
+
+import argparse
+from typing import Any
+
+from vidaccel.cli.options import (
+    add_cache_options,
+    add_clip_options,
+    add_command,
+    add_json_option,
+    add_model_options,
+    at_least,
+    cache_of,
+    call_of,
+    pipeline_of,
+)
+from vidaccel.cli.output import check_writable, print_result, write_json
+from vidaccel.errors import ModelError
+
+
+def add_suggest_threshold(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "suggest-threshold",
+        "find the threshold of the block cache from recorded runs",
+    )
+    parser.add_argument("prompt", nargs="*", help="one or a few; the embedded model has its own")
+    parser.add_argument("--steps", type=at_least(2), default=50, help="denoising steps")
+    wish = parser.add_mutually_exclusive_group(required=True)
+    wish.add_argument("--speedup", type=float, help="how many times fewer blocks are to run")
+    wish.add_argument(
+        "--max-error", type=float, help="largest error of the final latents, as a fraction"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise")
+    add_json_option(parser)
+    add_cache_options(parser)
+    add_clip_options(parser)
+    add_model_options(parser)
+    parser.set_defaults(run=_suggest_threshold)
+
+
+def _suggest_threshold(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    check_writable(arguments.json)
+    if arguments.model is not None and not arguments.prompt:
+        raise ModelError("a prompt is needed: vidaccel suggest-threshold --model ... PROMPT")
+    cache = cache_of(arguments)
+
+    from dataclasses import asdict
+
+    from vidaccel.calibration.threshold import suggest_threshold
+    from vidaccel.clips.embedded import EMBEDDED_PROMPT
+    from vidaccel.environment import environment
+
+    pipe = pipeline_of(arguments)
+    pipe.set_progress_bar_config(disable=True)
+    found = suggest_threshold(
+        pipe,
+        arguments.prompt or [EMBEDDED_PROMPT],
+        num_inference_steps=arguments.steps,
+        speedup=arguments.speedup,
+        max_error=arguments.max_error,
+        cache=cache,
+        call_kwargs=call_of(pipe, arguments),
+        seed=arguments.seed,
+    )
+    print_result(str(found), arguments.json)
+    write_json({**asdict(found), "environment": environment()}, arguments.json)
