@@ -1,6 +1,7 @@
 """A process that serves many requests: nothing carries over, nothing piles up."""
 
 import mmap
+import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from tiny.wan import wan
 from vidaccel import DBCache, accelerate, report
 from vidaccel.api import engines_of
 from vidaccel.bench.soak import Request, growth, soak
+from vidaccel.errors import BenchError
 
 CACHE = DBCache(threshold=1e9, warmup_steps=1, max_consecutive=2)
 ACCELERATIONS: dict[str, dict[str, Any]] = {
@@ -118,6 +120,12 @@ def test_a_soak_sees_a_leak_and_a_difference():
     assert not result["outputs_equal"]
     assert result["growth_mib"] > 4
     assert "_vidaccel_engine" not in vars(pipe.transformer)
+
+
+def test_a_soak_without_psutil_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(BenchError, match=r'pip install "vidaccel\[bench\]"'):
+        soak(wan().pipe, requests(), 8, progress=False)
 
 
 def test_growth_is_that_of_a_leak_and_not_of_one_allocation():

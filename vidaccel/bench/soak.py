@@ -2,19 +2,19 @@
 
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-import psutil
 import torch
 from tqdm.auto import tqdm
 
 from vidaccel.api import accelerate, report, restore
 from vidaccel.clips.generate import without_bar
 from vidaccel.environment import environment
+from vidaccel.errors import BenchError
 
 _MIB = 2**20
 
@@ -52,13 +52,16 @@ def soak(
         "outputs_equal", "rss_mib" (of the process, after each generation), "growth_mib" (see
         `growth`), "bytes_held_after" (the most that was held between generations), "peak_bytes"
         (the most during one), "generations" and "environment".
+
+    Raises:
+        BenchError: psutil is not installed.
     """
     assert generations >= 2 * len(requests)
     order = random.Random(0)
     turns: list[int] = []
     while len(turns) < generations:
         turns += order.sample(range(len(requests)), len(requests))
-    process = psutil.Process()
+    resident_bytes = _resident_bytes()
     outputs: list[set[str]] = [set() for _ in requests]
     timelines = ["" for _ in requests]
     served = [0 for _ in requests]
@@ -82,7 +85,7 @@ def soak(
             held = max(held, *(part.bytes_held for part in shown))
             peak = max(peak, *(part.peak_bytes for part in shown))
             served[index] += 1
-            rss.append(process.memory_info().rss / _MIB)
+            rss.append(resident_bytes() / _MIB)
     return {
         "generations": generations,
         "requests": [
@@ -103,6 +106,16 @@ def soak(
         "peak_bytes": peak,
         "environment": environment(),
     }
+
+
+def _resident_bytes() -> Callable[[], int]:
+    """Return what reads the memory of this process, in bytes."""
+    try:
+        from psutil import Process
+    except ImportError as error:
+        raise BenchError('bench soak needs psutil: pip install "vidaccel[bench]"') from error
+    process = Process()
+    return lambda: int(process.memory_info().rss)
 
 
 def growth(rss: Sequence[float], warm_up: int) -> float:
