@@ -160,7 +160,7 @@ class Replayer:
         return self.error_of(self._plan(start, end, order, previous), start + 1)
 
     def error_of(self, plan: Plan, replay_until: int = 0) -> float:
-        """Measure the outcome error of any plan whose first `replay_until` steps count as all computed."""
+        """Measure the error of a plan of which the first `replay_until` steps count as computed."""
         outcome = self._run(plan, replay_until, output_type=self.metric.output_type)
         return self.metric.compare(self.reference.outcome, outcome)
 

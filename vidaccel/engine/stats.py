@@ -53,7 +53,7 @@ class Call:
 
 
 def elapsed(started: Any, ended: Any) -> float:
-    """Return the seconds between two moments on the host's clock or two CUDA events; waits for the latter."""
+    """Return the seconds between two moments or CUDA events; waits for the latter."""
     if isinstance(started, float):
         return float(ended - started)
     ended.synchronize()

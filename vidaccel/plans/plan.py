@@ -93,7 +93,8 @@ class Plan:
                 )
             if step <= previous:
                 raise PlanError(
-                    f"plan entry {position} is {step} after {previous}; steps must strictly increase"
+                    f"plan entry {position} is {step} after {previous}; "
+                    "steps must strictly increase"
                 )
             previous = step
         return tuple(steps)
