@@ -6,6 +6,8 @@ module and the line.
 
 import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -44,6 +46,10 @@ ROOMS = (
 # Old import paths that stay; they stand with the public names.
 DOORS = {"policy": "vidaccel"}
 WITHOUT = {"lemica": ("torch", "diffusers"), "kernels": ("diffusers",)}
+# Where a library is called otherwise than what is installed.
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+# Looked for, and used where somebody has installed it.
+UNDECLARED = ("flashinfer",)
 MOST_LINES = 400
 ROWS = ("vidaccel.hosts.video_models", "vidaccel.hosts.image_models")
 # Underscored all the same: named tuples promise theirs, torch its modules, and cache-dit tells the
@@ -240,6 +246,26 @@ def test_search_and_kernels_stand_without_the_libraries_above_them():
             if found.name.split(".")[0] in WITHOUT.get(room_of(module.name), ())
         ],
         "a room imports a library that it does without",
+    )
+
+
+def test_imported_libraries_are_declared():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    lists = (project["dependencies"], *project["optional-dependencies"].values())
+    declared = {
+        re.split(r"[^\w-]", text)[0].lower() for requirements in lists for text in requirements
+    }
+    none_of(
+        [
+            f"{module.at(found.line)}: {found.name}"
+            for module in sources().values()
+            for found in imports_of(module)
+            if (library := found.name.split(".")[0]) not in sys.stdlib_module_names
+            if library not in ("vidaccel", *UNDECLARED)
+            if DISTRIBUTIONS.get(library, library.replace("_", "-")) not in declared
+        ],
+        "pyproject.toml does not declare",
     )
 
 
