@@ -40,4 +40,5 @@ def write_json(result: dict[str, Any], path: Path | None) -> None:
 
 
 def _is_screen(path: Path | None) -> bool:
+    """Tell whether a path stands for stdout."""
     return str(path) == "-"

@@ -8,6 +8,7 @@ from vidaccel.api import accelerate, restore
 from vidaccel.clips import metrics, scenes, video
 from vidaccel.clips.generate import Run, generate
 from vidaccel.clips.video import Clip
+from vidaccel.engine.stats import StepKind
 
 
 def compare(
@@ -52,7 +53,7 @@ def compare(
     timeline = "".join(part["timeline"] for part in parts)
     result = {
         "steps": len(timeline),
-        "steps_computed": [len(timeline), timeline.count("C")],
+        "steps_computed": [len(timeline), timeline.count(StepKind.COMPUTED)],
         "blocks_run": blocks,
         "seconds": [plain.seconds, fast.seconds],
         "denoising_seconds": [plain.denoising_seconds, fast.denoising_seconds],

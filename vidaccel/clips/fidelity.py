@@ -1,4 +1,4 @@
-"""How close one clip is to another, frame by frame, and files that show it."""
+"""Fidelity of one clip to another, frame by frame, and files that show it."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def fidelity_table(result: dict[str, Any]) -> str:
             rows.append((name.upper(), "not available", "", ""))
             continue
         worst = result["worst"][name]
-        values = (in_words(name, value) for value in (result["mean"][name], worst["value"]))
-        rows.append((name.upper(), *values, f"frame {worst['frame']}"))
+        mean, lowest = (in_words(name, value) for value in (result["mean"][name], worst["value"]))
+        rows.append((name.upper(), mean, lowest, f"frame {worst['frame']}"))
     first, second = result["flicker"]
     rows.append(("flicker", f"{second - first:+.3f}", "", f"{first:.3f} to {second:.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

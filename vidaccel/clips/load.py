@@ -12,7 +12,7 @@ from vidaccel.errors import ModelError, PlanError
 
 
 def default_device() -> str:
-    """ "cuda" where there is a GPU, otherwise "cpu"."""
+    """Return "cuda" where there is a GPU, otherwise "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -28,7 +28,7 @@ def load_pipeline(
     Args:
         model: a folder in Diffusers format or a hub id; None for the embedded model.
         device: where it runs; None for the GPU if there is one.
-        dtype: of the weights; None for bfloat16 on a GPU and float32 elsewhere.
+        dtype: type of the weights; None for bfloat16 on a GPU and float32 elsewhere.
         offload: keep the parts that are not running in host memory (`enable_model_cpu_offload`).
 
     Raises:
@@ -36,6 +36,7 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline, __version__
 
+    from_pretrained: Any = DiffusionPipeline.from_pretrained
     # Diffusers renamed the argument in 0.42 and took **kwargs before and after.
     dtype_argument = "dtype" if Version(__version__) >= Version("0.42") else "torch_dtype"
     try:
@@ -53,7 +54,7 @@ def load_pipeline(
     elif model is None or source.count("/") != 1 or source[0] in "./~":
         raise ModelError(f"no model folder at {folder}; pass a folder or a hub id (org/name)")
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **{dtype_argument: dtype})
+        pipe = from_pretrained(source, **{dtype_argument: dtype})
         if offload:
             pipe.enable_model_cpu_offload(device=target)
         else:
@@ -67,10 +68,10 @@ def load_pipeline(
 
 
 def call_arguments(pipe: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """`wanted` without the Nones, held against what the pipeline's call takes.
+    """Return the arguments of `wanted` that are not None.
 
     Raises:
-        ModelError: the pipeline has no such option.
+        ModelError: the pipeline's call does not take one of them.
     """
     known = signature(type(pipe).__call__).parameters
     given = {name: value for name, value in wanted.items() if value is not None}
@@ -81,7 +82,7 @@ def call_arguments(pipe: Any, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_of(pipe: Any, call: dict[str, Any]) -> int:
-    """Number of denoising steps that a call of the pipeline asks for.
+    """Return the number of denoising steps that a call of the pipeline asks for.
 
     Raises:
         PlanError: it is not a whole number of 1 or more.

@@ -1,4 +1,4 @@
-"""How close an accelerated clip is to the one the plain pipeline makes.
+"""Fidelity of an accelerated clip to the one the plain pipeline makes: PSNR, SSIM, LPIPS, flicker.
 
 Every function takes clips in any form that `clips.video.as_uint8` takes, the reference first,
 and compares them as 8-bit pictures: what a viewer gets. Two clips must have the same shape
@@ -36,7 +36,7 @@ INSTALL = 'install it with `pip install "vidaccel[metrics]"`'
 
 
 def psnr(reference: Any, clip: Any) -> float:
-    """Peak signal-to-noise ratio over all pixels of the clip, in dB; infinite for equal clips."""
+    """Return the peak signal-to-noise ratio over all pixels, in dB; infinite for equal clips."""
     first, second = _pair(reference, clip)
     squares = sum(
         float(np.square(a.astype(np.int32) - b).sum()) for a, b in zip(first, second, strict=True)
@@ -45,7 +45,7 @@ def psnr(reference: Any, clip: Any) -> float:
 
 
 def ssim(reference: Any, clip: Any) -> float:
-    """Structural similarity, the mean over frames; 1 for equal clips.
+    """Return the structural similarity, the mean over frames; 1 for equal clips.
 
     The window is 7 pixels square, less for smaller frames. Frames need 3 pixels a side.
 
@@ -102,7 +102,7 @@ def load_lpips(net: str = "alex", pretrained: bool = True) -> Any:
 
 
 def lpips(reference: Any, clip: Any, *, model: Any = None) -> float:
-    """Learned perceptual distance, the mean over frames; 0 for equal clips, lower is closer.
+    """Return the learned perceptual distance, the mean over frames; 0 for equal clips.
 
     `model` comes from `load_lpips`, may be on any device, and is the AlexNet one by default. Frames
     below 64 pixels a side are enlarged, since the networks shrink them 16 times and more.
@@ -130,7 +130,7 @@ def lpips(reference: Any, clip: Any, *, model: Any = None) -> float:
 
 
 def flicker(clip: Any) -> float:
-    """Mean absolute change of a pixel from one frame to the next, in grey levels of 0..255.
+    """Return the mean change of a pixel from one frame to the next, in grey levels of 0..255.
 
     This is the temporal flickering measure of VBench (Huang et al., CVPR 2024, arXiv:2311.17982),
     which reports 1 minus it over 255. It counts motion as well, so one value says little: compare a
@@ -175,6 +175,7 @@ def worst(metric: str, values: Sequence[float]) -> tuple[int, float]:
 
 
 def _pair(reference: Any, clip: Any) -> tuple[Clip, Clip]:
+    """Return both clips as uint8; raises VideoError for two shapes."""
     first, second = as_uint8(reference), as_uint8(clip)
     if first.shape != second.shape:
         raise VideoError(
@@ -206,5 +207,5 @@ def _require_weights(net: str) -> None:
 
 
 def _short(path: Path) -> str:
-    """The path with ~ for the home folder, which reports that are passed on need not name."""
+    """Return a path with ~ for the home folder, which reports that are passed on need not name."""
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)

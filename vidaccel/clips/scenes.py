@@ -67,7 +67,7 @@ _CAPTION = re.compile(
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption names. Every field is a word of the matching vocabulary above."""
+    """The parts of a caption. Every field is a word of the matching vocabulary above."""
 
     color: str
     texture: str
@@ -78,6 +78,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """The scene in words."""
         return (
             f"a {self.color} {self.texture} {self.shape} moving {self.motion} "
             f"on a {self.background} {self.background_texture} background"
@@ -86,7 +87,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Adherence:
-    """Which of the three measurable parts of a caption a video follows."""
+    """The three measurable parts of a caption; true for those that a video follows."""
 
     color: bool
     background: bool
@@ -116,7 +117,7 @@ def all_scenes() -> Iterator[Scene]:
 
 
 def is_held_out(caption: str) -> bool:
-    """Whether a caption is kept out of training (one in ten, by its checksum)."""
+    """Tell whether a caption is kept out of training (one in ten, by its checksum)."""
     return zlib.crc32(caption.encode()) % HELD_OUT_ONE_IN == 0
 
 

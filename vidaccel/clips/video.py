@@ -198,7 +198,7 @@ def contact_sheet(
 
 
 def _array(value: Any) -> NDArray[Any]:
-    """A tensor, picture or array as a NumPy array, without importing torch."""
+    """Return a tensor, picture or array as a NumPy array, without importing torch."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         return np.asarray(value.float() if value.is_floating_point() else value)
@@ -206,6 +206,7 @@ def _array(value: Any) -> NDArray[Any]:
 
 
 def _with_suffix(path: str | os.PathLike[str], suffix: str) -> Path:
+    """Return the path of a file; raises VideoError for another suffix."""
     target = Path(path)
     if target.suffix.lower() != suffix:
         raise VideoError(f"expected a file name that ends in {suffix}, found {target}")
@@ -214,7 +215,7 @@ def _with_suffix(path: str | os.PathLike[str], suffix: str) -> Path:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """A new file in the folder of `target`, so that it can be renamed to it; gone at the end."""
+    """Give a new file in the folder of `target`, to be renamed to it; it is gone at the end."""
     temporary = target.absolute().with_name(f".vidaccel-{uuid4().hex}{target.suffix}")
     try:
         if target.is_dir():
@@ -230,6 +231,7 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def _encode(path: Path, clip: Clip, fps: float, comment: str = "") -> None:
+    """Write H.264 with ffmpeg; raises VideoError when it fails."""
     if not (math.isfinite(fps) and fps > 0):
         raise VideoError(f"expected fps above 0, found {fps}")
     odd = [(0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)]
@@ -251,6 +253,7 @@ def _encode(path: Path, clip: Clip, fps: float, comment: str = "") -> None:
 def _ffmpeg(
     *arguments: str, output: str = "-", data: memoryview | bytes = b""
 ) -> subprocess.CompletedProcess[bytes]:
+    """Run ffmpeg to its end; raises VideoError when there is none."""
     advice = "`pip install imageio-ffmpeg`, or set IMAGEIO_FFMPEG_EXE to an ffmpeg program"
     try:
         from imageio_ffmpeg import get_ffmpeg_exe
@@ -265,7 +268,7 @@ def _ffmpeg(
 
 
 def _aligned(clips: Mapping[str, Any], axes: int) -> dict[str, Clip]:
-    """The clips as arrays, which must be equal in the first `axes` axes of their shape."""
+    """Return the clips as arrays; raises VideoError unless their first `axes` sizes are equal."""
     arrays = {label: as_uint8(clip) for label, clip in clips.items()}
     if len({clip.shape[:axes] for clip in arrays.values()}) != 1:
         found = ", ".join(f"{label} {list(clip.shape)}" for label, clip in arrays.items())
@@ -275,7 +278,7 @@ def _aligned(clips: Mapping[str, Any], axes: int) -> dict[str, Clip]:
 
 
 def _resize(clip: Clip, at_least: int, at_most: int | None = None) -> Clip:
-    """The clip with its number of rows between the two limits, in its own proportions."""
+    """Return the clip with its number of rows between two limits, in its own proportions."""
     _, height, width, _ = clip.shape
     if at_most is not None and height > at_most:
         size = (max(1, round(width * at_most / height)), at_most)
@@ -286,6 +289,7 @@ def _resize(clip: Clip, at_least: int, at_most: int | None = None) -> Clip:
 
 
 def _join(parts: list[Clip], axis: int, gap: int) -> Clip:
+    """Return the parts along one axis, with a gap between them."""
     shape = list(parts[0].shape)
     shape[axis] = gap
     gutter = np.full(shape, BACKGROUND, np.uint8)
@@ -293,7 +297,7 @@ def _join(parts: list[Clip], axis: int, gap: int) -> Clip:
 
 
 def _label(text: str, width: int, size: int, centred: bool = False) -> Clip:
-    """A bar `[1.8 size, width, 3]` with `text` in letters of `size` pixels, or less to fit."""
+    """Draw a bar `[1.8 size, width, 3]` with `text` in letters of `size` pixels, or less to fit."""
     bar = Image.new("RGB", (width, round(1.8 * size)), (BACKGROUND,) * 3)
     line, room = " ".join(str(text).split()), width - 4
     while size > SMALLEST_TEXT and ImageFont.load_default(size).getlength(line) > room:
