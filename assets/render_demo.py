@@ -10,7 +10,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from vidaccel.clips.generate import load_pipeline
+from vidaccel.clips.load import load_pipeline
 from vidaccel.demo.run_store import RunStore
 from vidaccel.demo.settings import Settings
 from vidaccel.demo.worker import Worker
@@ -26,7 +26,7 @@ EXAMPLES = {
     "a-fast": ("a yellow checkered circle moving left on a navy dotted background", "fast"),
 }
 
-runs, stage = RunStore(ROOT), Worker(load_pipeline, "tiny-wan")
+store, worker = RunStore(ROOT), Worker(load_pipeline, "tiny-wan")
 shutil.rmtree(ROOT, ignore_errors=True)
 for name, (prompt, acceleration) in EXAMPLES.items():
     settings = Settings(
@@ -38,12 +38,12 @@ for name, (prompt, acceleration) in EXAMPLES.items():
         guidance=5.0,
         acceleration=acceleration,
     )
-    stage.perform(
+    worker.run(
         settings,
-        tell=lambda **_: None,
+        on_progress=lambda **_: None,
         stop=threading.Event(),
-        save=lambda result, clips, s=settings, n=name: runs.save("", s, result, clips, n),
+        save=lambda result, clips, s=settings, n=name: store.save("", s, result, clips, n),
     )
     for extra in ("side-by-side.mp4", "contact-sheet.png"):
         (ROOT / name / extra).unlink()
-    print(name, {k: v for k, v in runs.load("", name).result.items() if k == "speedup"})
+    print(name, {k: v for k, v in store.load("", name).result.items() if k == "speedup"})

@@ -23,7 +23,7 @@ from vidaccel.svg2.settings import SVG2
 _TOLERANCE = {"quality": 0.5, "balanced": 1.0, "fast": 2.0}
 
 _EVERY = re.compile(r"\s*every[ :]?(\d{1,6})\s*")
-_STEPS = re.compile(r"-?\d+(\s*,\s*-?\d+)*")
+_STEPS = re.compile(r"-?\d{1,9}(\s*,\s*-?\d{1,9})*")  # Python refuses to read endless digits
 
 # The arguments of `accelerate`. A policy is "auto", "every N", None (every step), computed steps, a
 # plan, a policy, or the file, folder or hub id of one.

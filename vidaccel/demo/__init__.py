@@ -7,6 +7,6 @@ def __getattr__(name: str) -> Any:
     """Import the page, and Gradio with it, only when it is asked for."""
     if name not in ("create_demo", "serve"):
         raise AttributeError(f"module 'vidaccel.demo' has no attribute {name!r}")
-    from vidaccel.demo import page
+    from vidaccel.demo import page, server
 
-    return getattr(page, name)
+    return page.create_demo if name == "create_demo" else server.serve

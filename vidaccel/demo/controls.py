@@ -8,15 +8,16 @@ from typing import Any
 import gradio as gr
 
 from vidaccel.dbcache import DEFAULT_THRESHOLD
-from vidaccel.demo import html as panels
+from vidaccel.demo import html
 from vidaccel.demo.settings import (
     ACCELERATIONS,
     CUSTOM,
     MAX_SEED,
+    BlockCache,
     Limits,
     Settings,
     Sparse,
-    policy_argument,
+    policy_of_text,
     with_one_plan,
 )
 from vidaccel.errors import PolicyError, SettingsError
@@ -34,6 +35,8 @@ CACHE_FIELDS = {
     "forecast_order": ("Forecast order", "0 holds the residual, 1 and 2 extend it"),
 }
 
+CACHE_DEFAULTS = BlockCache(threshold=DEFAULT_THRESHOLD).model_dump()
+
 SPARSE_FIELDS = {
     "top_p": ("top_p", "share of the attention mass that is kept"),
     "dense_steps": ("Dense first steps", "empty for a fifth of all"),
@@ -46,9 +49,13 @@ class Controls:
 
     Args:
         defaults: what they show at first.
-        limits: told beside the numbers; `vidaccel.demo.job_queue` enforces them.
+        limits: shown beside the numbers; `vidaccel.demo.job_queue` enforces them.
         sizes: proposed sizes, as in 832x480.
         on_attention: says what becomes of the attention of this model, and again when it knows.
+
+    Attributes:
+        generate, stop: the buttons.
+        seed: the field that a run with a new seed fills in.
     """
 
     def __init__(
@@ -83,31 +90,36 @@ class Controls:
                 False, label="New seed each time", min_width=120, elem_id="randomise"
             )
         with gr.Accordion("Size, steps, guidance", open=False, elem_id="details"):
-            self._negative = gr.Textbox(
-                defaults.negative_prompt, label="Negative prompt", max_length=4000
-            )
-            size = f"{defaults.width}x{defaults.height}" if defaults.width else ""
-            self._size = gr.Dropdown(
-                sizes,
-                value=size,
-                label="Size",
-                info=f"width x height; no more pixels than {limits.width}x{limits.height}",
-                allow_custom_value=True,
-                elem_id="size",
-            )
-            with gr.Row():
-                self._frames = self._number("Frames", defaults.frames, f"up to {limits.frames}")
-                self._steps = self._number("Steps", defaults.steps, f"up to {limits.steps}")
-            with gr.Row():
-                self._guidance = self._number("Guidance", defaults.guidance, "0 to 100", None)
-                self._fps = self._number("Frames per second", defaults.fps, "of the files")
-            gr.Markdown("Empty fields are left to the model.", elem_classes="va-muted")
+            self._build_details(defaults, limits, sizes)
         with gr.Accordion("Custom acceleration", open=False, elem_id="custom") as self._custom:
-            self._expert()
+            self._build_policy()
+            self._build_cache()
+            self._build_attention()
+            self._connect()
 
-    def _expert(self) -> None:
+    def _build_details(self, defaults: Settings, limits: Limits, sizes: list[str]) -> None:
+        self._negative = gr.Textbox(
+            defaults.negative_prompt, label="Negative prompt", max_length=4000
+        )
+        self._size = gr.Dropdown(
+            sizes,
+            value=_size_text(defaults),
+            label="Size",
+            info=f"width x height; no more pixels than {limits.width}x{limits.height}",
+            allow_custom_value=True,
+            elem_id="size",
+        )
+        with gr.Row():
+            self._frames = _number("Frames", defaults.frames, f"up to {limits.frames}")
+            self._steps = _number("Steps", defaults.steps, f"up to {limits.steps}")
+        with gr.Row():
+            self._guidance = _number("Guidance", defaults.guidance, "0 to 100", whole=False)
+            self._fps = _number("Frames per second", defaults.fps, "of the files")
+        gr.Markdown("Empty fields are left to the model.", elem_classes="va-muted")
+
+    def _build_policy(self) -> None:
         self._policy = gr.State(None)
-        self._plan = gr.Textbox(
+        self._steps_text = gr.Textbox(
             "auto",
             label="Steps to compute",
             info="auto, all, every N, or a list such as 0,1,5; a policy file below comes first",
@@ -121,24 +133,27 @@ class Controls:
             1, 2, 1, step=1, label="Steps that are computed", visible=False, elem_id="budget"
         )
         self._curve = gr.HTML(elem_id="curve")
-        self._cached = gr.Checkbox(
+
+    def _build_cache(self) -> None:
+        self._with_cache = gr.Checkbox(
             False,
             label="DBCache: watch the first blocks, compute a step when they change",
             elem_id="dbcache",
         )
         with gr.Row():
-            defaults = {"threshold": DEFAULT_THRESHOLD, "max_consecutive": 3, "warmup_steps": 4}
             self._cache = [
-                gr.Number(
-                    defaults.get(name, 1 if name == "probe_blocks" else 0),
-                    label=label,
-                    info=info,
-                    precision=None if name == "threshold" else 0,
+                _number(
+                    label,
+                    CACHE_DEFAULTS[name],
+                    info,
+                    whole=name != "threshold",
+                    name=name,
                     min_width=140,
-                    elem_id=name.replace("_", "-"),
                 )
                 for name, (label, info) in CACHE_FIELDS.items()
             ]
+
+    def _build_attention(self) -> None:
         self._attention = gr.Radio(
             [("off", "off"), ("auto", "auto"), ("SVG2", "svg2")],
             value="auto",
@@ -150,54 +165,40 @@ class Controls:
         self._attention_note = gr.HTML(elem_id="attention-note")
         with gr.Row(visible=False) as self._sparse_row:
             self._sparse = [
-                gr.Number(
+                _number(
+                    label,
                     Sparse().top_p if name == "top_p" else None,
-                    label=label,
-                    info=info,
-                    precision=None if name == "top_p" else 0,
+                    info,
+                    whole=name != "top_p",
+                    name=name,
                     min_width=140,
-                    elem_id=name.replace("_", "-"),
                 )
                 for name, (label, info) in SPARSE_FIELDS.items()
             ]
+
+    def _connect(self) -> None:
+        """Connect the events of the custom controls with their handlers."""
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        drawn = [self._policy, self._budget, self._curve]
         self._attention.change(
             lambda choice: gr.update(visible=choice == "svg2"),
             self._attention,
             self._sparse_row,
-            show_progress="hidden",
+            **quiet,
         )
-        self._custom.expand(self._note, None, self._attention_note, show_progress="hidden")
-        self._file.upload(
-            self._read_policy,
-            self._file,
-            [self._policy, self._budget, self._curve, self._acceleration],
-            show_progress="hidden",
-        )
-        self._file.clear(
-            lambda: (None, gr.update(visible=False), ""),
-            None,
-            [self._policy, self._budget, self._curve],
-            show_progress="hidden",
-        )
-        self._budget.change(
-            self._draw, [self._policy, self._budget], self._curve, show_progress="hidden"
-        )
+        self._custom.expand(self._note, None, self._attention_note, **quiet)
+        self._file.upload(self._read_policy, self._file, [*drawn, self._acceleration], **quiet)
+        self._file.clear(lambda: (None, gr.update(visible=False), ""), None, drawn, **quiet)
+        self._budget.change(self._draw, [self._policy, self._budget], self._curve, **quiet)
         self._acceleration.change(
             lambda choice: gr.update(open=choice == CUSTOM),
             self._acceleration,
             self._custom,
-            show_progress="hidden",
-        ).then(self._note, None, self._attention_note, show_progress="hidden")
+            **quiet,
+        ).then(self._note, None, self._attention_note, **quiet)
 
     def _note(self) -> Iterator[str]:
-        yield from map(panels.note, self._on_attention())
-
-    @staticmethod
-    def _number(label: str, value: Any, info: str, precision: int | None = 0) -> gr.Number:
-        name = label.lower().replace(" ", "-")
-        return gr.Number(
-            value, label=label, info=info, precision=precision, min_width=120, elem_id=name
-        )
+        yield from map(html.note, self._on_attention())
 
     @property
     def inputs(self) -> list[Any]:
@@ -214,10 +215,10 @@ class Controls:
             self._fps,
             self._acceleration,
             self._compare,
-            self._plan,
+            self._steps_text,
             self._policy,
             self._budget,
-            self._cached,
+            self._with_cache,
             *self._cache,
             self._attention,
             *self._sparse,
@@ -225,7 +226,7 @@ class Controls:
 
     @property
     def blank(self) -> list[Any]:
-        """The numbers that are left to the model at first; Gradio shows 0 until told otherwise."""
+        """The numbers left to the model at first, which Gradio shows as 0 until it is told."""
         return [
             field for field in self.inputs if isinstance(field, gr.Number) and field.value is None
         ]
@@ -236,7 +237,10 @@ class Controls:
         return [*self.inputs, self._curve]
 
     def settings(self, values: list[Any]) -> Settings:
-        """What the controls say, with a new seed if one is asked for.
+        """Return what the controls say, with a new seed if one is asked for.
+
+        Args:
+            values: those of `inputs`, in their order.
 
         Raises:
             SettingsError: something is out of its range.
@@ -246,9 +250,9 @@ class Controls:
         if match is None and given[self._size]:
             raise SettingsError(f"size: expected such as 832x480, found {given[self._size]!r}")
         policy: CachePolicy | None = given[self._policy]
-        plan = (given[self._plan] or "").strip() or "auto"
+        policy_text = (given[self._steps_text] or "").strip() or "auto"
         if policy is not None:
-            plan = with_one_plan(policy, _nearest(policy, given[self._budget])).to_json()
+            policy_text = with_one_plan(policy, _nearest(policy, given[self._budget])).to_json()
         cache = dict(zip(CACHE_FIELDS, (given[field] for field in self._cache), strict=True))
         sparse = dict(zip(SPARSE_FIELDS, (given[field] for field in self._sparse), strict=True))
         if sparse["top_p"] is None:
@@ -267,36 +271,36 @@ class Controls:
                 "fps": given[self._fps] or 16,
                 "acceleration": given[self._acceleration],
                 "compare": bool(given[self._compare]),
-                "policy": plan,
-                "cache": cache if given[self._cached] else None,
+                "policy": policy_text,
+                "cache": cache if given[self._with_cache] else None,
                 "attention": given[self._attention],
                 "svg2": sparse if given[self._attention] == "svg2" else {},
             }
         )
 
     def show(self, settings: Settings) -> dict[Any, Any]:
-        """Updates that make the controls say `settings`."""
+        """Return the updates that make the controls say `settings`."""
         policy = None
         if settings.policy.startswith("{"):
-            policy = policy_argument(settings.policy)
+            policy = policy_of_text(settings.policy)
         cache = settings.cache.model_dump() if settings.cache is not None else {}
         return {
             self._prompt: settings.prompt,
             self._negative: settings.negative_prompt,
             self.seed: settings.seed,
             self._randomise: False,
-            self._size: f"{settings.width}x{settings.height}" if settings.width else "",
+            self._size: _size_text(settings),
             self._frames: settings.frames,
             self._steps: settings.steps,
             self._guidance: settings.guidance,
             self._fps: settings.fps,
             self._acceleration: settings.acceleration,
             self._compare: settings.compare,
-            self._plan: "auto" if policy is not None else settings.policy,
+            self._steps_text: "auto" if policy is not None else settings.policy,
             self._policy: policy,
             self._budget: self._slider(policy),
             self._curve: self._draw(policy, 0),
-            self._cached: settings.cache is not None,
+            self._with_cache: settings.cache is not None,
             **{
                 field: cache.get(name, gr.skip())
                 for name, field in zip(CACHE_FIELDS, self._cache, strict=True)
@@ -305,13 +309,20 @@ class Controls:
             **dict(zip(self._sparse, settings.svg2.model_dump().values(), strict=True)),
         }
 
+    def show_busy(self, busy: bool) -> dict[Any, Any]:
+        """Return the updates that let a run be stopped while one runs, and begun otherwise."""
+        return {
+            self.generate: gr.update(value="Generate", interactive=not busy),
+            self.stop: gr.update(value="Stop", interactive=busy),
+        }
+
     def _read_policy(self, path: str) -> tuple[Any, ...]:
         try:
             policy = CachePolicy.load(path)
         except PolicyError as error:
             # The message names the file by its place in the upload folder, which says nothing.
             text = str(error).replace(f"policy {path}: ", "")
-            return None, gr.update(visible=False), panels.problem(text), gr.skip()
+            return None, gr.update(visible=False), html.problem(text), gr.skip()
         return policy, self._slider(policy), self._draw(policy, _balanced(policy)), CUSTOM
 
     @staticmethod
@@ -326,7 +337,30 @@ class Controls:
 
     @staticmethod
     def _draw(policy: CachePolicy | None, budget: Any) -> str:
-        return "" if policy is None else panels.curve(policy, _nearest(policy, budget))
+        return "" if policy is None else html.curve(policy, _nearest(policy, budget))
+
+
+def _number(
+    label: str,
+    value: float | None,
+    info: str,
+    *,
+    whole: bool = True,
+    name: str = "",
+    min_width: int = 120,
+) -> gr.Number:
+    return gr.Number(
+        value,
+        label=label,
+        info=info,
+        precision=0 if whole else None,
+        min_width=min_width,
+        elem_id=(name or label.lower()).replace("_", "-").replace(" ", "-"),
+    )
+
+
+def _size_text(settings: Settings) -> str:
+    return f"{settings.width}x{settings.height}" if settings.width else ""
 
 
 def _balanced(policy: CachePolicy) -> int:
@@ -334,7 +368,7 @@ def _balanced(policy: CachePolicy) -> int:
 
 
 def _nearest(policy: CachePolicy, budget: Any) -> int:
-    """The smallest budget of the policy that is no less than asked for."""
+    """Return the smallest budget of the policy that is no less than asked for."""
     known = policy.budgets()
     wanted = budget if isinstance(budget, int | float) else known[0]
     return next((b for b in known if b >= wanted), known[-1])

@@ -1,4 +1,4 @@
-"""RunStore that wait for their turn, one at a time on one pipeline, and how far each is."""
+"""The queue of jobs: each waits for its turn on the one worker, and tells how far it is."""
 
 import logging
 import secrets
@@ -21,23 +21,23 @@ logger = logging.getLogger(__name__)
 
 FOLLOW_EVERY = 0.15  # seconds
 ABANDONED_AFTER = 60.0  # seconds without anyone following a run that still waits
-REMEMBERED = 200  # finished jobs
+REMEMBERED = 200  # ended jobs
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job is.
+    """How far a job is.
 
     Attributes:
         state: "waiting", "running", "done", "stopped" or "failed".
-        ahead: jobs before it, while it waits.
-        phase: what is running.
-        step, steps: finished steps of the phase, and how many there are; 0 when not known.
-        timeline: a letter per finished step, as `vidaccel.report` has it; "" without acceleration.
+        ahead: number of jobs before it, while it waits.
+        phase: "warm-up", "accelerated", "original" or "comparing" while it runs.
+        step, steps: number of ended steps of the phase, and of all its steps; 0 when not known.
+        timeline: the `StepKind` of each ended step; "" without acceleration.
         eta: seconds left in the phase.
         preview: the latents as a picture in a data URI.
         message: why it stopped or failed.
-        finished: what is already in its files: first the accelerated clip, then all.
+        saved: the run as far as it is in its files: first the accelerated clip, then all.
     """
 
     state: str = "waiting"
@@ -49,11 +49,11 @@ class Progress:
     eta: float | None = None
     preview: str = ""
     message: str = ""
-    finished: SavedRun | None = None
+    saved: SavedRun | None = None
 
     @property
     def final(self) -> bool:
-        """Nothing more will happen."""
+        """True when nothing more will happen."""
         return self.state in ("done", "stopped", "failed")
 
 
@@ -63,6 +63,12 @@ class Job:
     Args:
         owner: token of the browser that asked.
         settings: what it asked for.
+
+    Attributes:
+        id: names the job; cannot be guessed.
+        progress: how far it is.
+        stop: when set, the job ends within a step.
+        seen: when somebody followed it last, in seconds on the monotonic clock.
     """
 
     def __init__(self, owner: str, settings: Settings) -> None:
@@ -75,20 +81,22 @@ class Job:
 
 
 class JobQueue:
-    """RunStore jobs on one stage, one after the other, in a thread of its own.
+    """Run jobs on one worker, one after the other, in a thread of its own.
 
     That thread begins at once to load the model.
 
     Args:
-        stage: the pipeline.
-        runs: where results go.
+        worker: runs a job.
+        store: where results go.
         limits: the largest run.
-        queue_size: jobs that may wait.
+        queue_size: number of jobs that may wait.
     """
 
-    def __init__(self, stage: Worker, runs: RunStore, limits: Limits, queue_size: int = 8) -> None:
-        self.stage = stage
-        self.runs = runs
+    def __init__(
+        self, worker: Worker, store: RunStore, limits: Limits, queue_size: int = 8
+    ) -> None:
+        self.worker = worker
+        self.store = store
         self.limits = limits
         self.queue_size = queue_size
         self._changed = threading.Condition()
@@ -96,11 +104,11 @@ class JobQueue:
         self._running: Job | None = None
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="studio", daemon=True)
+        self._thread = threading.Thread(target=self._run_jobs, name="job-queue", daemon=True)
         self._thread.start()
 
     def submit(self, owner: str, settings: Settings) -> Job:
-        """Put a run into the queue.
+        """Put a run into the queue and return its job.
 
         Raises:
             SettingsError: it is beyond the limits of this page.
@@ -123,7 +131,7 @@ class JobQueue:
         return job
 
     def job(self, owner: str, job_id: str) -> Job | None:
-        """A job of an owner, as long as it is remembered."""
+        """Return a job of an owner, as long as it is remembered; None otherwise."""
         job = self._jobs.get(job_id)
         return job if job is not None and job.owner == owner else None
 
@@ -137,11 +145,11 @@ class JobQueue:
                 self._renumber()
 
     def follow(self, job: Job) -> Iterator[Progress]:
-        """The progress of a job whenever it has changed, until nothing more will happen."""
+        """Yield the progress of a job whenever it has changed, until nothing more will happen."""
         shown: Progress | None = None
         while True:
             with self._changed:
-                self._changed.wait_for(partial(_has_moved, job, shown), timeout=1.0)
+                self._changed.wait_for(partial(_has_changed, job, shown), timeout=1.0)
                 progress = job.progress
             job.seen = time.monotonic()
             if progress is not shown:
@@ -169,12 +177,12 @@ class JobQueue:
         for index, job in enumerate(self._waiting):
             self._publish(job, ahead=index + (self._running is not None))
 
-    def _work(self) -> None:
-        with suppress(Exception):  # told to whoever asks for the first run, which tries again
-            self.stage.load()
+    def _run_jobs(self) -> None:
+        with suppress(Exception):  # the first job tries again, and shows the error to its owner
+            self.worker.load()
         while (job := self._next()) is not None:
             try:
-                self._serve(job)
+                self._run(job)
                 self._publish(job, state="done")
             except Stopped as stopped:
                 at = job.progress
@@ -200,21 +208,23 @@ class JobQueue:
             self._renumber()
             return job
 
-    def _serve(self, job: Job) -> None:
+    def _run(self, job: Job) -> None:
         if time.monotonic() - job.seen > ABANDONED_AFTER:
             raise Stopped("nobody was waiting for it any more")
         # What was left to the model is known only now, and bounded as what was asked for.
-        self.limits.check(self.stage.resolved(job.settings))
-        run: str | None = None
+        self.limits.check(self.worker.resolved(job.settings))
+        run_id: str | None = None
 
         def save(result: dict[str, Any], clips: dict[str, Clip]) -> None:
-            nonlocal run
-            finished = self.runs.save(job.owner, job.settings, result, clips, run)
-            run = finished.id
-            self._publish(job, finished=finished)
+            nonlocal run_id
+            saved = self.store.save(job.owner, job.settings, result, clips, run_id)
+            run_id = saved.id
+            self._publish(job, saved=saved)
 
-        self.stage.perform(job.settings, tell=partial(self._publish, job), stop=job.stop, save=save)
+        self.worker.run(
+            job.settings, on_progress=partial(self._publish, job), stop=job.stop, save=save
+        )
 
 
-def _has_moved(job: Job, shown: Progress | None) -> bool:
+def _has_changed(job: Job, shown: Progress | None) -> bool:
     return job.progress is not shown

@@ -1,4 +1,4 @@
-"""What the latents of a running generation look like, without decoding them.
+"""Pictures of the latents of a running generation, drawn without decoding them.
 
 A latent pixel is turned into a colour by one matrix. Where a clip of the model has been decoded
 before, that is the least-squares map from its latents to its pixels, and the colours are right.
@@ -20,10 +20,10 @@ MIN_ROWS = 96  # of a picture; small latents are enlarged in whole steps
 
 
 class Preview:
-    """Draws latents.
+    """Draw latents.
 
     Args:
-        channels: of the latents of this model.
+        channels: number of channels of the model's latents.
     """
 
     def __init__(self, channels: int) -> None:
@@ -49,7 +49,7 @@ class Preview:
         self._map = torch.linalg.lstsq(known.T, wanted.T, driver="gelsd").solution
 
     def frames(self, latents: Any) -> Clip | None:
-        """Up to 5 frames, uint8 [n, h, w, 3], of latents; None when their form is not known.
+        """Return up to 5 frames of latents, uint8 [n, h, w, 3]; None when their form is not known.
 
         The forms known are [B, C, F, h, w] and [B, F, C, h, w]; the first clip of a batch is shown.
         """
@@ -63,11 +63,11 @@ class Preview:
             colours = points @ self._map[:-1] + self._map[-1]
         else:
             colours = self._main_directions(points)
-        grey = (colours.clamp(0, 1) * 255).round().to(torch.uint8)
-        return grey.reshape(len(chosen), height, width, 3).numpy()
+        pixels = (colours.clamp(0, 1) * 255).round().to(torch.uint8)
+        return pixels.reshape(len(chosen), height, width, 3).numpy()
 
     def _main_directions(self, points: torch.Tensor) -> torch.Tensor:
-        """The three principal components of `points` [N, C], each scaled to 0..1: [N, 3]."""
+        """Return the three principal components of `points` [N, C], each scaled to 0..1: [N, 3]."""
         centred = points - points.mean(0)
         axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
         if axes.shape[1] < 3:
@@ -76,12 +76,12 @@ class Preview:
             signs = torch.where((axes * self._axes).sum(0) < 0, -1.0, 1.0)
             axes = axes * signs
         self._axes = axes
-        values = centred @ axes
-        spread = values.std(0, correction=0).clamp_min(1e-6)
-        return values / (4 * spread) + 0.5
+        values: torch.Tensor = centred @ axes
+        deviation = values.std(0, correction=0).clamp_min(1e-6)
+        return values / (4 * deviation) + 0.5
 
     def _volume(self, latents: Any) -> torch.Tensor | None:
-        """The first clip as float32 [C, F, h, w] on the CPU."""
+        """Return the first clip as float32 [C, F, h, w] on the CPU; None for an unknown form."""
         if not isinstance(latents, torch.Tensor) or latents.ndim != 5:
             return None
         first = latents[0].detach().float().cpu()
@@ -91,7 +91,7 @@ class Preview:
 
 
 def data_uri(frames: Clip) -> str:
-    """Frames beside each other as a PNG in a data URI, for an <img>."""
+    """Return frames beside each other as a PNG in a data URI, for an <img>."""
     strip = np.concatenate(list(frames), axis=1)
     factor = -(-MIN_ROWS // strip.shape[0])
     strip = strip.repeat(factor, axis=0).repeat(factor, axis=1)

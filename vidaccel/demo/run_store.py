@@ -1,4 +1,4 @@
-"""The folder of finished runs: a clip, its original, their settings and numbers."""
+"""The folder of saved runs: a clip, its original, their settings and numbers."""
 
 import json
 import re
@@ -11,12 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vidaccel.cli.options import finite
 from vidaccel.clips import video
 from vidaccel.clips.video import Clip
 from vidaccel.demo.settings import Settings
 from vidaccel.errors import OutputError, SettingsError
-from vidaccel.files import write_text
+from vidaccel.files import finite, write_text
 
 RUN_ID = re.compile(r"[0-9a-z][0-9a-z-]{0,63}")
 
@@ -26,12 +25,12 @@ DESCRIPTION = "run.json"
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run as its files tell it.
+    """A run as it is in its files.
 
     Attributes:
-        folder: where they are; its name is the id of the run.
+        folder: where the files are; its name is the id of the run.
         settings: what was asked for.
-        result: what `vidaccel.demo.worker` measured, read from JSON.
+        result: the numbers that `vidaccel.demo.worker` measured, as read from JSON.
     """
 
     folder: Path
@@ -40,33 +39,39 @@ class SavedRun:
 
     @property
     def id(self) -> str:
-        """Names the run among those of its owner."""
+        """The name of the run among those of its owner."""
         return self.folder.name
 
     def path(self, name: str) -> Path | None:
-        """A file of the run, if it has it."""
+        """Return the path of a file of the run; None when there is no such file."""
         path = self.folder / name
         return path if path.is_file() else None
 
     @property
     def clips(self) -> dict[str, Path]:
-        """Its clips: "accelerated", "original" or both."""
+        """The clips by name: "accelerated", "original" or both."""
         found = {name: self.path(f"{name}.mp4") for name in CLIPS}
         return {name: path for name, path in found.items() if path is not None}
 
     @property
+    def fidelity(self) -> dict[str, Any] | None:
+        """The measurements of `vidaccel.clips.fidelity.fidelity`; None without a comparison."""
+        found: dict[str, Any] | None = self.result.get("closeness")  # its name in the files
+        return found
+
+    @property
     def downloads(self) -> list[Path]:
-        """The files for the user: clips, both beside each other, settings and numbers."""
+        """The files for the user: the clips, both beside each other, settings and numbers."""
         names = [*(f"{name}.mp4" for name in CLIPS), "side-by-side.mp4", DESCRIPTION]
         return [path for name in names if (path := self.path(name)) is not None]
 
 
 class RunStore:
-    """RunStore in a folder, kept apart by owner.
+    """The saved runs in a folder, kept apart by owner.
 
     Args:
         root: the folder; made when the first run is saved.
-        keep: runs of one owner; older ones are removed.
+        keep: number of runs of one owner; older ones are removed.
     """
 
     def __init__(self, root: Path, keep: int = 50) -> None:
@@ -74,7 +79,7 @@ class RunStore:
         self.keep = keep
 
     def folder(self, owner: str) -> Path:
-        """Where the runs of an owner are. The name tells nothing about the owner's token."""
+        """Return the folder of an owner, whose name does not give the owner's token away."""
         return self.root / (sha256(owner.encode()).hexdigest()[:24] if owner else ".")
 
     def save(
@@ -83,7 +88,7 @@ class RunStore:
         settings: Settings,
         result: dict[str, Any],
         clips: Mapping[str, Clip],
-        run: str | None = None,
+        run_id: str | None = None,
     ) -> SavedRun:
         """Write a run, or write it again when there is more of it.
 
@@ -92,7 +97,7 @@ class RunStore:
             settings: what was asked for.
             result: plain numbers.
             clips: "accelerated", "original" or both.
-            run: the id, when it was written before.
+            run_id: the id of the run when it was written before; None for a new one.
 
         Raises:
             OutputError, VideoError: the folder cannot be written.
@@ -100,8 +105,8 @@ class RunStore:
         # Sorts by time, and cannot be guessed.
         now = time.time_ns() // 1_000_000
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now // 1000))
-        run = run or f"{stamp}-{now % 1000:03d}-{secrets.token_hex(8)}"
-        folder = self.folder(owner) / run
+        run_id = run_id or f"{stamp}-{now % 1000:03d}-{secrets.token_hex(8)}"
+        folder = self.folder(owner) / run_id
         files = dict(clips)
         if len(clips) == len(CLIPS):
             beside = {name: clips[name] for name in ("original", "accelerated")}
@@ -123,11 +128,11 @@ class RunStore:
             raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
         return SavedRun(folder, settings, result)
 
-    def load(self, owner: str, run: str) -> SavedRun | None:
-        """One run of an owner; None when there is no such run."""
-        if not RUN_ID.fullmatch(run):
+    def load(self, owner: str, run_id: str) -> SavedRun | None:
+        """Return one run of an owner; None when there is no such run."""
+        if not RUN_ID.fullmatch(run_id):
             return None
-        folder = self.folder(owner) / run
+        folder = self.folder(owner) / run_id
         try:
             text = (folder / DESCRIPTION).read_text(encoding="utf-8")
             settings = Settings.from_json(text)
@@ -138,7 +143,7 @@ class RunStore:
         return SavedRun(folder, settings, result)
 
     def of(self, owner: str) -> list[SavedRun]:
-        """All runs of an owner, the newest first."""
+        """Return all runs of an owner, the newest first."""
         runs = (self.load(owner, folder.name) for folder in self._folders(owner))
         return [run for run in runs if run is not None]
 

@@ -1,7 +1,6 @@
-"""What one run is asked for. Untrusted: it comes from a browser or an uploaded file."""
+"""The settings of one run. Untrusted: they come from a browser or an uploaded file."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,11 +9,11 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from vidaccel.clips.video import read_comment
 from vidaccel.dbcache import DBCache
-from vidaccel.errors import PlanError, SettingsError
-from vidaccel.plans.plan import EVERY, PRESETS
+from vidaccel.errors import SettingsError
+from vidaccel.plans.plan import PRESETS
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.schema import MAX_STEPS, Pixels, Record, Steps, Text
-from vidaccel.resolve import course_source
+from vidaccel.resolve import Resolver, policy_from_text
 from vidaccel.svg2.settings import SVG2
 
 MAX_BYTES = 4 * 2**20  # of a settings file
@@ -22,8 +21,6 @@ MAX_SEED = 2**32 - 1
 
 OFF, CUSTOM = "off", "custom"
 ACCELERATIONS = (OFF, *PRESETS, CUSTOM)
-
-STEP_LIST = re.compile(r"\s*\d{1,4}(\s*,\s*\d{1,4})*\s*")
 
 
 class BlockCache(Record):
@@ -46,19 +43,19 @@ class Sparse(Record):
 
 
 class Settings(Record):
-    """One run.
+    """The settings of one run.
 
     Attributes:
         prompt, negative_prompt, seed: what to show.
-        steps, guidance, width, height, frames: None for what the pipeline does by itself.
-        fps: of the files.
+        steps, guidance, width, height, frames: None for the pipeline's own default.
+        fps: frames per second of the files.
         acceleration: "off", a preset of `accelerate`, or "custom" for the fields below.
         compare: also run without acceleration.
         policy: "auto", "all", "every N", a list such as 0,1,5, or the text of a policy file. No
             path and no hub id: nothing of the server can be named.
         cache: the block cache; None for none.
         attention: "auto" as `accelerate` has it, "off", or "svg2" for the field below.
-        svg2: how attention is made sparse.
+        svg2: the settings of sparse attention.
     """
 
     prompt: Annotated[Text, StringConstraints(min_length=1)]
@@ -79,7 +76,7 @@ class Settings(Record):
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Settings":
-        """Settings from fields; raises SettingsError that names the first one that is wrong."""
+        """Return settings with these fields; raises SettingsError naming the first wrong one."""
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -89,10 +86,10 @@ class Settings(Record):
 
     @classmethod
     def from_json(cls, raw: bytes | str) -> "Settings":
-        """Settings from the text of a run's JSON file.
+        """Read settings from the text of a run's JSON file.
 
         Raises:
-            SettingsError: it is none, or a field is wrong.
+            SettingsError: it holds none, or a field is wrong.
         """
         try:
             data = json.loads(raw)
@@ -106,7 +103,7 @@ class Settings(Record):
 
     @classmethod
     def from_file(cls, path: Path) -> "Settings":
-        """Settings from a clip or a JSON file that a run has left.
+        """Read settings from a clip or a JSON file that a run has left.
 
         Raises:
             SettingsError: it holds none.
@@ -124,11 +121,11 @@ class Settings(Record):
         return cls.from_json(raw)
 
     def to_json(self) -> str:
-        """One line of JSON, which `from_json` takes."""
+        """Return one line of JSON, which `from_json` takes."""
         return self.model_dump_json(exclude_defaults=False)
 
     def call(self) -> dict[str, Any]:
-        """The arguments of the pipeline's call; those that are None are left to the pipeline."""
+        """Return the arguments of the pipeline's call; None leaves one to the pipeline."""
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt or None,
@@ -140,62 +137,47 @@ class Settings(Record):
         }
 
     def original(self) -> "Settings":
-        """The same without acceleration: equal for two runs whose originals are the same clip."""
+        """Return the same without acceleration: equal where the originals are the same clip."""
         plain: dict[str, Any] = {"acceleration": OFF, "policy": "auto", "cache": None, "fps": 1}
         plain |= {"attention": "auto", "svg2": Sparse(), "compare": False}
         return self.model_copy(update=plain)
 
     def acceleration_arguments(self) -> dict[str, Any]:
-        """What `accelerate` takes for these settings; for "off", nothing should be accelerated.
+        """Return the arguments of `accelerate`; where acceleration is "off", it is not called.
 
         Raises:
             PlanError, PolicyError: the policy is none.
         """
-        arguments: dict[str, Any] = {"policy": "auto", "cache": "auto", "preset": "balanced"}
-        if self.acceleration in PRESETS:
-            arguments["preset"] = self.acceleration
-        elif self.acceleration == CUSTOM:
-            arguments["policy"] = policy_argument(self.policy)
-            arguments["cache"] = None
-            if self.cache is not None:
-                arguments["cache"] = DBCache(**self.cache.model_dump())
-        course_source(**arguments)  # says what is wrong with them
-        return {**arguments, "attention": self._attention()}
+        if self.acceleration != "custom":
+            preset = "balanced" if self.acceleration == "off" else self.acceleration
+            return {"policy": Resolver("auto", "auto", preset), "attention": "auto"}
+        policy = policy_of_text(self.policy)
+        cache = None if self.cache is None else DBCache(**self.cache.model_dump())
+        return {"policy": Resolver(policy, cache), "attention": self._attention()}
 
-    def _attention(self) -> Any:
-        """What `accelerate(attention=...)` takes."""
-        if self.acceleration != CUSTOM or self.attention == "auto":
-            return "auto"
-        if self.attention == "off":
-            return None
-        return SVG2(**self.svg2.model_dump(exclude_none=True))
+    def _attention(self) -> SVG2 | str | None:
+        """Return what `accelerate(attention=...)` takes for custom acceleration."""
+        if self.attention == "svg2":
+            return SVG2(**self.svg2.model_dump(exclude_none=True))
+        return None if self.attention == "off" else self.attention
 
 
-def policy_argument(text: str) -> Any:
-    """What a user has typed or uploaded, as `accelerate(policy=...)` takes it.
+def policy_of_text(text: str) -> Any:
+    """Return the policy that a user has typed or uploaded, as `accelerate(policy=...)` takes it.
 
     Raises:
-        PlanError, PolicyError: it is nothing of what `Settings.policy` says.
+        PlanError, PolicyError: it is none of those that `Settings.policy` lists.
     """
     text = text.strip()
     if text.startswith("{"):
         return CachePolicy.from_json(text)
-    if text == "all":
-        return None
-    if STEP_LIST.fullmatch(text):
-        return [int(step) for step in text.split(",")]
-    if text == "auto" or EVERY.fullmatch(text):
-        return text
-    raise PlanError(
-        f"the steps are auto, all, every N, or a list such as 0,1,5; found {text[:80]!r} "
-        "(a policy file is uploaded)"
-    )
+    return policy_from_text(text, files=False)
 
 
 def with_one_plan(policy: CachePolicy, budget: int) -> CachePolicy:
-    """The policy with the plan of one budget alone, which every preset then gives.
+    """Return the policy with the plan of one budget alone, which every preset then gives.
 
-    The evidence is left out, what it is held against a run by stays.
+    The evidence is left out; the fields by which it is held against a run stay.
     """
     plans = {str(budget): policy.plans[str(budget)]}
     evidence: dict[str, Any] = {"edges": (), "validation": None, "prompts": ()}
@@ -208,7 +190,7 @@ class Limits:
 
     Attributes:
         width, height: their product bounds that of a run, so portrait is as good as landscape.
-        frames, steps: of one run.
+        frames, steps: the largest numbers of one run.
     """
 
     width: int = 1280

@@ -1,4 +1,4 @@
-"""The pipeline behind a page: runs what settings ask for, and stays usable whatever happens."""
+"""The worker behind the page: runs what settings ask for, and stays usable whatever happens."""
 
 import threading
 import time
@@ -11,22 +11,24 @@ from typing import Any
 import torch
 
 from vidaccel.api import accelerate, engines_of, restore
-from vidaccel.clips import generate as g
-from vidaccel.clips.compare import fidelity
+from vidaccel.clips.fidelity import fidelity
+from vidaccel.clips.generate import Run, generate
+from vidaccel.clips.load import call_arguments, steps_of
 from vidaccel.clips.video import Clip
-from vidaccel.demo.eta import Countdown
+from vidaccel.demo.eta import Eta
 from vidaccel.demo.preview import Preview, data_uri
 from vidaccel.demo.settings import OFF, Settings
+from vidaccel.engine.stats import StepKind
 from vidaccel.environment import environment
 from vidaccel.errors import VidaccelError
 from vidaccel.hosts.registry import find_transformers
 from vidaccel.svg2.settings import SVG2
 
-PREVIEW_EVERY = 0.25  # seconds, so that looking does not slow down what is timed
+PREVIEW_EVERY = 0.25  # seconds, so that drawing does not slow down what is timed
 ORIGINALS_BYTES = 2**30
 
-Tell = Callable[..., None]
-Save = Callable[[dict[str, Any], dict[str, Clip]], None]
+OnProgress = Callable[..., None]  # takes fields of `vidaccel.demo.job_queue.Progress`
+Save = Callable[[dict[str, Any], dict[str, Clip]], None]  # takes numbers and clips
 
 
 class Stopped(Exception):
@@ -34,7 +36,7 @@ class Stopped(Exception):
 
 
 class Worker:
-    """RunStore one thing at a time on one pipeline, which is accelerated only meanwhile.
+    """Run one thing at a time on one pipeline, which is accelerated only meanwhile.
 
     Args:
         load: gives the pipeline; raises ModelError.
@@ -48,10 +50,10 @@ class Worker:
         self._loaded = threading.Event()
         self._preview: Preview | None = None
         self._warm: set[tuple[Any, ...]] = set()
-        self._originals: OrderedDict[Settings, g.Run] = OrderedDict()
+        self._originals: OrderedDict[Settings, Run] = OrderedDict()
 
     def load(self) -> Any:
-        """The pipeline, loaded when it is needed first."""
+        """Return the pipeline, which is loaded when it is needed first."""
         if self._pipe is None:
             pipe = self._load()
             config = next(iter(find_transformers(pipe).values()))[0].config
@@ -61,10 +63,10 @@ class Worker:
         return self._pipe
 
     def resolved(self, settings: Settings) -> Settings:
-        """The settings with what the pipeline takes by itself, as far as its call tells.
+        """Return the settings with the pipeline's own defaults, as far as its call names them.
 
         Raises:
-            ModelError: it cannot be loaded.
+            ModelError: the pipeline cannot be loaded.
         """
         known = signature(type(self.load()).__call__).parameters
         names = ("width", "height", "num_frames", "num_inference_steps")
@@ -77,7 +79,7 @@ class Worker:
         return settings.model_copy(update=given)
 
     def attention(self, patience: float = 120.0) -> Iterator[str]:
-        """In words, what becomes of this model's self-attention when it shall be sparse.
+        """Say in words what becomes of this model's self-attention when it shall be sparse.
 
         Args:
             patience: seconds to wait for a model that is still being loaded.
@@ -86,27 +88,11 @@ class Worker:
             yield "The model is still being loaded; then this says whether it can."
             self._loaded.wait(patience)
         if self._pipe is not None:
-            yield self._attention_of(self._pipe)
+            yield _attention_of(self._pipe)
 
-    @staticmethod
-    def _attention_of(pipe: Any) -> str:
-        # Only here, since Triton and Diffusers' attention take seconds to import.
-        from vidaccel.svg2.runner import why_dense
-
-        for transformer, host in find_transformers(pipe).values():
-            if reason := why_dense(transformer, host):
-                return f"Attention stays dense with this model: {reason}."
-        if not torch.cuda.is_available():
-            return (
-                "There is no GPU here, so auto leaves attention dense. SVG2 runs without one and "
-                "shows what it does to the clip, but saves no time."
-            )
-        return (
-            f"Sequences shorter than {SVG2.min_tokens} tokens stay dense, since they would gain "
-            "nothing; SVG2 can set another length."
-        )
-
-    def perform(self, settings: Settings, *, tell: Tell, stop: threading.Event, save: Save) -> None:
+    def run(
+        self, settings: Settings, *, on_progress: OnProgress, stop: threading.Event, save: Save
+    ) -> None:
         """Make the clips that settings ask for, the accelerated one first.
 
         The original of a prompt, seed, size, number of steps and guidance is kept and not made
@@ -114,7 +100,7 @@ class Worker:
 
         Args:
             settings: of the run.
-            tell: called with fields of `vidaccel.demo.job_queue.Progress` that have changed.
+            on_progress: called with the fields of a job's progress that have changed.
             stop: when set, the run ends within a step.
             save: called with numbers and clips when there is a clip more.
 
@@ -123,38 +109,28 @@ class Worker:
             Exception: as the pipeline does.
         """
         pipe = self.load()
-        call = g.call_arguments(pipe, settings.call())
-        clips: dict[str, g.Run] = {}
-        about = {"model": self.model, "environment": environment()}
+        call = call_arguments(pipe, settings.call())
+        clips: dict[str, Run] = {}
+        about: dict[str, Any] = {"model": self.model, "environment": environment()}
 
-        def clip_made(name: str, run: g.Run) -> None:
+        def generate_clip(phase: str, call: dict[str, Any]) -> Run:
+            return self._generate(phase, call, settings.seed, on_progress, stop)
+
+        def add_clip(name: str, run: Run) -> None:
             clips[name] = run
             save(about | _numbers(clips), {name: run.frames for name, run in clips.items()})
 
-        def generate(phase: str, call: dict[str, Any]) -> g.Run:
-            return self._generate(phase, call, settings.seed, tell, stop)
-
         try:
             if settings.acceleration != OFF:
-                arguments = settings.acceleration_arguments()
-                accelerate(pipe, **arguments)  # what cannot be is refused before any work
-                restore(pipe)
-                shape = tuple(call.get(name) for name in ("height", "width", "num_frames"))
-                if settings.compare and shape not in self._warm:
-                    # Neither side of a comparison should pay for the first run of a shape.
-                    generate("warm-up", {**call, "num_inference_steps": 2})
-                    self._warm.add(shape)
-                accelerate(pipe, **arguments)
-                clip_made("accelerated", generate("accelerated", call))
-                restore(pipe)
+                add_clip("accelerated", self._accelerated(settings, call, generate_clip))
             if settings.acceleration == OFF or settings.compare:
                 original = self._originals.get(settings.original())
                 about["original_kept"] = original is not None
                 if original is None:
-                    original = generate("original", call)
+                    original = generate_clip("original", call)
                     self._keep(settings.original(), original)
-                tell(phase="comparing", step=0, steps=0, eta=None, preview="")
-                clip_made("original", original)
+                on_progress(phase="comparing", step=0, steps=0, eta=None, preview="")
+                add_clip("original", original)
         except BaseException:
             # Offloaded parts stay where an exception finds them.
             pipe.maybe_free_model_hooks()
@@ -164,7 +140,27 @@ class Worker:
         finally:
             restore(pipe)
 
-    def _keep(self, key: Settings, run: g.Run) -> None:
+    def _accelerated(
+        self,
+        settings: Settings,
+        call: dict[str, Any],
+        generate_clip: Callable[[str, dict[str, Any]], Run],
+    ) -> Run:
+        """Make the accelerated clip, after a warm-up where a comparison follows."""
+        pipe, arguments = self._pipe, settings.acceleration_arguments()
+        accelerate(pipe, **arguments)  # what cannot be is refused before any work
+        restore(pipe)
+        shape = tuple(call.get(name) for name in ("height", "width", "num_frames"))
+        if settings.compare and shape not in self._warm:
+            # Neither side of a comparison should pay for the first run of a shape.
+            generate_clip("warm-up", {**call, "num_inference_steps": 2})
+            self._warm.add(shape)
+        accelerate(pipe, **arguments)
+        run = generate_clip("accelerated", call)
+        restore(pipe)
+        return run
+
+    def _keep(self, key: Settings, run: Run) -> None:
         """Remember an original, and forget the oldest ones when they take too much memory."""
         self._originals[key] = run
         while (
@@ -174,48 +170,80 @@ class Worker:
             self._originals.popitem(last=False)
 
     def _generate(
-        self, phase: str, call: dict[str, Any], seed: int, tell: Tell, stop: threading.Event
-    ) -> g.Run:
+        self,
+        phase: str,
+        call: dict[str, Any],
+        seed: int,
+        on_progress: OnProgress,
+        stop: threading.Event,
+    ) -> Run:
+        """Make one clip, and learn the colours of previews from it."""
         pipe, preview = self._pipe, self._preview
         assert preview is not None
-        steps = g.steps_of(pipe, call)
-        tell(phase=phase, step=0, steps=steps, timeline="", eta=None, preview="")
-        engines = list(engines_of(pipe).values())
-        countdown = Countdown(steps)
-        drawn = 0.0
-        last: Any = None
-
-        def on_call(*_: Any) -> None:
-            if stop.is_set():
-                raise Stopped
-            countdown.start()
-
-        def on_step(step: int, latents: Any) -> None:
-            """Tell the progress, with a preview now and then."""
-            nonlocal drawn, last
-            last = latents
-            timeline = "".join(engine.stats.timeline() for engine in engines)
-            countdown.lap(timeline[-1:] or "C")
-            plan = engines[0].plan if engines else None
-            computed = None if plan is None else [plan.computes(s) for s in range(steps)]
-            news = {"step": step + 1, "timeline": timeline, "eta": countdown.left(computed)}
-            if time.perf_counter() - drawn > PREVIEW_EVERY:
-                drawn = time.perf_counter()
-                frames = preview.frames(latents)
-                if frames is not None:
-                    news["preview"] = data_uri(frames)
-            tell(**news)
-            if stop.is_set():  # after the last step there is no other call to end it at
-                raise Stopped
-
-        with _hooked(pipe, on_call):
-            run = g.generate(pipe, call, seed=seed, progress=False, on_step=on_step)
-        preview.learn(last, run.frames)
+        steps = steps_of(pipe, call)
+        on_progress(phase=phase, step=0, steps=steps, timeline="", eta=None, preview="")
+        follower = _Follower(pipe, steps, preview, on_progress, stop)
+        with _before_each_call(pipe, follower.on_call):
+            run = generate(pipe, call, seed=seed, progress=False, on_step=follower.on_step)
+        preview.learn(follower.latents, run.frames)
         return run
 
 
+class _Follower:
+    """Follow one generation: publish its progress, and end it when it is stopped.
+
+    Attributes:
+        latents: of the last step that has ended.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        steps: int,
+        preview: Preview,
+        on_progress: OnProgress,
+        stop: threading.Event,
+    ) -> None:
+        self.latents: Any = None
+        self._engines = list(engines_of(pipe).values())
+        self._steps = steps
+        self._preview = preview
+        self._on_progress = on_progress
+        self._stop = stop
+        self._eta = Eta(steps)
+        self._drawn = 0.0
+
+    def on_call(self, *_: Any) -> None:
+        """Take note that a transformer is called."""
+        if self._stop.is_set():
+            raise Stopped
+        self._eta.start()
+
+    def on_step(self, step: int, latents: Any) -> None:
+        """Publish that a step has ended, with a preview now and then."""
+        self.latents = latents
+        timeline = "".join(engine.stats.timeline() for engine in self._engines)
+        self._eta.end_step(StepKind(timeline[-1:] or StepKind.COMPUTED))
+        generation = self._engines[0].generation if self._engines else None
+        plan = None if generation is None else generation.plan
+        computed = None if plan is None else [plan.computes(s) for s in range(self._steps)]
+        changes: dict[str, Any] = {
+            "step": step + 1,
+            "timeline": timeline,
+            "eta": self._eta.seconds_left(computed),
+        }
+        if time.perf_counter() - self._drawn > PREVIEW_EVERY:
+            self._drawn = time.perf_counter()
+            frames = self._preview.frames(latents)
+            if frames is not None:
+                changes["preview"] = data_uri(frames)
+        self._on_progress(**changes)
+        if self._stop.is_set():  # after the last step there is no other call to end it at
+            raise Stopped
+
+
 def in_words(error: Exception, settings: Settings) -> str:
-    """What went wrong, in one line that a user of the page can act on."""
+    """Return an error as one line that a user of the page can act on."""
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, VidaccelError):
         return text
@@ -225,8 +253,26 @@ def in_words(error: Exception, settings: Settings) -> str:
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 
 
+def _attention_of(pipe: Any) -> str:
+    # Only here, since Triton and Diffusers' attention take seconds to import.
+    from vidaccel.svg2.runner import why_dense
+
+    for transformer, host in find_transformers(pipe).values():
+        if reason := why_dense(transformer, host):
+            return f"Attention stays dense with this model: {reason}."
+    if not torch.cuda.is_available():
+        return (
+            "There is no GPU here, so auto leaves attention dense. SVG2 runs without one and "
+            "shows what it does to the clip, but saves no time."
+        )
+    return (
+        f"Sequences shorter than {SVG2.min_tokens} tokens stay dense, since they would gain "
+        "nothing; SVG2 can set another length."
+    )
+
+
 @contextmanager
-def _hooked(pipe: Any, on_call: Callable[..., None]) -> Iterator[None]:
+def _before_each_call(pipe: Any, on_call: Callable[..., None]) -> Iterator[None]:
     """Call a function before every call of the transformers, the first of all hooks."""
     handles = [
         transformer.register_forward_pre_hook(on_call, prepend=True)
@@ -239,8 +285,8 @@ def _hooked(pipe: Any, on_call: Callable[..., None]) -> Iterator[None]:
             handle.remove()
 
 
-def _numbers(clips: dict[str, g.Run]) -> dict[str, Any]:
-    """What is told about one or two clips, without the clips."""
+def _numbers(clips: dict[str, Run]) -> dict[str, Any]:
+    """Return what was measured on one or two clips, as the fields of a run's result."""
     result: dict[str, Any] = {
         "seconds": {name: run.seconds for name, run in clips.items()},
         "denoising_seconds": {name: run.denoising_seconds for name, run in clips.items()},
@@ -250,5 +296,5 @@ def _numbers(clips: dict[str, g.Run]) -> dict[str, Any]:
     if len(clips) == 2:
         fast, plain = clips["accelerated"], clips["original"]
         result["speedup"] = plain.seconds / fast.seconds
-        result["fidelity"] = fidelity(plain.frames, fast.frames)
+        result["closeness"] = fidelity(plain.frames, fast.frames)  # its name in the files
     return result
