@@ -8,8 +8,8 @@ import torch
 from tiny import STEPS
 from tiny.looking import count_blocks
 from tiny.wan import wan, wan22
-from vidaccel.bench import baselines as peers
-from vidaccel.bench.baselines import BASELINES, Peer, magnitude_ratios
+from vidaccel.bench import baselines
+from vidaccel.bench.baselines import BASELINES, Baseline, magnitude_ratios
 from vidaccel.errors import UnsupportedPipelineError
 
 RATIOS = {"mag_ratios": [1.0] * STEPS, "num_inference_steps": STEPS}
@@ -38,14 +38,14 @@ def attributes(pipe):
 
 
 @pytest.fixture(params=BASELINES)
-def peer(request):
+def baseline(request):
     if BASELINES[request.param].unavailable:
         pytest.skip(BASELINES[request.param].unavailable)
     return BASELINES[request.param], SETTINGS[request.param]
 
 
-def test_works_and_leaves_no_trace(peer):
-    row, setting = peer
+def test_works_and_leaves_no_trace(baseline):
+    row, setting = baseline
     case = wan()
     plain = case.run()
     before, linear = attributes(case.pipe), _count_linear(case.pipe)
@@ -61,8 +61,8 @@ def test_works_and_leaves_no_trace(peer):
     assert torch.equal(case.run(), plain)
 
 
-def test_leaves_no_trace_of_a_run_that_failed(peer):
-    row, setting = peer
+def test_leaves_no_trace_of_a_run_that_failed(baseline):
+    row, setting = baseline
     case = wan()
     before = attributes(case.pipe)
     with suppress(ZeroDivisionError), row.enabled(case.pipe, setting):
@@ -85,9 +85,8 @@ def _count_linear(pipe):
 
 def test_magnitude_ratios_are_those_of_the_model():
     case = wan()
-    call = {"output_type": "latent", **case.kwargs}
     blocks = count_blocks(case.pipe)
-    ratios = magnitude_ratios(case.pipe, [call, call])
+    ratios = magnitude_ratios(case.pipe, [case.kwargs, case.kwargs])
     assert blocks["blocks"] == 2 * 2 * STEPS * len(case.pipe.transformer.blocks)
     assert len(ratios) == STEPS
     assert ratios[0] == 1.0
@@ -109,7 +108,7 @@ def test_taylor_seer_refuses_what_it_would_silently_skip(monkeypatch):
     blocks = case.pipe.transformer.blocks
     case.pipe.transformer.layers_of_another_name = blocks
     del case.pipe.transformer.blocks
-    monkeypatch.setattr(peers, "_transformers", lambda pipe: [pipe.transformer])
+    monkeypatch.setattr(baselines, "_transformers", lambda pipe: [pipe.transformer])
     with (
         pytest.raises(UnsupportedPipelineError, match="no attention"),
         BASELINES["TaylorSeer"].enabled(case.pipe, SETTINGS["TaylorSeer"]),
@@ -118,7 +117,7 @@ def test_taylor_seer_refuses_what_it_would_silently_skip(monkeypatch):
 
 
 def test_a_library_that_is_not_there_is_named():
-    row = Peer("no_such_package", lambda pipe, setting: None, lambda pipe: None)
+    row = Baseline("no_such_package", lambda pipe, setting: None, lambda pipe: None)
     with (
         pytest.raises(UnsupportedPipelineError, match="pip install no-such-package"),
         row.enabled(None, {}),

@@ -1,11 +1,12 @@
 """The bench of whole models, on one small enough for a CPU."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from vidaccel.bench import models as bench_models
+from vidaccel.bench import models
 from vidaccel.bench.models import MODELS, RealModel, speed, speed_table
 from vidaccel.cli import main as cli
 from vidaccel.errors import BenchError
@@ -36,8 +37,8 @@ def result():
 
 
 def test_every_combination_is_timed(result):
-    rows = result["methods"]
-    assert {name: row["steps_computed"] for name, row in rows.items()} == {
+    rows = result.methods
+    assert {name: row.steps_computed for name, row in rows.items()} == {
         "plain": 6,
         "plan": 2,
         "DBCache F1B0": 2,
@@ -48,22 +49,23 @@ def test_every_combination_is_timed(result):
         "all three": 2,
     }
     for name, row in rows.items():
-        assert (row["density"] is not None) == ("SVG2" in name or name == "all three"), name
-        assert 0 < row["denoising_seconds"] <= row["seconds"]
-        assert row["speedup"] == rows["plain"]["seconds"] / row["seconds"]
-        assert row["peak_bytes"] is None
-    json.dumps(result)
+        assert (row.density is not None) == ("SVG2" in name or name == "all three"), name
+        assert 0 < row.denoising_seconds <= row.seconds
+        assert row.speedup == rows["plain"].seconds / row.seconds
+        assert row.peak_bytes is None
+    written = json.loads(json.dumps(result.to_dict()))
+    assert written["methods"]["plain"]["steps_computed"] == 6
 
 
 def test_fewer_steps_are_extrapolated_and_said_to_be(result):
-    for row in result["methods"].values():
-        decoding = row["seconds"] - row["denoising_seconds"]
-        expected = 2 * row["denoising_seconds"] + decoding
-        assert row["extrapolated_seconds"] == pytest.approx(expected)
+    for row in result.methods.values():
+        decoding = row.seconds - row.denoising_seconds
+        expected = 2 * row.denoising_seconds + decoding
+        assert row.extrapolated_seconds == pytest.approx(expected)
     table = speed_table(result)
     assert "extrapolated from 6 to 12 steps" in table
     assert "weights are random: seconds, not quality" in table
-    whole = {**result, "settings": {**result["settings"], "steps_measured": 12}}
+    whole = replace(result, settings={**result.settings, "steps_measured": 12})
     assert "extrapolated" not in speed_table(whole)
 
 
@@ -85,7 +87,7 @@ def test_what_cannot_be_run_is_refused(monkeypatch, capsys, tmp_path):
         speed(SMALL, steps=5, device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     made = []
-    monkeypatch.setattr(bench_models, "_pipeline", lambda *_: made.append(1))
+    monkeypatch.setattr(models, "_pipeline", lambda *_: made.append(1))
     out = tmp_path / "models.json"
     assert cli.main(["bench", "models", "--json", str(out)]) == 2
     assert "on a CUDA GPU, and there is none here" in capsys.readouterr().err

@@ -7,8 +7,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tiny.wan import wan, wan22
-from vidaccel.bench import parity
-from vidaccel.bench.parity import Case, differences, parity_table, sweep
+from vidaccel.bench.parity import ParityResult, parity, parity_table
+from vidaccel.bench.parity_cases import Case, differences, sweep
 from vidaccel.dbcache import DBCache
 from vidaccel.errors import UnsupportedPipelineError
 
@@ -27,20 +27,20 @@ def case():
 
 
 def run(case, cases):
-    return parity.parity(case.pipe, case.kwargs, cases, progress=False)
+    return parity(case.pipe, case.kwargs, cases, progress=False)
 
 
 def test_the_same_steps_and_latents_at_every_threshold(case):
     cases = [c for c in sweep(THRESHOLDS) if c.cache.corrector_blocks < 2]  # it has 3 blocks
     plain = case.run()
     result = run(case, cases)
-    rows = result["agree"]
-    assert [row["name"] for row in rows if not row["same_steps"]] == []
-    assert result["summary"]["same_latents"] == result["summary"]["cases"] == len(cases)
-    reused = {len(row["vidaccel"]["reused"][0]) for row in rows}
+    rows = result.agree
+    assert [row.name for row in rows if not row.same_steps] == []
+    assert result.summary.same_latents == result.summary.cases == len(cases)
+    reused = {len(row.vidaccel.reused[0]) for row in rows}
     assert len(reused) > 3, "the sweep has to cover more than everything and nothing"
-    assert not result["part"]
-    json.dumps(result)
+    assert not result.part
+    assert ParityResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     assert f"{len(cases)} of {len(cases)} cases reuse the same steps" in parity_table(result)
     assert torch.equal(case.run(), plain)
 
@@ -49,12 +49,12 @@ def test_where_the_two_part(case):
     blocks = len(case.pipe.transformer.blocks)
     cases = differences(blocks)
     result = run(case, cases)
-    assert not result["agree"] and result["summary"]["largest_difference"] is None
-    overlapping = result["part"][-1]
-    assert "leave at least one" in overlapping["vidaccel"]["refused"]
-    unguided = result["part"][1]
-    assert unguided["vidaccel"]["reused"] != unguided["cache_dit"]["reused"]
-    assert all(row["why"] for row in result["part"])
+    assert not result.agree and result.summary.largest_difference is None
+    overlapping = result.part[-1]
+    assert "leave at least one" in overlapping.vidaccel.refused
+    unguided = result.part[1]
+    assert unguided.vidaccel.reused != unguided.cache_dit.reused
+    assert all(row.why for row in result.part)
     assert "where they part" in parity_table(result)
 
 
@@ -66,13 +66,13 @@ def test_a_difference_is_not_hidden(case):
             return super().for_cache_dit() | {"max_warmup_steps": 6}
 
     result = run(case, [Wrong(ours)])
-    assert result["summary"]["same_steps"] == 0
+    assert result.summary.same_steps == 0
     assert "NOT THE SAME STEPS" in parity_table(result)
 
 
 def test_refuses_what_it_cannot_compare(case, monkeypatch):
     with pytest.raises(UnsupportedPipelineError, match="one transformer"):
-        parity.parity(wan22().pipe, {}, progress=False)
+        parity(wan22().pipe, {}, progress=False)
     monkeypatch.setattr("vidaccel.bench.baselines.find_spec", lambda name: None)
     with pytest.raises(UnsupportedPipelineError, match="cache_dit is not installed"):
-        parity.parity(case.pipe, {}, progress=False)
+        parity(case.pipe, {}, progress=False)

@@ -1,7 +1,5 @@
 """A process that serves many requests: nothing carries over, nothing piles up."""
 
-import mmap
-import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -14,8 +12,6 @@ from tiny.hunyuan import hunyuan
 from tiny.wan import wan
 from vidaccel import DBCache, accelerate, report
 from vidaccel.api import engines_of
-from vidaccel.bench.soak import Request, growth, soak
-from vidaccel.errors import BenchError
 
 CACHE = DBCache(threshold=1e9, warmup_steps=1, max_consecutive=2)
 ACCELERATIONS: dict[str, dict[str, Any]] = {
@@ -82,55 +78,6 @@ def test_two_pipelines_on_two_threads_answer_as_one_after_the_other():
         ]
         shown, wanted = (report(made[index].pipe).transformers[0] for made in (together, alone))
         assert shown.timeline == wanted.timeline and shown.generations == 2
-
-
-def requests() -> list[Request]:
-    kwargs = {k: v for k, v in wan().kwargs.items() if k != "num_inference_steps"}
-    return [
-        Request({**kwargs, "num_inference_steps": steps}, seed, options)
-        for options in ACCELERATIONS.values()
-        for seed, steps in enumerate((2, 3))
-    ]
-
-
-def test_a_short_soak_is_flat_and_repeats_itself():
-    result = soak(wan().pipe, requests(), 30, progress=False)
-    assert result["outputs_equal"]
-    assert [r["distinct_outputs"] for r in result["requests"]] == [1] * 4
-    assert sum(r["served"] for r in result["requests"]) == 30
-    assert result["requests"][1]["timeline"] == "C--"
-    assert result["bytes_held_after"] == 0 and result["peak_bytes"] > 0
-    assert len(result["rss_mib"]) == 30 and result["growth_mib"] < 16
-    assert torch.__version__.startswith(result["environment"]["packages"]["torch"])
-
-
-def test_a_soak_sees_a_leak_and_a_difference():
-    """Its two findings can fail: a pipeline that keeps memory and draws noise of its own."""
-    pipe = wan().pipe
-    kept: list[mmap.mmap] = []
-
-    def leak(module: Any, args: Any, output: Any) -> Any:
-        # Pages of its own: what the heap hands out may lie in pages that earlier tests left behind.
-        kept.append(mmap.mmap(-1, 2**20))
-        kept[-1].write(b"x" * 2**20)
-        return output + torch.randn_like(output)
-
-    pipe.transformer.proj_out.register_forward_hook(leak)
-    result = soak(pipe, requests(), 8, progress=False)
-    assert not result["outputs_equal"]
-    assert result["growth_mib"] > 4
-    assert "_vidaccel_engine" not in vars(pipe.transformer)
-
-
-def test_a_soak_without_psutil_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "psutil", None)
-    with pytest.raises(BenchError, match=r'pip install "vidaccel\[bench\]"'):
-        soak(wan().pipe, requests(), 8, progress=False)
-
-
-def test_growth_is_that_of_a_leak_and_not_of_one_allocation():
-    assert growth([900, 900, *[100 + i for i in range(40)]], warm_up=2) == 30
-    assert growth([50, 100, 100, 100, 500, 100, 100, 100, 100], warm_up=1) == 0
 
 
 def test_an_engine_keeps_only_the_last_generations_calls():

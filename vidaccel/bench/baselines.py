@@ -1,4 +1,4 @@
-"""Other caches for Diffusers pipelines, a row each: how to turn one on and exactly off.
+"""Turn caches of other libraries for Diffusers pipelines on, and exactly off.
 
 They are here to be measured beside vidaccel (`vidaccel bench quality`), each as its own documents
 say, with the settings that make it work on every model: see the rows.
@@ -18,20 +18,22 @@ from typing import Any
 
 import torch
 
+from vidaccel.clips.generate import latents_of
 from vidaccel.errors import UnsupportedPipelineError
 from vidaccel.hosts.registry import find_transformers
 
+# Arguments of the configuration of another library's cache.
 BaselineSetting = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """One cache of another library.
 
     Attributes:
         package: the import name of its library.
-        enable: (pipe, setting) -> None; turns it on. It must be off.
-        disable: turns it off, as its library says.
+        enable: function of a pipeline and a setting that turns it on. It must be off.
+        disable: function of a pipeline that turns it off, as its library says.
         ratios: the setting needs "mag_ratios" and "num_inference_steps", see `magnitude_ratios`.
     """
 
@@ -42,14 +44,14 @@ class Peer:
 
     @property
     def unavailable(self) -> str | None:
-        """Why it cannot be used here, or None when it can."""
+        """The reason why it cannot be used here, or None when it can."""
         if find_spec(self.package) is None:
             return f"{self.package} is not installed: pip install {self.package.replace('_', '-')}"
         return None
 
     @contextmanager
     def enabled(self, pipe: Any, setting: BaselineSetting) -> Iterator[None]:
-        """`pipe` with the cache on, and as it was before afterwards, whatever happens inside.
+        """Turn the cache on, and leave the pipeline as it was, whatever happens inside.
 
         Raises:
             UnsupportedPipelineError: it is not installed or does not work on this pipeline.
@@ -64,12 +66,13 @@ class Peer:
                 self.disable(pipe)
 
 
-def magnitude_ratios(pipe: Any, calls: Sequence[dict[str, Any]]) -> list[float]:
-    """What MagCache needs to know of a model, by its own calibration run.
+def magnitude_ratios(pipe: Any, calls: Sequence[dict[str, Any]], *, seed: int = 0) -> list[float]:
+    """Measure what MagCache needs to know of a model, by its own calibration run.
 
     Args:
         pipe: a pipeline with one transformer.
         calls: arguments of the generations to measure, all of the same number of steps.
+        seed: seed of their noise.
 
     Returns:
         One ratio per step, the mean over the generations. Of pipelines that call the model once
@@ -84,7 +87,7 @@ def magnitude_ratios(pipe: Any, calls: Sequence[dict[str, Any]]) -> list[float]:
         setting = {"calibrate": True, "num_inference_steps": steps}
         # The calibration only prints what it found.
         with BASELINES["MagCache"].enabled(pipe, setting), _captured() as text:
-            pipe(**{**call, "output_type": "latent"})
+            latents_of(pipe, call, seed)
         printed = re.findall(r"^\[[-0-9.e, ]+\]$", text.getvalue(), flags=re.MULTILINE)
         if not printed:
             raise UnsupportedPipelineError(
@@ -96,7 +99,7 @@ def magnitude_ratios(pipe: Any, calls: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def _native(config: str) -> Callable[[Any, BaselineSetting], None]:
-    """Turns on the cache of Diffusers that has this configuration class."""
+    """Return what turns on the cache of Diffusers that has this configuration class."""
 
     def enable(pipe: Any, setting: BaselineSetting) -> None:
         import diffusers
@@ -124,8 +127,11 @@ def _mag_cache(pipe: Any, setting: BaselineSetting) -> None:
 
 
 def _taylor_seer(pipe: Any, setting: BaselineSetting) -> None:
-    """The modules are named here: by default it looks for "attn" at the end of a name and does
-    nothing on models whose attentions are called attn1 and attn2."""
+    """Turn TaylorSeer on for modules that are named here.
+
+    By default it looks for "attn" at the end of a name and does nothing on models whose attentions
+    are called attn1 and attn2.
+    """
     modules = r".*blocks\.\d+\.(attn\d*|ff\w*)"
     for transformer in _transformers(pipe):
         if not any(re.fullmatch(modules, name) for name, _ in transformer.named_modules()):
@@ -150,7 +156,7 @@ def _taylor_seer_lite(pipe: Any, setting: BaselineSetting) -> None:
 
 
 def _cache_dit(pipe: Any, setting: BaselineSetting) -> None:
-    """`setting` takes the fields of DBCacheConfig, and "taylorseer_order" for its forecast."""
+    """Turn cache-dit on with fields of DBCacheConfig, and "taylorseer_order" for its forecast."""
     import cache_dit
 
     _silence("cache_dit")
@@ -168,13 +174,109 @@ def _cache_dit_off(pipe: Any) -> None:
     cache_dit.disable_cache(pipe)
 
 
-BASELINES: dict[str, Peer] = {
-    "FirstBlockCache": Peer("diffusers", _native("FirstBlockCacheConfig"), _native_off),
-    "MagCache": Peer("diffusers", _mag_cache, _native_off, ratios=True),
-    "TaylorSeer": Peer("diffusers", _taylor_seer, _native_off),
-    "TaylorSeer lite": Peer("diffusers", _taylor_seer_lite, _native_off),
-    "SeaCache": Peer("diffusers", _native("SeaCacheConfig"), _native_off),
-    "cache-dit": Peer("cache_dit", _cache_dit, _cache_dit_off),
+BASELINES: dict[str, Baseline] = {
+    "FirstBlockCache": Baseline("diffusers", _native("FirstBlockCacheConfig"), _native_off),
+    "MagCache": Baseline("diffusers", _mag_cache, _native_off, ratios=True),
+    "TaylorSeer": Baseline("diffusers", _taylor_seer, _native_off),
+    "TaylorSeer lite": Baseline("diffusers", _taylor_seer_lite, _native_off),
+    "SeaCache": Baseline("diffusers", _native("SeaCacheConfig"), _native_off),
+    "cache-dit": Baseline("cache_dit", _cache_dit, _cache_dit_off),
+}
+
+
+# (threshold on the relative change of the probe, warm-up steps, longest run of reused steps or -1
+# for any) of block caches. The one with 0.12 is what cache-dit's own command line starts from.
+BLOCK_CACHE_SETTINGS = ((0.05, 8, -1), (0.12, 8, 3), (0.2, 4, 4), (0.4, 4, -1))
+
+# (probe blocks, corrector blocks)
+BLOCK_CACHE_LAYOUTS = ((1, 0), (1, 1), (2, 2))
+
+
+@dataclass(frozen=True)
+class BaselineMethod:
+    """A baseline as it is measured.
+
+    Attributes:
+        baseline: its name in BASELINES.
+        settings: settings from careful to fast.
+    """
+
+    baseline: str
+    settings: tuple[BaselineSetting, ...]
+
+
+def _cache_dit_method(probe: int, corrector: int, order: int) -> BaselineMethod:
+    """Return cache-dit with one layout of its blocks."""
+    return BaselineMethod(
+        "cache-dit",
+        tuple(
+            {
+                "Fn_compute_blocks": probe,
+                "Bn_compute_blocks": corrector,
+                "residual_diff_threshold": threshold,
+                "max_warmup_steps": warmup,
+                "max_continuous_cached_steps": run,
+                "taylorseer_order": order,
+            }
+            for threshold, warmup, run in BLOCK_CACHE_SETTINGS
+        ),
+    )
+
+
+BASELINE_METHODS: dict[str, BaselineMethod] = {
+    "FirstBlockCache": BaselineMethod(
+        "FirstBlockCache", tuple({"threshold": t} for t in (0.03, 0.05, 0.08, 0.12, 0.3))
+    ),
+    "MagCache": BaselineMethod(
+        "MagCache",
+        tuple(
+            {"threshold": threshold, "max_skip_steps": skip, "retention_ratio": retention}
+            for threshold, skip, retention in (
+                (0.02, 1, 0.2),
+                (0.02, 2, 0.2),
+                (0.06, 3, 0.2),
+                (0.12, 4, 0.2),
+                (0.24, 5, 0.1),
+                (0.8, 10, 0.1),
+            )
+        ),
+    ),
+    "TaylorSeer": BaselineMethod(
+        "TaylorSeer",
+        (
+            {"cache_interval": 2, "disable_cache_before_step": 24},
+            *({"cache_interval": n} for n in (2, 4, 6)),
+        ),
+    ),
+    "TaylorSeer lite": BaselineMethod(
+        "TaylorSeer lite",
+        (
+            {"cache_interval": 2, "disable_cache_before_step": 24},
+            *({"cache_interval": n} for n in (2, 3, 5, 8)),
+        ),
+    ),
+    "SeaCache": BaselineMethod(
+        "SeaCache",
+        tuple(
+            {"threshold": threshold, "max_consecutive_cached": run}
+            for threshold, run in (
+                (0.03, 1),
+                (0.06, 1),
+                (0.1, 2),
+                (0.15, 4),
+                (0.5, 5),
+                (1.0, 6),
+                (2.0, 8),
+            )
+        ),
+    ),
+    **{
+        f"cache-dit F{probe}B{corrector}{' TaylorSeer' if order else ''}": _cache_dit_method(
+            probe, corrector, order
+        )
+        for probe, corrector in BLOCK_CACHE_LAYOUTS
+        for order in (0, 1)
+    },
 }
 
 
@@ -183,8 +285,11 @@ def _transformers(pipe: Any) -> list[Any]:
 
 
 def _silence(package: str) -> None:
-    """Only errors from now on: it prints a dozen lines each time a cache goes on, and a warning
-    each time it goes off. Every one of its loggers has a level of its own."""
+    """Let a package log errors only.
+
+    cache-dit prints a dozen lines each time it goes on, and a warning each time it goes off; every
+    one of its loggers has a level of its own.
+    """
     for name in list(logging.root.manager.loggerDict):
         if name.partition(".")[0] == package:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -192,6 +297,7 @@ def _silence(package: str) -> None:
 
 @contextmanager
 def _captured() -> Iterator[io.StringIO]:
+    """Collect what is printed."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         yield text

@@ -1,328 +1,316 @@
-"""Quality against speed: what many generations say, as points, curves, a table and a figure."""
+"""Quality against speed: from records of generations to points, and from points to curves."""
 
-import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean, median
 from typing import Any
 
+from vidaccel.bench.records import (
+    FailedRecord,
+    PlainRecord,
+    QualityRecord,
+    VariantRecord,
+    VariantSetting,
+    key_of,
+)
 from vidaccel.clips.metrics import HIGHER_IS_BETTER
-from vidaccel.errors import MetricUnavailable
-
-Record = dict[str, Any]
 
 MOST_DECIBELS = 99.0  # what equal clips count as; their PSNR is infinite
 AT_SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
-QUALITIES = ("psnr", "worst_psnr", "ssim", "worst_ssim", "lpips", "worst_lpips", "flicker")
 
 
-def key_of(method: str | None, setting: Record) -> str:
-    """What tells one variant from another, as text."""
-    return json.dumps([method, setting], sort_keys=True)
+@dataclass(frozen=True, kw_only=True)
+class Qualities:
+    """Fidelity to the plain clips: means over the prompts, and the worst prompt.
+
+    Attributes:
+        psnr, worst_psnr: in dB.
+        ssim, worst_ssim: structural similarity; None where it cannot be computed.
+        lpips, worst_lpips: perceptual distance; None without its weights.
+        flicker: mean of the grey levels more than those of the plain clips.
+    """
+
+    psnr: float | None
+    worst_psnr: float | None
+    ssim: float | None
+    worst_ssim: float | None
+    lpips: float | None
+    worst_lpips: float | None
+    flicker: float | None
+
+    def value(self, metric: str) -> float | None:
+        """Return the value of the metric of that name."""
+        found: float | None = getattr(self, metric)
+        return found
 
 
-def is_plain(record: Record) -> bool:
-    """Whether a record is of the plain pipeline."""
-    return record["method"] is None
+@dataclass(frozen=True, kw_only=True)
+class Point(Qualities):
+    """A variant over all prompts.
+
+    Attributes:
+        method, setting: the variant.
+        every_psnr, every_ssim, every_lpips: the values of all prompts; None where one has none.
+        adherence: part of the scene captions -> share of the clips that show it.
+        seconds, cpu_seconds: medians over the prompts.
+        wall_speedup, cpu_speedup: medians over the prompts, against the plain pipeline.
+        speedup: the one of the two that the run asked for.
+        blocks_share: transformer blocks that ran, as a share of those of the plain pipeline.
+        steps_share: share of the steps that were computed; None where there is no report.
+        density: share of the scores that attention computed; None without sparse attention.
+    """
+
+    method: str
+    setting: VariantSetting
+    every_psnr: list[float] | None
+    every_ssim: list[float] | None
+    every_lpips: list[float] | None
+    adherence: dict[str, float] | None
+    seconds: float
+    cpu_seconds: float
+    wall_speedup: float
+    cpu_speedup: float
+    speedup: float
+    blocks_share: float
+    steps_share: float | None
+    density: float | None
 
 
-def is_plan(setting: Record) -> bool:
-    """Whether a setting is a plan and nothing else: equal ones run the same, whoever found them."""
-    return isinstance(setting.get("steps"), list) and set(setting) <= {"steps", "orders", "scales"}
+@dataclass(frozen=True)
+class PlainSummary:
+    """The plain pipeline over all prompts.
+
+    Attributes:
+        seconds, cpu_seconds: medians.
+        blocks: number of transformer blocks that ran in one generation.
+        adherence: part of the scene captions -> share of the clips that show it.
+        bit_equal_after_every_method: its clips had the same bytes every time, the last time after
+            every method.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    blocks: int
+    adherence: dict[str, float] | None
+    bit_equal_after_every_method: bool
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """The result of `vidaccel.bench.quality.quality`.
+
+    Attributes:
+        settings: arguments of the run.
+        plain: the plain pipeline.
+        points: one per variant that ran, in order of method and speed.
+        failed: "method setting" -> what another library raised.
+        environment: hardware and versions.
+        left_out: method or metric -> why it was left out.
+    """
+
+    settings: dict[str, Any]
+    plain: PlainSummary
+    points: list[Point]
+    failed: dict[str, str]
+    environment: dict[str, Any]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as its file keeps it, with every method at equal times."""
+        equal = {
+            method: {speedup: asdict(found) for speedup, found in of_method.items()}
+            for method, of_method in equal_time(self.points).items()
+        }
+        return {**asdict(self), "equal_time": equal}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QualityResult":
+        """Read a result from the JSON of its file; raises KeyError or TypeError for another one."""
+        parts = {each.name: data[each.name] for each in fields(cls)}
+        parts["plain"] = PlainSummary(**parts["plain"])
+        parts["points"] = [Point(**point) for point in parts["points"]]
+        return cls(**parts)
+
+
+def plain_summary(records: Sequence[Sequence[QualityRecord]]) -> PlainSummary:
+    """Summarise the plain pipeline from the records of every prompt."""
+    of_prompts = [[r for r in each if isinstance(r, PlainRecord)] for each in records]
+    plain = [record for of_prompt in of_prompts for record in of_prompt]
+    return PlainSummary(
+        seconds=median(record.seconds for record in plain),
+        cpu_seconds=median(record.cpu_seconds for record in plain),
+        blocks=plain[0].blocks,
+        adherence=adherence_shares(plain),
+        bit_equal_after_every_method=all(map(_bit_equal, records)),
+    )
+
+
+def _bit_equal(records: Sequence[QualityRecord]) -> bool:
+    """Tell whether one prompt's plain clips are equal, and the last one was made last."""
+    plain = [record for record in records if isinstance(record, PlainRecord)]
+    last = max(record.at for record in plain)
+    one = len({record.digest for record in plain}) == 1
+    return one and all(r.at <= last for r in records if isinstance(r, VariantRecord))
 
 
 def points_of(
-    records: Sequence[Sequence[Record]], wanted: Iterable[str], clock: str
-) -> tuple[list[Record], dict[str, str]]:
-    """One point per variant from the records of every prompt.
+    records: Sequence[Sequence[QualityRecord]], wanted: Iterable[str], clock: str
+) -> tuple[list[Point], dict[str, str]]:
+    """Make one point per variant from the records of every prompt.
 
     Args:
-        records: of each prompt, the plain ones too.
+        records: those of each prompt, the plain ones too.
         wanted: keys of the variants; others in the records are left out.
-        clock: the field that speedups are taken from.
+        clock: "wall" or "cpu", the seconds that speedups are taken from.
 
     Returns:
-        The points, in order of method and speed, and "method: reason" -> settings for variants
-        that failed. A point counts only when every prompt has it.
+        The points, in order of method and speed, and "method setting" -> reason for variants that
+        failed. A point counts only when every prompt has it.
     """
     keys = set(wanted)
-    by_variant: dict[str, list[Record]] = defaultdict(list)
+    by_variant: dict[str, list[_Compared]] = defaultdict(list)
     failed: dict[str, str] = {}
     for of_prompt in records:
-        plain = [record for record in of_prompt if is_plain(record)]
+        plain = [record for record in of_prompt if isinstance(record, PlainRecord)]
         for record in of_prompt:
-            key = key_of(record["method"], record["setting"])
+            if isinstance(record, PlainRecord):
+                continue
+            key = key_of(record.method, record.setting)
             if key not in keys:
                 continue
-            if "failed" in record:
-                failed[f"{record['method']} {json.dumps(record['setting'])}"] = record["failed"]
-                continue
-            beside = _beside(record, plain)
-            times = {f"{c}_speedup": fmean(p[c] for p in beside) / record[c] for c in _TIMES}
-            share = record["blocks"] / plain[0]["blocks"]
-            by_variant[key].append({**record, **times, "blocks_share": share})
+            if isinstance(record, FailedRecord):
+                failed[record.title] = record.failed
+            else:
+                by_variant[key].append(_compared(record, plain))
     points = [_point(rows, clock) for rows in by_variant.values() if len(rows) == len(records)]
-    return sorted(points, key=lambda point: (point["method"], point["speedup"])), failed
+    return sorted(points, key=lambda point: (point.method, point.speedup)), failed
 
 
-_TIMES = ("seconds", "cpu_seconds")
+@dataclass(frozen=True)
+class _Compared:
+    """A record beside the plain generations around it."""
+
+    record: VariantRecord
+    wall_speedup: float
+    cpu_speedup: float
+    blocks_share: float
 
 
-def _beside(record: Record, plain: Sequence[Record]) -> list[Record]:
-    """The plain generations before and after a record, by the same process."""
-    same = [p for p in plain if p["session"] == record["session"]] or list(plain)
-    before = [p for p in same if p["at"] <= record["at"]]
-    after = [p for p in same if p["at"] > record["at"]]
-    nearest = [max(before, key=lambda p: p["at"])] if before else []
-    return nearest + ([min(after, key=lambda p: p["at"])] if after else [])
+def _compared(record: VariantRecord, plain: Sequence[PlainRecord]) -> _Compared:
+    """Take the speedups of a record from the plain ones before and after, by the same process."""
+    same = [p for p in plain if p.session == record.session] or list(plain)
+    before = [p for p in same if p.at <= record.at]
+    after = [p for p in same if p.at > record.at]
+    beside = [max(before, key=lambda p: p.at)] if before else []
+    beside += [min(after, key=lambda p: p.at)] if after else []
+    return _Compared(
+        record,
+        wall_speedup=fmean(p.seconds for p in beside) / record.seconds,
+        cpu_speedup=fmean(p.cpu_seconds for p in beside) / record.cpu_seconds,
+        blocks_share=record.blocks / plain[0].blocks,
+    )
 
 
-def _point(rows: Sequence[Record], clock: str) -> Record:
-    def values(metric: str) -> list[float] | None:
-        found = [row[metric] for row in rows]
-        if None in found:
-            return None
-        return [min(v, MOST_DECIBELS) for v in found] if metric == "psnr" else found
+def _point(rows: Sequence[_Compared], clock: str) -> Point:
+    """Summarise one variant over the prompts."""
+    records = [row.record for row in rows]
+    psnr = [min(record.psnr, MOST_DECIBELS) for record in records]
+    ssim = _all([record.ssim for record in records])
+    lpips = _all([record.lpips for record in records])
+    wall = median(row.wall_speedup for row in rows)
+    cpu = median(row.cpu_speedup for row in rows)
+    return Point(
+        method=records[0].method,
+        setting=records[0].setting,
+        psnr=fmean(psnr),
+        worst_psnr=min(psnr),
+        every_psnr=psnr,
+        ssim=_mean(ssim),
+        worst_ssim=None if ssim is None else min(ssim),
+        every_ssim=ssim,
+        lpips=_mean(lpips),
+        worst_lpips=None if lpips is None else max(lpips),
+        every_lpips=lpips,
+        flicker=fmean(record.flicker for record in records),
+        adherence=adherence_shares(records),
+        seconds=median(record.seconds for record in records),
+        cpu_seconds=median(record.cpu_seconds for record in records),
+        wall_speedup=wall,
+        cpu_speedup=cpu,
+        speedup=wall if clock == "wall" else cpu,
+        blocks_share=fmean(row.blocks_share for row in rows),
+        steps_share=_mean(_all([record.steps_share for record in records])),
+        density=_mean(_all([record.density for record in records])),
+    )
 
-    point: Record = {"method": rows[0]["method"], "setting": rows[0]["setting"]}
-    for metric in ("psnr", "ssim", "lpips"):
-        found = values(metric)
-        pick = min if HIGHER_IS_BETTER[metric] else max
-        point[metric] = None if found is None else fmean(found)
-        point[f"worst_{metric}"] = None if found is None else pick(found)
-        point[f"every_{metric}"] = found
-    point["flicker"] = fmean(row["flicker"] for row in rows)
-    point["adherence"] = adherence_shares(rows)
-    point["seconds"] = median(row["seconds"] for row in rows)
-    point["cpu_seconds"] = median(row["cpu_seconds"] for row in rows)
-    point["wall_speedup"] = median(row["seconds_speedup"] for row in rows)
-    point["cpu_speedup"] = median(row["cpu_seconds_speedup"] for row in rows)
-    point["speedup"] = point["wall_speedup" if clock == "seconds" else "cpu_speedup"]
-    point["blocks_share"] = fmean(row["blocks_share"] for row in rows)
-    for name in ("steps_share", "density"):
-        told = [row[name] for row in rows if name in row]
-        point[name] = fmean(told) if len(told) == len(rows) else None
-    return point
+
+def _all(values: Sequence[float | None]) -> list[float] | None:
+    """Return the values; None where one is missing."""
+    found = [value for value in values if value is not None]
+    return found if len(found) == len(values) else None
 
 
-def adherence_shares(rows: Sequence[Record]) -> dict[str, float] | None:
-    """Share of the clips that show each part of their scene caption; None without captions."""
-    found = [row["adherence"] for row in rows]
-    if None in found:
+def _mean(values: Sequence[float] | None) -> float | None:
+    return None if values is None else fmean(values)
+
+
+def adherence_shares(
+    records: Sequence[PlainRecord] | Sequence[VariantRecord],
+) -> dict[str, float] | None:
+    """Return the share of clips that show each part of their caption; None without captions."""
+    found = [record.adherence for record in records if record.adherence is not None]
+    if len(found) < len(records):
         return None
-    return {part: fmean(bool(f[part]) for f in found) for part in found[0]}
+    return {part: fmean(bool(shown[part]) for shown in found) for part in found[0]}
 
 
-def front(points: Sequence[Record], metric: str = "psnr") -> list[Record]:
-    """The points that no other one beats in both speed and `metric`, slowest first."""
+def front(points: Sequence[Point], metric: str = "psnr") -> list[Point]:
+    """Return the points that no other one beats in both speed and `metric`, slowest first."""
     better = HIGHER_IS_BETTER[metric]
-    kept: list[Record] = []
-    for point in sorted(points, key=lambda p: p["speedup"], reverse=True):
-        if point[metric] is None:
+    kept: list[Point] = []
+    best: float | None = None
+    for point in sorted(points, key=lambda p: p.speedup, reverse=True):
+        value = point.value(metric)
+        if value is None:
             continue
-        value, best = point[metric], kept[-1][metric] if kept else None
         if best is None or (value > best if better else value < best):
             kept.append(point)
+            best = value
     return kept[::-1]
 
 
-def at_speedup(points: Sequence[Record], speedup: float) -> Record | None:
-    """What a method gives at one speedup, between its points: its qualities are taken as linear
-    in the time of a generation. None outside of its points.
+def at_speedup(points: Sequence[Point], speedup: float) -> Qualities | None:
+    """Return what a method gives at one speedup, between its points; None outside of them.
+
+    Its qualities are taken as linear in the time of a generation.
 
     Args:
-        points: of one method, of `front`.
+        points: those of one method, as `front` returns them.
         speedup: against the plain pipeline.
     """
-    if not points or not points[0]["speedup"] <= speedup <= points[-1]["speedup"]:
+    if not points or not points[0].speedup <= speedup <= points[-1].speedup:
         return None
-    after = next(i for i, point in enumerate(points) if point["speedup"] >= speedup)
+    after = next(i for i, point in enumerate(points) if point.speedup >= speedup)
     fast, slow = points[after], points[max(0, after - 1)]
-    span = 1 / slow["speedup"] - 1 / fast["speedup"]
-    share = (1 / slow["speedup"] - 1 / speedup) / span if span else 1.0
+    span = 1 / slow.speedup - 1 / fast.speedup
+    share = (1 / slow.speedup - 1 / speedup) / span if span else 1.0
 
     def between(metric: str) -> float | None:
-        a, b = slow[metric], fast[metric]
+        a, b = slow.value(metric), fast.value(metric)
         return None if a is None or b is None else a + share * (b - a)
 
-    return {metric: between(metric) for metric in QUALITIES}
+    return Qualities(**{each.name: between(each.name) for each in fields(Qualities)})
 
 
-def equal_time(points: Sequence[Record]) -> dict[str, dict[str, Record]]:
-    """Every method at the same times: method -> speedup -> its qualities there."""
-    found: dict[str, dict[str, Record]] = {}
-    for method in dict.fromkeys(point["method"] for point in points):
-        of_method = front([point for point in points if point["method"] == method])
+def equal_time(points: Sequence[Point]) -> dict[str, dict[str, Qualities]]:
+    """Return every method at the same times: method -> speedup -> its qualities there."""
+    found: dict[str, dict[str, Qualities]] = {}
+    for method in dict.fromkeys(point.method for point in points):
+        of_method = front([point for point in points if point.method == method])
         found[method] = {
             f"{speedup:g}": qualities
             for speedup in AT_SPEEDUPS
             if (qualities := at_speedup(of_method, speedup)) is not None
         }
     return found
-
-
-def table(equal: dict[str, dict[str, Record]], metric: str = "psnr", form: str = ".1f") -> str:
-    """A row per method, a column per speedup: mean and, in brackets, the worst prompt."""
-    columns = [f"{speedup:g}" for speedup in AT_SPEEDUPS]
-    rows = [[f"{metric} at", *(f"{speedup}x" for speedup in columns)]]
-
-    def cell(qualities: Record | None) -> str:
-        if qualities is None or qualities[metric] is None:
-            return "-"
-        return f"{qualities[metric]:{form}} ({qualities[f'worst_{metric}']:{form}})"
-
-    def rank(method: str) -> tuple[float, ...]:
-        """By the second column, where most methods are, then the others."""
-        sign = 1 if HIGHER_IS_BETTER[metric] else -1
-        found = [equal[method].get(c, {}).get(metric) for c in (columns[1], *columns)]
-        return tuple(float("-inf") if value is None else sign * value for value in found)
-
-    for method in sorted(equal, key=rank, reverse=True):
-        rows.append([method, *(cell(equal[method].get(column)) for column in columns)])
-    return aligned(rows)
-
-
-def points_table(result: Record) -> str:
-    """Every point of a result: what ran, how long it took, and how close it came."""
-    plain = result["plain"]
-    header = ["method", "steps", "blocks", "density", "seconds", "speedup", "PSNR", "worst"]
-    rows = [[*header, "LPIPS", "follows"]]
-
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.0%}"
-
-    def follows(adherence: dict[str, float] | None) -> str:
-        return share(None if adherence is None else fmean(adherence.values()))
-
-    times = f"{plain['seconds']:.2f}"
-    rows.append(
-        ["plain", "100%", "100%", "-", times, "1.00x", "-", "-", "-", follows(plain["adherence"])]
-    )
-    for point in result["points"]:
-        lpips = point["lpips"]
-        rows.append(
-            [
-                point["method"],
-                share(point["steps_share"]),
-                share(point["blocks_share"]),
-                share(point["density"]),
-                f"{point['seconds']:.2f}",
-                f"{point['speedup']:.2f}x",
-                f"{point['psnr']:.1f}",
-                f"{point['worst_psnr']:.1f}",
-                "-" if lpips is None else f"{lpips:.3f}",
-                follows(point["adherence"]),
-            ]
-        )
-    return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
-def report(result: Record) -> str:
-    """The result of `vidaccel bench quality` for people."""
-    equal = result["equal_time"]
-    plain = result["plain"]
-    lines = [
-        f"{len(result['settings']['prompts'])} prompts; plain {plain['seconds']:.2f} s, "
-        f"{plain['cpu_seconds']:.2f} s of CPU; speedups by the {result['settings']['clock']} clock",
-        "",
-        "PSNR in dB, mean of the prompts (worst prompt), at equal time:",
-        table(equal, "psnr", ".1f"),
-    ]
-    if all(point["lpips"] is not None for point in result["points"]):
-        lines += ["", "LPIPS:", table(equal, "lpips", ".3f")]
-    lines += [f"{name}: {why}" for name, why in {**result["left_out"], **result["failed"]}.items()]
-    return "\n".join(lines)
-
-
-# Colour and line of each family of methods: ours solid, other libraries dashed, simple ones dotted.
-_OURS = ("vidaccel", "LeMiCa", "DBCache", "plan +", "SVG2")
-_SIMPLE = ("evenly spaced", "dense start", "fewer")
-
-
-def figure(result: Record, path: Path) -> None:
-    """Draw the curves of a result of `vidaccel.bench.quality.quality`, one line per method.
-
-    The layouts of a block cache (F1B0, F2B2, ...) share a line, the best of all of them. Left out
-    are methods of one point, and sparse attention, whose tables tell density instead.
-
-    Args:
-        result: with "points" and "settings".
-        path: .png, .svg or .pdf.
-
-    Raises:
-        MetricUnavailable: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MetricUnavailable(
-            'a figure needs matplotlib: pip install "vidaccel[bench]"'
-        ) from error
-    panels = {"psnr": "PSNR, mean of the prompts (dB)", "worst_psnr": "PSNR, worst prompt (dB)"}
-    points = [point for point in result["points"] if point.get("density") is None]
-    if all(point["lpips"] is not None for point in points):
-        panels["lpips"] = "LPIPS, mean (lower is closer)"
-    picture = Figure(figsize=(5.2 * len(panels) + 2.6, 5.2), layout="constrained")
-    FigureCanvasAgg(picture)
-    axes = picture.subplots(1, len(panels), squeeze=False)[0]
-    counts = Counter(_family(point["method"]) for point in points)
-    methods = [method for method, count in counts.items() if count > 1]
-    # The curves that matter most are drawn last, on top.
-    methods.sort(key=lambda method: (method.startswith(_OURS), method))
-    for axis, (metric, label) in zip(axes, panels.items(), strict=True):
-        for method in methods:
-            own = [point for point in points if _family(point["method"]) == method]
-            style = _style(method, methods)
-            axis.plot(*_xy(own, metric), "o", color=style["color"], alpha=0.25, markersize=3)
-            axis.plot(*_xy(front(own), metric), label=method, **style)
-        axis.set_xscale("log")
-        axis.set_xlim(1.15, 6)
-        axis.set_xticks([1.5, 2, 3, 4, 5], ["1.5x", "2x", "3x", "4x", "5x"])
-        axis.minorticks_off()
-        if metric != "lpips":
-            axis.set_ylim(15, 72)
-        axis.set_xlabel("speedup")
-        axis.set_title(label)
-        axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(path, dpi=150)
-
-
-def _xy(points: Sequence[Record], metric: str) -> tuple[list[float], list[float]]:
-    return [p["speedup"] for p in points], [p[metric] for p in points]
-
-
-def _family(method: str) -> str:
-    return re.sub(r" F\dB\d.*", "", method)
-
-
-def _style(method: str, methods: Sequence[str]) -> Record:
-    ours = [m for start in _OURS for m in methods if m.startswith(start)]
-    simple = [m for m in methods if m.startswith(_SIMPLE)]
-    others = [m for m in methods if m not in ours and m not in simple]
-    if method in ours:
-        return {"color": _WARM[ours.index(method) % len(_WARM)], "linewidth": 2.2}
-    if method in simple:
-        return {"color": str(0.15 + 0.15 * simple.index(method)), "linestyle": ":"}
-    return {"color": _COLD[others.index(method) % len(_COLD)], "linestyle": "--"}
-
-
-_WARM = ("#d62728", "#ff7f0e", "#e377c2", "#8c564b", "#bcbd22", "#ff9896", "#c49c94")
-_COLD = ("#1f77b4", "#2ca02c", "#9467bd", "#17becf", "#000080", "#006400", "#7f7fff")

@@ -1,4 +1,4 @@
-"""What whole models gain, at the size they are used at and without their weights.
+"""The gain of whole models, at the size they are used at and without their weights.
 
 How long a step takes does not depend on what the weights are, so random ones tell the seconds of a
 model that nobody has to download. They tell nothing of quality. Where the weights would decide what
@@ -11,14 +11,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from vidaccel.api import accelerate, restore
+from vidaccel.bench.timing import wait_for_gpu
 from vidaccel.clips.generate import Run, generate
 from vidaccel.dbcache import DBCache
+from vidaccel.engine.compat import full_precision_modules
+from vidaccel.engine.stats import StepKind
 from vidaccel.environment import environment
 from vidaccel.errors import BenchError
 from vidaccel.plans.plan import Plan
@@ -30,11 +33,11 @@ class RealModel:
     """A Wan model and the clip it makes.
 
     Attributes:
-        width, height, frames: of the clip.
-        transformer: what its transformer has other than that of Wan 2.1 14B.
-        vae: what its VAE has other than that of Wan 2.1.
-        text_tokens: of a prompt.
-        steps: that it is used with.
+        width, height, frames: size of the clip.
+        transformer: entries of the transformer's config that differ from those of Wan 2.1 14B.
+        vae: entries of the VAE's config that differ from those of Wan 2.1.
+        text_tokens: length of a prompt.
+        steps: number of steps that it is used with.
     """
 
     width: int
@@ -58,6 +61,57 @@ _EVERY = 3
 _CACHE = DBCache(threshold=1e9, warmup_steps=1, max_consecutive=_EVERY - 1)
 
 
+@dataclass(frozen=True)
+class ModelRow:
+    """One combination of what skips work.
+
+    Attributes:
+        steps_computed: number of computed steps.
+        density: share of the scores that sparse calls computed; None without sparse attention.
+        seconds: duration of the whole call.
+        denoising_seconds: duration until the end of the last step.
+        peak_bytes: most GPU memory; None on another device.
+        speedup: of the whole call, against the plain pipeline.
+        extrapolated_seconds, extrapolated_speedup: the same at the model's own number of steps;
+            None where that was run.
+    """
+
+    steps_computed: int
+    density: float | None
+    seconds: float
+    denoising_seconds: float
+    peak_bytes: int | None
+    speedup: float = 1.0
+    extrapolated_seconds: float | None = None
+    extrapolated_speedup: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as a result file keeps it: without an extrapolation that there is not."""
+        kept = asdict(self)
+        if self.extrapolated_seconds is None:
+            del kept["extrapolated_seconds"], kept["extrapolated_speedup"]
+        return kept
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """The result of `speed`.
+
+    Attributes:
+        settings: the model and the arguments of the run.
+        methods: name of a combination -> its row.
+        environment: hardware and versions.
+    """
+
+    settings: dict[str, Any]
+    methods: dict[str, ModelRow]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as its file keeps it."""
+        return asdict(self) | {"methods": {n: row.to_dict() for n, row in self.methods.items()}}
+
+
 def speed(
     model: RealModel,
     *,
@@ -66,24 +120,18 @@ def speed(
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     attention: SVG2 | None = None,
-    report: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
+    log: Callable[[str], object] = lambda line: None,
+) -> SpeedResult:
     """Time a plain pipeline and each combination of what skips work, in one run.
 
     Args:
         model: one of MODELS, or another.
         steps: fewer than the model is used with, to be done sooner. The seconds at its own number
             are then an extrapolation, and named so.
-        rounds: every method is timed so often, in turn; medians are reported.
-        device, dtype: of the weights.
+        rounds: every combination is timed so often, in turn; the result has medians.
+        device, dtype: place and type of the weights.
         attention: settings of sparse attention; its defaults if left out.
-        report: takes a line of progress.
-
-    Returns:
-        "settings", "methods" (name -> "steps_computed", "density" of the sparse calls or None,
-        "seconds" of the whole call, "denoising_seconds", "speedup" of the whole call, "peak_bytes"
-        of GPU memory or None, and with fewer steps "extrapolated_seconds" and
-        "extrapolated_speedup") and "environment".
+        log: takes a line of progress.
 
     Raises:
         BenchError: there is no GPU, or fewer than 6 steps are asked for.
@@ -99,51 +147,57 @@ def speed(
     pipe = _pipeline(model, device, dtype)
     call = _call(model, pipe, dtype) | {"num_inference_steps": total}
     # A few steps compile what has to be, and are not counted.
-    for options in _methods(2 * _EVERY, sparse).values():
+    for options in _combinations(2 * _EVERY, sparse).values():
         _timed(pipe, call | {"num_inference_steps": 2 * _EVERY}, options)
-    methods = _methods(total, sparse)
-    runs: dict[str, list[tuple[Run, int | None]]] = {name: [] for name in methods}
+    combinations = _combinations(total, sparse)
+    runs: dict[str, list[_TimedRun]] = {name: [] for name in combinations}
     for _ in range(rounds):
-        for name, options in methods.items():
+        for name, options in combinations.items():
             runs[name].append(_timed(pipe, call, options))
-            report(f"{name}: {runs[name][-1][0].seconds:.1f} s")
-    found = {name: _row(runs[name], total) for name in methods}
-    for row in found.values():
-        row["speedup"] = found["plain"]["seconds"] / row["seconds"]
-    if total < model.steps:
-        for row in found.values():
-            row["extrapolated_seconds"] = row["seconds"] + row["denoising_seconds"] * (
-                model.steps / total - 1
-            )
-        for row in found.values():
-            of_plain = found["plain"]["extrapolated_seconds"]
-            row["extrapolated_speedup"] = of_plain / row["extrapolated_seconds"]
+            log(f"{name}: {runs[name][-1].run.seconds:.1f} s")
+    rows = {name: _row(runs[name], total) for name in combinations}
+    settings = {
+        **asdict(model),
+        "steps_measured": total,
+        "rounds": rounds,
+        "dtype": str(dtype),
+        "device": device,
+        "attention": str(sparse),
+        "weights": "random",
+        "every": _EVERY,
+    }
+    return SpeedResult(settings, _against_plain(rows, model.steps / total), environment())
+
+
+def _against_plain(rows: Mapping[str, ModelRow], times: float) -> dict[str, ModelRow]:
+    """Add the speedups, and what `times` as many steps would take where that is more than one."""
+    plain = rows["plain"]
+    rows = {name: replace(row, speedup=plain.seconds / row.seconds) for name, row in rows.items()}
+    if times <= 1:
+        return rows
+    seconds = {
+        name: row.seconds + row.denoising_seconds * (times - 1) for name, row in rows.items()
+    }
     return {
-        "settings": {
-            **asdict(model),
-            "steps_measured": total,
-            "rounds": rounds,
-            "dtype": str(dtype),
-            "device": device,
-            "attention": str(sparse),
-            "weights": "random",
-            "every": _EVERY,
-        },
-        "methods": found,
-        "environment": environment(),
+        name: replace(
+            row,
+            extrapolated_seconds=seconds[name],
+            extrapolated_speedup=seconds["plain"] / seconds[name],
+        )
+        for name, row in rows.items()
     }
 
 
-def speed_table(result: Mapping[str, Any]) -> str:
-    """The result of `speed` for people."""
-    settings = result["settings"]
+def speed_table(result: SpeedResult) -> str:
+    """Return the result of `speed` for people."""
+    settings = result.settings
     lines = [f"{'method':16s}  computed  density  seconds  speedup  peak GiB"]
-    for name, row in result["methods"].items():
-        density = "dense" if row["density"] is None else f"{row['density']:.0%}"
-        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+    for name, row in result.methods.items():
+        density = "dense" if row.density is None else f"{row.density:.0%}"
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"
         lines.append(
-            f"{name:16s}  {row['steps_computed']:8d}  {density:>7s}  {row['seconds']:7.1f}  "
-            f"{row['speedup']:6.2f}x  {peak:>8s}"
+            f"{name:16s}  {row.steps_computed:8d}  {density:>7s}  {row.seconds:7.1f}  "
+            f"{row.speedup:6.2f}x  {peak:>8s}"
         )
     if settings["steps_measured"] < settings["steps"]:
         lines += [
@@ -151,14 +205,14 @@ def speed_table(result: Mapping[str, Any]) -> str:
             f"extrapolated from {settings['steps_measured']} to {settings['steps']} steps",
         ]
         lines += [
-            f"{name:16s}  {row['extrapolated_seconds']:7.1f} s  {row['extrapolated_speedup']:6.2f}x"
-            for name, row in result["methods"].items()
+            f"{name:16s}  {row.extrapolated_seconds:7.1f} s  {row.extrapolated_speedup:6.2f}x"
+            for name, row in result.methods.items()
         ]
     return "\n".join([*lines, "", "weights are random: seconds, not quality"])
 
 
-def _methods(steps: int, sparse: SVG2) -> dict[str, dict[str, Any] | None]:
-    """Name -> arguments of `accelerate`, or None for the plain pipeline."""
+def _combinations(steps: int, sparse: SVG2) -> dict[str, dict[str, Any] | None]:
+    """Return name -> arguments of `accelerate`, or None for the plain pipeline."""
     plan = Plan.every(_EVERY, steps)
     return {
         "plain": None,
@@ -172,62 +226,69 @@ def _methods(steps: int, sparse: SVG2) -> dict[str, dict[str, Any] | None]:
     }
 
 
-def _timed(
-    pipe: Any, call: dict[str, Any], options: dict[str, Any] | None
-) -> tuple[Run, int | None]:
-    """One generation, and the most GPU memory that it took."""
+@dataclass(frozen=True)
+class _TimedRun:
+    """One generation, and the most GPU memory that it took in bytes; None on another device."""
+
+    run: Run
+    peak_bytes: int | None
+
+
+def _timed(pipe: Any, call: dict[str, Any], options: dict[str, Any] | None) -> _TimedRun:
+    """Run a pipeline once with arguments of `accelerate`; None leaves it plain."""
     restore(pipe)
     if options is not None:
         accelerate(pipe, **options)
     on_gpu = pipe.transformer.device.type == "cuda"
     if on_gpu:
-        torch.cuda.synchronize()
+        wait_for_gpu()
         torch.cuda.reset_peak_memory_stats()
     run = generate(pipe, call, progress=False)
     restore(pipe)
-    return run, torch.cuda.max_memory_allocated() if on_gpu else None
+    return _TimedRun(run, torch.cuda.max_memory_allocated() if on_gpu else None)
 
 
-def _row(runs: Sequence[tuple[Run, int | None]], steps: int) -> dict[str, Any]:
-    first = runs[0][0].report
+def _row(runs: Sequence[_TimedRun], steps: int) -> ModelRow:
+    """Summarise the runs of one combination."""
+    first = runs[0].run.report
     part = None if first is None else first["transformers"][0]
     attention = None if part is None else part["attention"]
-    return {
-        "steps_computed": steps if part is None else part["timeline"].count("C"),
-        "density": None if attention is None else attention["density"],
-        "seconds": statistics.median(run.seconds for run, _ in runs),
-        "denoising_seconds": statistics.median(run.denoising_seconds or 0.0 for run, _ in runs),
-        "peak_bytes": max((peak for _, peak in runs if peak is not None), default=None),
-    }
+    return ModelRow(
+        steps_computed=steps if part is None else part["timeline"].count(StepKind.COMPUTED),
+        density=None if attention is None else attention["density"],
+        seconds=statistics.median(each.run.seconds for each in runs),
+        denoising_seconds=statistics.median(each.run.denoising_seconds or 0.0 for each in runs),
+        peak_bytes=max(
+            (each.peak_bytes for each in runs if each.peak_bytes is not None), default=None
+        ),
+    )
 
 
 def _pipeline(model: RealModel, device: str, dtype: torch.dtype) -> Any:
-    """The pipeline with random weights, made where they are used, and no text encoder."""
-    from diffusers import (
-        AutoencoderKLWan,
-        UniPCMultistepScheduler,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
+    """Return the pipeline with random weights, made where they are used, and no text encoder."""
+    import diffusers
 
+    library: Any = diffusers  # whose classes have no types
     torch.manual_seed(0)
     with _made_on(device, dtype):
-        transformer = WanTransformer3DModel(**model.transformer).eval()
+        transformer = library.WanTransformer3DModel(**model.transformer).eval()
     with _made_on(device, torch.float32):
-        vae = AutoencoderKLWan(**model.vae).eval()
+        vae = library.AutoencoderKLWan(**model.vae).eval()
     # As loading does with the modules that the class wants in full precision.
+    in_full_precision = full_precision_modules(type(transformer))
     for name, module in transformer.named_modules():
-        if name.rpartition(".")[2] in WanTransformer3DModel._keep_in_fp32_modules:
+        if name.rpartition(".")[2] in in_full_precision:
             module.float()
-    scheduler = UniPCMultistepScheduler(
+    scheduler = library.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
     )
     parts = {"tokenizer": None, "text_encoder": None, "vae": vae, "scheduler": scheduler}
-    return WanPipeline(transformer=transformer, **parts)
+    return library.WanPipeline(transformer=transformer, **parts)
 
 
 @contextmanager
 def _made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors on this device and, if floating, of this type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -238,6 +299,7 @@ def _made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _call(model: RealModel, pipe: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Return arguments of the pipeline's call, with random embeddings in the place of a prompt."""
     width = pipe.transformer.config.text_dim
     device = pipe.transformer.device
     texts = torch.randn(2, 1, model.text_tokens, width, generator=torch.Generator().manual_seed(0))

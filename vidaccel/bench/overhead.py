@@ -1,29 +1,84 @@
-"""Benchmarks: baseline and result in one run, medians of interleaved rounds, JSON out."""
+"""The cost of vidaccel when it skips nothing, and how much of the ideal speedup it realises."""
 
-import math
 import random
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from vidaccel.api import accelerate, restore
-from vidaccel.clips.generate import steps_of, without_bar
+from vidaccel.bench.timing import interleave, median_interval, seconds_of
+from vidaccel.clips.generate import latents_of
+from vidaccel.clips.load import steps_of
 from vidaccel.dbcache import DBCache
 from vidaccel.environment import environment
 from vidaccel.hosts.registry import find_transformers
 from vidaccel.plans.plan import Plan
 
-Interleaved = dict[str, Callable[[], object]]
+
+@dataclass(frozen=True)
+class PlanSpeed:
+    """The speed of one plan; ratios are medians of the ratios within a round.
+
+    Attributes:
+        steps_computed: number of computed steps.
+        ideal_speedup: what it would be if reused steps cost embedding and head alone.
+        speedup: measured.
+        realised_over_ideal: ratio of the two.
+    """
+
+    steps_computed: int
+    ideal_speedup: float
+    speedup: float
+    realised_over_ideal: float
 
 
-def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool = True) -> Any:
-    """What vidaccel costs when it skips nothing, and how much of the ideal speedup it realises.
+@dataclass(frozen=True)
+class OverheadResult:
+    """The result of `overhead`.
+
+    Attributes:
+        settings: arguments of the run.
+        seconds: variant -> its seconds in each round.
+        median_seconds: variant -> their median.
+        idle_overhead: cost when nothing decides, as a fraction of a step, median over pairs.
+        idle_overhead_interval: where that median lies with 95 % confidence.
+        threshold_zero_overhead: the same of a block cache that compares and never reuses.
+        threshold_zero_overhead_interval: where that median lies with 95 % confidence.
+        plans: "every N" -> its speed.
+        environment: hardware and versions.
+    """
+
+    settings: dict[str, Any]
+    seconds: dict[str, list[float]]
+    median_seconds: dict[str, float]
+    idle_overhead: float
+    idle_overhead_interval: tuple[float, float]
+    threshold_zero_overhead: float
+    threshold_zero_overhead_interval: tuple[float, float]
+    plans: dict[str, PlanSpeed]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as its file keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "OverheadResult":
+        """Read a result from the JSON of its file; raises TypeError for another one."""
+        plans = {name: PlanSpeed(**plan) for name, plan in data["plans"].items()}
+        return cls(**{**data, "plans": plans})
+
+
+def overhead(
+    pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool = True
+) -> OverheadResult:
+    """Time vidaccel when it skips nothing, and when it skips what plans say.
 
     The cost is measured on single calls of the transformer, one plain and one with everything
     computed, in shuffled order, so that the drift of the machine cancels within a pair. Once
@@ -36,139 +91,99 @@ def overhead(pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool
 
     Args:
         pipe: a pipeline that `accelerate` takes; it is left without acceleration.
-        call: its arguments. Latents are the output, so no decoding is timed.
+        call: arguments of its call. Latents are the output, so no decoding is timed.
         rounds: each round times every variant once, in shuffled order.
-
-    Returns:
-        "settings", "seconds" (variant -> all rounds), "median_seconds", "idle_overhead" and
-        "threshold_zero_overhead" (fractions of a step, medians over pairs), the same with
-        "_interval" (where those medians lie with 95 % confidence), "plans" (every N -> computed
-        steps, ideal and realised speedup and their ratio, medians of the ratios within a round)
-        and "environment".
+        progress: show a bar.
     """
     steps = steps_of(pipe, call)
-    call = {**call, "output_type": "latent"}
     plans = {f"every {n}": len(Plan.every(n, steps).steps) for n in (2, 3, 5)}
 
-    def generation() -> None:
-        with without_bar(pipe):
-            pipe(generator=torch.Generator("cpu").manual_seed(0), **call)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    def plain() -> None:
+        latents_of(pipe, call)
 
     def accelerated(policy: str) -> Callable[[], None]:
         def run() -> None:
             accelerate(pipe, policy=policy)
-            generation()
+            plain()
 
         return run
 
     def without_blocks() -> None:
         with _no_blocks(pipe):
-            generation()
+            plain()
 
-    variants: Interleaved = {"plain": generation}
+    variants: dict[str, Callable[[], None]] = {"plain": plain}
     variants |= {name: accelerated(name) for name in plans}
     variants["no blocks"] = without_blocks
     seconds = interleave(variants, rounds, after=lambda: restore(pipe), progress=progress)
-
-    def paired(value: Callable[[dict[str, float]], float]) -> float:
-        """Median over rounds of a value of one round: drift of the machine cancels within it."""
-        return statistics.median(
-            value(dict(zip(seconds, times, strict=True)))
-            for times in zip(*seconds.values(), strict=True)
-        )
-
-    def ideal(name: str, of: dict[str, float]) -> float:
-        return of["plain"] - (1 - plans[name] / steps) * (of["plain"] - of["no blocks"])
-
-    deciding = DBCache(threshold=0, warmup_steps=1)
-    costs = {
-        "idle_overhead": _costs(pipe, generation, rounds, None),
-        "threshold_zero_overhead": _costs(pipe, generation, rounds, deciding),
-    }
-
-    return {
-        "settings": {
+    idle = _costs(pipe, plain, rounds, None)
+    deciding = _costs(pipe, plain, rounds, DBCache(threshold=0, warmup_steps=1))
+    return OverheadResult(
+        settings={
             **call,
+            "output_type": "latent",
             "rounds": rounds,
             "dtype": str(pipe.dtype),
             "device": str(pipe.device),
         },
-        "seconds": seconds,
-        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        **{name: statistics.median(found) for name, found in costs.items()},
-        **{f"{name}_interval": median_interval(found) for name, found in costs.items()},
-        "plans": {
-            name: {
-                "steps_computed": computed,
-                "ideal_speedup": paired(lambda of, n=name: of["plain"] / ideal(n, of)),
-                "speedup": paired(lambda of, n=name: of["plain"] / of[n]),
-                "realised_over_ideal": paired(lambda of, n=name: ideal(n, of) / of[n]),
-            }
-            for name, computed in plans.items()
+        seconds=seconds,
+        median_seconds={name: statistics.median(times) for name, times in seconds.items()},
+        idle_overhead=statistics.median(idle),
+        idle_overhead_interval=median_interval(idle),
+        threshold_zero_overhead=statistics.median(deciding),
+        threshold_zero_overhead_interval=median_interval(deciding),
+        plans={
+            name: _plan_speed(name, computed, steps, seconds) for name, computed in plans.items()
         },
-        "environment": environment(),
-    }
+        environment=environment(),
+    )
 
 
-def overhead_table(result: Any) -> str:
-    """The result of `overhead` for people."""
+def _plan_speed(
+    name: str, computed: int, steps: int, seconds: Mapping[str, list[float]]
+) -> PlanSpeed:
+    """Compare a plan with the plain run of each round, within which the machine's drift cancels."""
+    rounds = list(zip(seconds["plain"], seconds["no blocks"], seconds[name], strict=True))
+
+    def ideal(plain: float, no_blocks: float) -> float:
+        return plain - (1 - computed / steps) * (plain - no_blocks)
+
+    return PlanSpeed(
+        computed,
+        ideal_speedup=statistics.median(plain / ideal(plain, none) for plain, none, _ in rounds),
+        speedup=statistics.median(plain / planned for plain, _, planned in rounds),
+        realised_over_ideal=statistics.median(
+            ideal(plain, none) / planned for plain, none, planned in rounds
+        ),
+    )
+
+
+def overhead_table(result: OverheadResult) -> str:
+    """Return the result of `overhead` for people."""
     lines = []
-    for name, field in (("idle overhead", "idle"), ("threshold 0  ", "threshold_zero")):
-        low, high = result[f"{field}_overhead_interval"]
-        cost = result[f"{field}_overhead"]
+    for name, cost, (low, high) in (
+        ("idle overhead", result.idle_overhead, result.idle_overhead_interval),
+        ("threshold 0  ", result.threshold_zero_overhead, result.threshold_zero_overhead_interval),
+    ):
         lines.append(f"{name} {cost:+.2%} of a step ({low:+.2%} to {high:+.2%})")
     lines += ["", "plan     computed  ideal  measured  realised"]
     lines += [
-        f"{name}  {plan['steps_computed']:8d}  {plan['ideal_speedup']:4.2f}x  "
-        f"{plan['speedup']:7.2f}x  {plan['realised_over_ideal']:8.3f}"
-        for name, plan in result["plans"].items()
+        f"{name}  {plan.steps_computed:8d}  {plan.ideal_speedup:4.2f}x  "
+        f"{plan.speedup:7.2f}x  {plan.realised_over_ideal:8.3f}"
+        for name, plan in result.plans.items()
     ]
     return "\n".join(lines)
 
 
-def interleave(
-    variants: Interleaved, rounds: int, *, after: Callable[[], object], progress: bool = True
-) -> dict[str, list[float]]:
-    """Seconds of each variant, once per round, after one round that is not counted.
-
-    Args:
-        variants: name -> what to time.
-        rounds: how often each is timed. The order is shuffled in each round (with a fixed seed),
-            since what ran before can leave caches and the allocator in another state.
-        after: run after each, outside of the timing.
-    """
-    names = list(variants)
-    order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=(rounds + 1) * len(names), unit="run", disable=not progress) as bar:
-        for turn in range(rounds + 1):
-            for name in order.sample(names, len(names)):
-                started = time.perf_counter()
-                variants[name]()
-                elapsed = time.perf_counter() - started
-                after()
-                if turn > 0:
-                    seconds[name].append(elapsed)
-                bar.update()
-    return seconds
-
-
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """Where the median of what `values` are drawn from lies, with 95 % confidence."""
-    # How many of them lie below it is binomial.
-    ranked, half = sorted(values), 0.98 * math.sqrt(len(values))
-    low, high = (round((len(values) - 1) / 2 + way * half) for way in (-1, 1))
-    return ranked[max(low, 0)], ranked[min(high, len(ranked) - 1)]
-
-
 def _costs(
-    pipe: Any, generation: Callable[[], object], rounds: int, cache: DBCache | None
+    pipe: Any, generate: Callable[[], object], rounds: int, cache: DBCache | None
 ) -> list[float]:
-    """What an attached engine that computes everything adds to calls, as fractions of plain ones.
+    """Return what an engine that computes everything adds to calls, as fractions of plain ones.
 
     Args:
+        pipe: the pipeline, without acceleration.
+        generate: one generation of it, whose calls of the transformer are repeated.
+        rounds: number of pairs for each call.
         cache: decides at every step; None: nothing decides.
     """
     model, host = next(iter(find_transformers(pipe).values()))
@@ -178,34 +193,31 @@ def _costs(
         calls.setdefault(float(kwargs[host.timestep].max()), kwargs)
 
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
-    generation()
+    generate()
     handle.remove()
     # Another module over the same weights: nothing has to be attached between two timed calls.
     twin = deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
     accelerate(pipe, policy=None, cache=cache)
 
-    def seconds(model: Any, call: dict[str, Any]) -> float:
-        started = time.perf_counter()
+    def forward(model: Any, call: dict[str, Any]) -> None:
         with torch.no_grad(), model.cache_context("cond"):
             model(**call)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
-    order, ratios = random.Random(0), []
+    shuffle, ratios = random.Random(0), []
     for _ in range(rounds):
         for call in calls.values():
-            found = {}
-            for one in order.sample((model, twin), 2):
-                found[one] = seconds(one, call)
-            ratios.append(found[model] / found[twin])
+            seconds = {
+                each: seconds_of(partial(forward, each, call))
+                for each in shuffle.sample((model, twin), 2)
+            }
+            ratios.append(seconds[model] / seconds[twin])
     restore(pipe)
     return [ratio - 1 for ratio in ratios]
 
 
 @contextmanager
-def _no_blocks(pipe: Any) -> Any:
-    """The transformers of `pipe` with empty block lists."""
+def _no_blocks(pipe: Any) -> Iterator[None]:
+    """Empty the block lists of the pipeline's transformers."""
     found = list(find_transformers(pipe).values())
     for transformer, host in found:
         for blocks in host.blocks:

@@ -63,3 +63,8 @@ def templated_context_parallel_attention(*args: Any, **kwargs: Any) -> Any:
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 
     return _templated_context_parallel_attention(*args, **kwargs)
+
+
+def full_precision_modules(transformer_class: type) -> list[str]:
+    """Return the last names of the modules that loading a class of transformer keeps in float32."""
+    return list(getattr(transformer_class, "_keep_in_fp32_modules", None) or [])
