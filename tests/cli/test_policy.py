@@ -39,7 +39,7 @@ def test_a_policy_from_the_command_line_to_a_clip(tmp_path, run):
     assert code == 2 and "made for 6 steps, but this run has 7" in stderr
 
 
-@pytest.mark.parametrize("wish", [[], ["--speedup", "2"]], ids=" ".join)
+@pytest.mark.parametrize("wish", [[], ["--speedup", "1.5"]], ids=" ".join)
 def test_generate_opens_a_policy_file_once(wish, tmp_path, run, monkeypatch):
     prompts, policy = tmp_path / "prompts.txt", tmp_path / "policy.json"
     prompts.write_text("a green dotted square moving left on a maroon striped background\n")

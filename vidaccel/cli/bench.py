@@ -43,9 +43,9 @@ def _overhead(arguments: argparse.Namespace) -> None:
     pipe = pipeline_of(arguments)
     call = call_of(pipe, arguments, prompt=EMBEDDED_PROMPT, num_inference_steps=arguments.steps)
     result = overhead(pipe, call, rounds=arguments.rounds)
-    result["settings"] |= {"model": model_name(arguments)}
+    result.settings["model"] = model_name(arguments)
     print_result(overhead_table(result), arguments.json)
-    write_json(result, arguments.json)
+    write_json(result.to_dict(), arguments.json)
 
 
 def add_soak(benches: Any) -> None:
@@ -94,14 +94,14 @@ def _soak(arguments: argparse.Namespace) -> None:
         for seed, call in enumerate(calls)
     ]
     result = soak(pipe, requests, arguments.generations)
-    result["settings"] = {
-        "model": model_name(arguments),
-        "dtype": str(pipe.dtype),
-        "device": str(pipe.device),
-        "threads": torch.get_num_threads(),
-    }
+    result.settings.update(
+        model=model_name(arguments),
+        dtype=str(pipe.dtype),
+        device=str(pipe.device),
+        threads=torch.get_num_threads(),
+    )
     print_result(soak_table(result), arguments.json)
-    write_json(result, arguments.json)
+    write_json(result.to_dict(), arguments.json)
 
 
 # Each adds one bench.

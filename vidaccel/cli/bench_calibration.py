@@ -31,7 +31,7 @@ def _search(arguments: argparse.Namespace) -> None:
 
     result = search_times(arguments.rounds)
     print_result(search_table(result), arguments.json)
-    write_json(result, arguments.json)
+    write_json(result.to_dict(), arguments.json)
 
 
 def add_calibration(benches: Any) -> None:
@@ -70,12 +70,13 @@ def _calibration(arguments: argparse.Namespace) -> None:
     """Run `vidaccel bench calibration`."""
     held_out = read_prompts(arguments.held_out)
     check_writable(arguments.json)
-    from vidaccel.bench.calibration import calibration, calibration_table, read_task
+    from vidaccel.bench.calibration import calibration, calibration_table
+    from vidaccel.calibration.task import read_task
 
     read_task(arguments.exact_workdir)
     pipe = pipeline_of(arguments)
     pipe.set_progress_bar_config(disable=True)
     result = calibration(pipe, arguments.exact_workdir, held_out, arguments.budgets)
-    result["settings"]["model"] = model_name(arguments)
+    result.settings["model"] = model_name(arguments)
     print_result(calibration_table(result), arguments.json)
-    write_json(result, arguments.json)
+    write_json(result.to_dict(), arguments.json)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from vidaccel.cli.options import add_command, add_json_option, at_least
@@ -57,14 +58,20 @@ def _models(arguments: argparse.Namespace) -> None:
 
     results = {}
     for name in _named(arguments.models, MODELS, "model"):
-        results[name] = speed(
+        result = speed(
             MODELS[name],
             steps=arguments.steps,
             rounds=arguments.rounds,
-            report=lambda line, name=name: print(f"{name}: {line}", file=sys.stderr),
+            log=partial(_log, name),
         )
-        print_result(f"{name}\n{speed_table(results[name])}\n", arguments.json)
+        print_result(f"{name}\n{speed_table(result)}\n", arguments.json)
+        results[name] = result.to_dict()
     write_json(results, arguments.json)
+
+
+def _log(name: str, line: str) -> None:
+    """Print a line of progress of a model."""
+    print(f"{name}: {line}", file=sys.stderr)
 
 
 def _named(part: str, known: Iterable[str], kind: str) -> list[str]:

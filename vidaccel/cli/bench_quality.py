@@ -81,8 +81,9 @@ def _quality(arguments: argparse.Namespace) -> None:
     else:
         calibration = list(policy.prompts[:2]) if policy is not None else []
 
-    from vidaccel.bench import curves
+    from vidaccel.bench.figures import draw_quality
     from vidaccel.bench.quality import quality
+    from vidaccel.bench.tables import points_table, quality_table
     from vidaccel.clips.load import steps_of
     from vidaccel.clips.metrics import load_lpips
 
@@ -107,17 +108,17 @@ def _quality(arguments: argparse.Namespace) -> None:
         workdir=arguments.workdir,
         lpips=lpips,
     )
-    result["settings"] |= {
-        "model": model_name(arguments),
-        "policy": arguments.policy or (EMBEDDED_POLICY if policy is not None else None),
-        "mag_ratios": ratios,
-    }
-    result |= {"left_out": left_out, "equal_time": curves.equal_time(result["points"])}
-    shown = curves.points_table if arguments.every_point else curves.report
-    print_result(shown(result), arguments.json)
-    write_json(result, arguments.json)
+    result.settings.update(
+        model=model_name(arguments),
+        policy=arguments.policy or (EMBEDDED_POLICY if policy is not None else None),
+        mag_ratios=ratios,
+    )
+    result.left_out.update(left_out)
+    table = points_table if arguments.every_point else quality_table
+    print_result(table(result), arguments.json)
+    write_json(result.to_dict(), arguments.json)
     if arguments.plot is not None:
-        curves.figure(result, arguments.plot)
+        draw_quality(result, arguments.plot)
         print_written([arguments.plot])
 
 
@@ -137,16 +138,11 @@ def _magnitude_ratios(
     pipe: Any, call: dict[str, Any], prompts: list[str], seed: int
 ) -> tuple[float, ...] | None:
     """Measure what MagCache needs; None where it does not work, which its row then says."""
-    import torch
-
     from vidaccel.bench.baselines import magnitude_ratios
 
-    calls = [
-        {**call, "prompt": prompt, "generator": torch.Generator("cpu").manual_seed(seed)}
-        for prompt in prompts
-    ]
+    calls = [{**call, "prompt": prompt} for prompt in prompts]
     try:
-        return tuple(magnitude_ratios(pipe, calls))
+        return tuple(magnitude_ratios(pipe, calls, seed=seed))
     except UnsupportedPipelineError:
         return None
 
@@ -176,9 +172,9 @@ def _parity(arguments: argparse.Namespace) -> None:
     pipe = pipeline_of(arguments)
     call = call_of(pipe, arguments, prompt=arguments.prompt, num_inference_steps=arguments.steps)
     result = parity(pipe, call, seed=arguments.seed)
-    result["settings"] |= {"model": model_name(arguments)}
+    result.settings["model"] = model_name(arguments)
     print_result(parity_table(result), arguments.json)
-    write_json(result, arguments.json)
+    write_json(result.to_dict(), arguments.json)
 
 
 def add_attention(benches: Any) -> None:
@@ -206,25 +202,26 @@ def add_attention(benches: Any) -> None:
 def _attention(arguments: argparse.Namespace) -> None:
     """Run `vidaccel bench attention`."""
     check_writable(arguments.json, arguments.plot)
-    from vidaccel.bench import attention as bench
+    from vidaccel.bench.attention import PROMPTS, attention, attention_table
+    from vidaccel.bench.figures import draw_attention
     from vidaccel.clips.embedded import EMBEDDED_CALL
 
     pipe = pipeline_of(arguments)
-    result = bench.attention(
+    result = attention(
         pipe,
         {**EMBEDDED_CALL, "num_inference_steps": arguments.steps},
-        prompts=read_prompts(arguments.prompts) if arguments.prompts else bench.PROMPTS,
+        prompts=read_prompts(arguments.prompts) if arguments.prompts else PROMPTS,
         top_ps=arguments.top_p,
         methods=arguments.methods,
         changes_at=0.7 if arguments.methods is None else None,
-        partial=arguments.workdir,
+        workdir=arguments.workdir,
     )
-    result["settings"] |= {"model": model_name(arguments)}
-    print_result(bench.attention_table(result), arguments.json)
+    result.settings["model"] = model_name(arguments)
+    print_result(attention_table(result), arguments.json)
     if arguments.plot is not None:
-        bench.draw(result, arguments.plot)
+        draw_attention(result, arguments.plot)
         print_written([arguments.plot])
-    write_json(result, arguments.json)
+    write_json(result.to_dict(), arguments.json)
 
 
 def _add_plot_option(parser: argparse.ArgumentParser) -> None:
