@@ -226,7 +226,7 @@ class Controls:
 
     @property
     def blank(self) -> list[Any]:
-        """The numbers left to the model at first, which Gradio shows as 0 until it is told."""
+        """The numbers left to the model at first; Gradio shows them as 0 until an update."""
         return [
             field for field in self.inputs if isinstance(field, gr.Number) and field.value is None
         ]

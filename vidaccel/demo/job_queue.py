@@ -26,7 +26,7 @@ REMEMBERED = 200  # ended jobs
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is.
+    """The progress of one job.
 
     Attributes:
         state: "waiting", "running", "done", "stopped" or "failed".

@@ -51,7 +51,7 @@ def serve(
         queue_size: number of runs that may wait.
         out: folder of the runs. Of all files, only these, the examples and what was uploaded can
             be read, and of the runs only one's own: their folders have names nobody can guess.
-        options: of `gr.Blocks.launch`, such as server_name, server_port and share.
+        options: arguments of `gr.Blocks.launch`, such as server_name, server_port and share.
 
     Raises:
         OutputError: the port is taken, or `out` cannot be written.

@@ -99,7 +99,7 @@ class Worker:
         again.
 
         Args:
-            settings: of the run.
+            settings: what is asked for.
             on_progress: called with the fields of a job's progress that have changed.
             stop: when set, the run ends within a step.
             save: called with numbers and clips when there is a clip more.
@@ -193,7 +193,7 @@ class _Follower:
     """Follow one generation: publish its progress, and end it when it is stopped.
 
     Attributes:
-        latents: of the last step that has ended.
+        latents: the latents after the last step that has ended.
     """
 
     def __init__(
