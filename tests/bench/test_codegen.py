@@ -11,6 +11,8 @@ from vidaccel.bench import codegen
 from vidaccel.bench import kernels as kernel_bench
 from vidaccel.errors import VidaccelError
 
+pytestmark = pytest.mark.xdist_group("codegen")  # compiles once
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):

@@ -81,8 +81,6 @@ def distributions(tmp_path_factory):
     return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_the_wheel_holds_what_runs_and_nothing_else(distributions):
     sdist, wheel = distributions
     with zipfile.ZipFile(wheel) as archive:
@@ -100,8 +98,6 @@ def test_the_wheel_holds_what_runs_and_nothing_else(distributions):
         assert any(name.endswith("tests/engine/test_engine.py") for name in archive.getnames())
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_the_wheel_generates_away_from_the_source(distributions, tmp_path):
     """In a clean environment that has the dependencies but no trace of this checkout."""
     venv.create(tmp_path / "venv", with_pip=False)
