@@ -3,16 +3,23 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vidaccel.errors import VidaccelError
 from vidaccel.files import write_text
+
+Parsed = TypeVar("Parsed")
 
 _MANIFEST = "task.json"
 
 
 def _as_it_is(data: Any) -> Any:
     return data
+
+
+def read_manifest(path: Path) -> Any:
+    """What is measured in a folder of shards; raises OSError or ValueError when there is none."""
+    return json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
 
 
 class ShardFolder:
@@ -49,7 +56,7 @@ class ShardFolder:
                 f"{'differs' if len(differing) == 1 else 'differ'}; use another work folder"
             )
 
-    def read(self, name: str, parse: Callable[[Any], Any] = _as_it_is) -> Any | None:
+    def read(self, name: str, parse: Callable[[Any], Parsed] = _as_it_is) -> Parsed | None:
         """The content of a shard, or None when there is no such shard yet.
 
         Args:

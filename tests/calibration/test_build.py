@@ -12,11 +12,12 @@ import vidaccel
 from tiny.building import build_for, prompted
 from tiny.hunyuan import hunyuan15
 from tiny.wan import wan, wan22
-from vidaccel import Plan, accelerate, report
-from vidaccel.calibration import build
-from vidaccel.calibration import runners as measure
-from vidaccel.calibration import task as work
+from vidaccel import Plan, accelerate, report, shards
+from vidaccel.calibration import task as tasks
 from vidaccel.calibration.build import build_policy
+from vidaccel.calibration.candidates import validated_budgets
+from vidaccel.calibration.task import SegmentsFrom
+from vidaccel.calibration.work_folder import WorkFolder
 from vidaccel.errors import BuildError, PlanError
 from vidaccel.lemica import search
 from vidaccel.lemica.graph import aggregate, segment_graph
@@ -44,7 +45,7 @@ def test_a_built_policy_runs_on_the_pipeline_it_was_built_for(case, method, tmp_
 
 def test_stored_plans_are_those_of_the_stored_errors(case):
     policy = build_for(case)
-    solved = search.solve_moves(policy.moves(), STEPS)
+    solved = search.solve_edges(policy.search_edges(), STEPS)
     for budget in policy.budgets():
         assert policy.plan(budget=budget) == solved[budget]
         stable = policy.plans[str(budget)].stability
@@ -69,7 +70,7 @@ def test_lazy_measures_what_the_plans_use_exactly(case, tmp_path):
     single = {p.stem for p in tmp_path.glob("sample-0000-*-*.json")}
     assert 0 < len(single) < len(exact.edges)
     truth = {(e.start, e.end): e.mean for e in exact.edges}
-    for budget in build.validated_budgets(8):
+    for budget in validated_budgets(8):
         if budget in lazy.budgets():
             plan = lazy.plan(budget=budget)
             for segment in plan.segments():
@@ -113,22 +114,22 @@ def test_other_aggregations(case, aggregation):
 def test_a_killed_build_goes_on_and_gives_the_same_policy(case, tmp_path, monkeypatch):
     expected = build_for(case)
     measured = []
-    unit = measure.exact_unit
+    errors_from = tasks.errors_from
 
     def counted(replayer, max_skip, start, **options):
         measured.append(start)
         if len(measured) == 6:
             raise KeyboardInterrupt
-        return unit(replayer, max_skip, start, **options)
+        return errors_from(replayer, max_skip, start, **options)
 
-    monkeypatch.setattr(measure, "exact_unit", counted)
+    monkeypatch.setattr(tasks, "errors_from", counted)
     with pytest.raises(KeyboardInterrupt):
         build_for(case, workdir=tmp_path)
     shards = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("sample-*.json")}
     assert len(shards) == 5
     policy = build_for(case, workdir=tmp_path)
     assert policy == expected
-    # 2 samples of 4 starts: the interrupted unit was lost, nothing else was measured again.
+    # 2 samples of 4 starts: the interrupted item was lost, nothing else was measured again.
     assert len(measured) == 2 * 4 + 1
     for name, time in shards.items():
         assert (tmp_path / name).stat().st_mtime_ns == time
@@ -139,16 +140,16 @@ def test_a_killed_build_goes_on_and_gives_the_same_policy(case, tmp_path, monkey
 
 def test_kill_minus_nine_in_the_middle_changes_nothing(case, tmp_path, monkeypatch):
     expected = build_for(case)
-    save = work.WorkFolder.save
+    save = WorkFolder.save
     child = os.fork()
     if child == 0:  # a process of its own, which ends without any chance to tidy up
         monkeypatch.setattr(
-            work.WorkFolder,
+            WorkFolder,
             "save",
-            lambda folder, sample, unit, errors: (
+            lambda folder, sample, item, errors: (
                 os.kill(os.getpid(), signal.SIGKILL)
-                if (sample, unit) == (1, 1)
-                else save(folder, sample, unit, errors)
+                if (sample, item) == (1, SegmentsFrom(1))
+                else save(folder, sample, item, errors)
             ),
         )
         build_for(case, workdir=tmp_path)
@@ -187,7 +188,7 @@ def test_a_folder_of_another_model_is_refused(case, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_measured(case, tmp_path, monkeypatch):
-    write = work.write_text
+    write = shards.write_text
     written = []
 
     def full(path, text):
@@ -196,7 +197,7 @@ def test_a_full_disk_keeps_what_was_measured(case, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         write(path, text)
 
-    monkeypatch.setattr(work, "write_text", full)
+    monkeypatch.setattr(shards, "write_text", full)
     with pytest.raises(BuildError, match=r"No space left on device; .* goes on from there"):
         build_for(case, workdir=tmp_path)
     monkeypatch.undo()

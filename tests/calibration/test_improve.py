@@ -7,9 +7,9 @@ import pytest
 from tiny.building import build_for, prompted
 from tiny.wan import wan
 from vidaccel import CachePolicy, Plan
-from vidaccel.calibration import runners as measure
 from vidaccel.calibration.improve import SAMPLES, improving, neighbours
 from vidaccel.calibration.replay import Replayer
+from vidaccel.calibration.runners import Worker
 from vidaccel.errors import PlanError
 
 STEPS = 8
@@ -35,9 +35,9 @@ def solve(error_of, starts, runs=10_000, samples=1, **options):
 
 def distance(plan, steps, wanted=1.0):
     """How far a plan is from the computed `steps` and from scale `wanted` in every segment."""
-    fillings = [plan.scale(s) * bool(plan.order(s)) for s in range(10) if not plan.computes(s)]
+    scales = [plan.scale(s) * bool(plan.order(s)) for s in range(10) if not plan.computes(s)]
     return sum(abs(a - b) for a, b in zip(plan.steps, steps, strict=True)) + sum(
-        abs(filling - wanted) for filling in fillings
+        abs(scale - wanted) for scale in scales
     )
 
 
@@ -85,8 +85,8 @@ def test_neighbours_are_plans_of_the_same_budget(lines):
     )
     moved = {other.steps for _, other in found if other.steps != plan.steps}
     assert moved == {(0, 2, 4, 7), (0, 3, 4, 6), (0, 3, 4, 8)}
-    filled = [other for _, other in found if other.steps == plan.steps]
-    assert {other.scale(5) for other in filled} == ({0.25, 0.75, 0.5} if lines else set())
+    forecast = [other for _, other in found if other.steps == plan.steps]
+    assert {other.scale(5) for other in forecast} == ({0.25, 0.75, 0.5} if lines else set())
 
 
 def test_a_built_policy_holds_the_improved_plans(case, tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_built_policy_holds_the_improved_plans(case, tmp_path, monkeypatch):
     assert made <= len(kept) * (options["improve"] + SAMPLES)
 
     # What ran before is not run again, and gives the same plans.
-    monkeypatch.setattr(measure.Worker, "trial", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(Worker, "trial", lambda *_: pytest.fail("ran again"))
     again = build_for(case, workdir=tmp_path, **options)
     assert again.plans == policy.plans
 
@@ -113,7 +113,7 @@ def test_a_run_is_that_of_the_plan(case):
     with Replayer(case.pipe, call) as replayer:
         expected = replayer.error_of(plan)
         replayer.forget_steps()
-        assert replayer.reference.tape.bytes_held == 0 and not replayer.reference.inputs
+        assert replayer.reference.recording.bytes_held == 0 and not replayer.reference.inputs
         assert replayer.error_of(plan) == expected > 0
 
 

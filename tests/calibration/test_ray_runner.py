@@ -9,8 +9,9 @@ import pytest
 
 from tiny import embeds
 from tiny.wan import wan
-from vidaccel.calibration import ray_runner as distribute
+from vidaccel.calibration import ray_runner
 from vidaccel.calibration.build import build_policy
+from vidaccel.calibration.task import SegmentsFrom
 from vidaccel.errors import BuildError, PlanError
 
 ray = pytest.importorskip("ray")
@@ -54,17 +55,17 @@ def test_a_killed_worker_changes_nothing(cluster, tmp_path, monkeypatch):
     expected = build_for(pipeline())
     mark = str(tmp_path / "died")
 
-    class Mortal(distribute.RayWorker):
-        """Dies, as a killed process does, when one unit is measured for the first time."""
+    class Mortal(ray_runner.RayWorker):
+        """Dies, as a killed process does, when one item is measured for the first time."""
 
-        def measure(self, sample, unit):
-            if (sample, unit) == (1, 2) and not os.path.exists(mark):
+        def measure(self, sample, item):
+            if (sample, item) == (1, SegmentsFrom(2)) and not os.path.exists(mark):
                 open(mark, "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().measure(sample, unit)
+            return super().measure(sample, item)
 
-    monkeypatch.setattr(distribute, "RayWorker", Mortal)
-    monkeypatch.setattr(distribute, "REPLACEMENTS", 0)  # the other one takes over
+    monkeypatch.setattr(ray_runner, "RayWorker", Mortal)
+    monkeypatch.setattr(ray_runner, "REPLACEMENTS", 0)  # the other one takes over
     work = tmp_path / "work"
     assert build_for(pipeline(), workers=2, workdir=work) == expected
     assert os.path.exists(mark)
@@ -86,10 +87,10 @@ def test_workers_that_keep_dying_end_the_build(cluster, monkeypatch):
         def __init__(self, load, task):
             os._exit(1)
 
-        def facts(self):
+        def run_info(self):
             pass
 
-    monkeypatch.setattr(distribute, "RayWorker", Dead)
+    monkeypatch.setattr(ray_runner, "RayWorker", Dead)
     with pytest.raises(BuildError, match=r"all workers died: .*; run again to go on"):
         build_for(pipeline(), workers=1)
 

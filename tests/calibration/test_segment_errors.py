@@ -11,14 +11,14 @@ from vidaccel.calibration import replay
 from vidaccel.calibration.replay import Replayer, l1
 from vidaccel.calibration.segment_errors import (
     deviations,
+    errors_from,
     exact_errors,
-    exact_unit,
     gain_errors,
     segments,
 )
 from vidaccel.clips import metrics
 from vidaccel.errors import PlanError
-from vidaccel.lemica.dag import SCALES
+from vidaccel.plans.edge import SCALES
 
 
 def test_segments_reuse_something_and_are_not_too_long():
@@ -97,7 +97,7 @@ def test_every_line_is_measured_at_every_scale():
     case = wan()
     with Replayer(case.pipe, case.kwargs) as replayer:
         found = gain_errors(replayer, 3, lines=True)
-        exact = exact_unit(replayer, 3, 2, lines=True)
+        exact = errors_from(replayer, 3, 2, lines=True)
     expected = {(s, e, p) for s, e in found.holds for p in range(max(0, s - 3), s)}
     assert set(found.lines) == {(s, e, p) for s, e, p in expected if s - p in (1, 2, 3)}
     assert all(len(row) == len(SCALES) and min(row) >= 0 for row in found.lines.values())

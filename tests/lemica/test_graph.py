@@ -1,21 +1,12 @@
-"""The DAG of segments: what its edges carry, how samples become one error, files."""
-
-import json
+"""The DAG of segments: what its edges carry, and how samples become one error."""
 
 import numpy as np
 import pytest
 
 from vidaccel.errors import PlanError
-from vidaccel.lemica.dag import SCALES
-from vidaccel.lemica.graph import (
-    aggregate,
-    from_dict,
-    moves,
-    segment_graph,
-    stability,
-    to_dict,
-)
-from vidaccel.lemica.search import solve, solve_moves
+from vidaccel.lemica.graph import aggregate, search_edges, segment_graph, stability
+from vidaccel.lemica.search import solve, solve_edges
+from vidaccel.plans.edge import SCALES
 
 T = 6
 
@@ -73,14 +64,6 @@ def test_stability_is_certain_where_samples_agree():
     assert np.array_equal(spread, stability(segment_graph(measured(), T), [4], rounds=50)[4])
 
 
-def test_the_graph_survives_json():
-    graph = segment_graph(measured(), T)
-    again = from_dict(json.loads(json.dumps(to_dict(graph))))
-    assert again.graph == graph.graph
-    assert dict(again.edges) == dict(graph.edges)
-    assert np.array_equal(aggregate(again), aggregate(graph))
-
-
 @pytest.mark.parametrize(
     ("errors", "message"),
     [
@@ -123,32 +106,32 @@ def lines(better):
     }
 
 
-def test_moves_offer_a_line_where_it_is_better():
-    held = moves(segment_graph(measured(), T))
-    assert {m.order for m in held} == {0}
-    assert held == moves(segment_graph(measured(), T, lines(0.5)), faithful=True)
-    assert held == moves(segment_graph(measured(), T, lines(1.5)))
-    found = moves(segment_graph(measured(), T, lines(0.5)))
-    by_way = {(m.start, m.stop, m.previous): m for m in found}
+def test_a_line_is_offered_where_it_is_better():
+    held = search_edges(segment_graph(measured(), T))
+    assert {edge.order for edge in held} == {0}
+    assert held == search_edges(segment_graph(measured(), T, lines(0.5)), faithful=True)
+    assert held == search_edges(segment_graph(measured(), T, lines(1.5)))
+    found = search_edges(segment_graph(measured(), T, lines(0.5)))
+    by_previous = {(edge.start, edge.end, edge.previous): edge for edge in found}
     for start, end in measured():
-        hold = by_way[start, end, None]
+        hold = by_previous[start, end, None]
         # Steps 1 and 3 before were measured; 2 before lies between them.
         for gap in (g for g in (1, 2, 3) if g <= start and (g == 1 or start >= 3)):
-            line = by_way[start, end, start - gap]
+            line = by_previous[start, end, start - gap]
             assert (line.order, line.scale) == (1, SCALES[1])
             assert line.error == pytest.approx(hold.error / 2)
-    plan = solve_moves(found, T, [4])[4]
+    plan = solve_edges(found, T, [4])[4]
     assert any(plan.orders) and len(plan.scales) == len(plan.orders)
 
 
-def test_lines_survive_json_and_are_checked():
-    graph = segment_graph(measured(), T, lines(0.5))
-    again = from_dict(json.loads(json.dumps(to_dict(graph))))
-    assert moves(again) == moves(graph)
-    for wrong, message in (
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         ({(0, 2, 0): [[0.1] * 4] * 5}, "does not fit"),
         ({(2, 4, 1): [[0.1] * 4]}, "does not fit"),
         ({(2, 4, 1): [[float("nan")] * 4] * 5}, "needs errors"),
-    ):
-        with pytest.raises(PlanError, match=message):
-            segment_graph(measured(), T, wrong)
+    ],
+)
+def test_wrong_lines_are_refused(wrong, message):
+    with pytest.raises(PlanError, match=message):
+        segment_graph(measured(), T, wrong)

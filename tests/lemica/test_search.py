@@ -101,19 +101,6 @@ def test_peeling_agrees_with_brute_force(seed, peeling):
     check_against_brute_force(10 + seed, ["leximax"])
 
 
-@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o != "bottleneck"])
-def test_candidates_are_the_best_paths_in_order(objective):
-    rng = np.random.default_rng(5)
-    for _ in range(25):
-        errors = random_errors(rng, rng.integers(4, 9), 4, missing=0.1)
-        options = random_options(rng, errors)
-        paths = brute_force(errors, objective, **options)
-        for budget in range(1, len(errors) + 1):
-            expected = [steps for _, size, steps, _ in paths if size == budget]
-            found = search.candidates(errors, budget, 7, objective=objective, **options)
-            assert [plan.steps for plan in found] == expected[:7]
-
-
 @pytest.mark.parametrize("levels", [2, 5, 40, 10**6])
 def test_the_two_solvers_agree(levels, monkeypatch):
     rng = np.random.default_rng(levels)
@@ -156,8 +143,6 @@ def test_a_large_graph_is_solved_without_a_table_of_labels():
     assert len(plan.steps) == 60
     assert max(plan.errors) == max(bottleneck.errors)
     assert sum(bottleneck.errors) <= sum(plan.errors)
-    with pytest.raises(PlanError, match="cannot rank plans of 400 steps by 'leximax'"):
-        search.candidates(errors, 60, 3)
 
 
 def test_budgets_that_no_path_has_are_absent():
@@ -165,8 +150,6 @@ def test_budgets_that_no_path_has_are_absent():
     assert list(search.solve(errors)) == list(range(8, 51))
     assert list(search.solve(errors, [60, 20, 7, 0, -4, 8])) == [20, 8]
     assert search.solve(errors, []) == {}
-    assert search.candidates(errors, 7, 3) == search.candidates(errors, 60, 3) == []
-    assert search.candidates(errors, 20, 0) == []
 
 
 def test_a_plan_holds_the_error_of_each_segment():
@@ -248,11 +231,6 @@ def test_bad_input_gets_one_clear_line(errors, options, message):
     with pytest.raises(PlanError, match=message) as caught:
         search.solve(errors, **options)
     assert "\n" not in str(caught.value)
-
-
-def test_candidates_need_an_objective_that_adds_up():
-    with pytest.raises(PlanError, match="cannot rank plans of 5 steps by 'bottleneck'"):
-        search.candidates(GOOD, 3, 2, objective="bottleneck")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 """Benchmarks of building policies: the search's time, and cheap errors held against exact ones."""
 
-import itertools
-import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,97 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from vidaccel.calibration import validate as validation
 from vidaccel.calibration.replay import Replayer
 from vidaccel.calibration.segment_errors import gain_errors, segments
-from vidaccel.calibration.task import Task, WorkFolder
+from vidaccel.calibration.task import SegmentsFrom, Task, read_task
+from vidaccel.calibration.validate import Score, scores
+from vidaccel.calibration.work_folder import WorkFolder
 from vidaccel.environment import environment
 from vidaccel.errors import BuildError, PlanError
-from vidaccel.lemica.dag import SCALES, Move
 from vidaccel.lemica.graph import aggregate, segment_graph
-from vidaccel.lemica.search import solve, solve_moves
+from vidaccel.lemica.search import solve, solve_edges
+from vidaccel.plans.edge import SCALES, Edge, Segment
+from vidaccel.plans.plan import Plan
+
+# What is searched: name, steps, longest segment, budgets (None: every one), and whether with lines.
+SEARCHES: tuple[tuple[str, int, int, list[int] | None, bool], ...] = (
+    ("every budget of 50 steps", 50, 8, None, False),
+    ("every budget of 50 steps, with lines", 50, 8, None, True),
+    ("one budget of 1000 steps", 1000, 50, [200], False),
+)
+
+
+@dataclass(frozen=True)
+class SearchTimes:
+    """The CPU time of one kind of search, on a new random graph in each round.
+
+    Attributes:
+        steps: T.
+        max_skip: longest segment.
+        budgets: how many there are a plan of.
+        seconds: CPU seconds of all rounds; then their median and the slowest.
+    """
+
+    steps: int
+    max_skip: int
+    budgets: int
+    seconds: list[float]
+    median_seconds: float
+    slowest_seconds: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The times of every search, by its name, and where they were measured."""
+
+    searches: dict[str, SearchTimes]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as its file keeps it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PlanPair:
+    """The plans of one budget from exact and from estimated errors, and what they gave.
+
+    Attributes:
+        exact_steps, gain_steps: computed steps.
+        exact_psnr, gain_psnr: mean over the held-out prompts, dB.
+        lost_db: how much the estimated errors lose.
+    """
+
+    exact_steps: list[int]
+    gain_steps: list[int]
+    exact_psnr: float
+    gain_psnr: float
+    lost_db: float
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """Estimated errors against exact ones.
+
+    Attributes:
+        settings: arguments of the pipeline's call, "max_skip" and "held_out".
+        samples: prompts whose exact errors are complete.
+        generations_per_sample: what both ways cost: "exact" and "gain".
+        rank_correlation: Spearman's, of the "mean" errors and of those of each of the "samples".
+        plans: budget -> the plans of both.
+        environment: where it was measured.
+    """
+
+    settings: dict[str, Any]
+    samples: list[str]
+    generations_per_sample: dict[str, float]
+    rank_correlation: dict[str, Any]
+    plans: dict[str, PlanPair]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as its file keeps it."""
+        return asdict(self)
 
 
 def surface(steps: int, max_skip: int, seed: int) -> NDArray[np.float64]:
@@ -39,64 +120,47 @@ def surface(steps: int, max_skip: int, seed: int) -> NDArray[np.float64]:
     return errors
 
 
-def multigraph(errors: NDArray[np.float64], max_skip: int, seed: int) -> list[Move]:
+def multigraph(errors: NDArray[np.float64], max_skip: int, seed: int) -> list[Edge]:
     """The segments of `errors` and, after every possible previous step, a line of random error."""
     rng = np.random.default_rng(seed)
-    moves = []
+    edges = []
     for start, end in zip(*np.nonzero(np.isfinite(errors)), strict=True):
         error = float(errors[start, end])
-        moves.append(Move(int(start), int(end), error))
+        edges.append(Edge(int(start), int(end), error))
         if error > 0.0:
             for previous in range(max(0, start - max_skip), start):
-                factor = float(rng.uniform(0.3, 1.5))
-                moves.append(
-                    Move(
-                        int(start), int(end), error * factor, 1, float(rng.choice(SCALES)), previous
-                    )
-                )
-    return moves
+                of_line = error * float(rng.uniform(0.3, 1.5))
+                scale = float(rng.choice(SCALES))
+                edges.append(Edge(int(start), int(end), of_line, 1, scale, previous))
+    return edges
 
 
-def search_times(rounds: int = 9) -> dict[str, Any]:
-    """How long the search takes on random graphs, a new one in each round.
-
-    Returns:
-        "searches": what -> steps, longest segment, number of budgets, and the CPU seconds of all
-        rounds, their median and the slowest; "environment".
-    """
+def search_times(rounds: int = 9) -> SearchResult:
+    """How long the search takes on random graphs, a new one in each round."""
     found = {}
-    for name, steps, skip, budgets, lines in (
-        ("every budget of 50 steps", 50, 8, None, False),
-        ("every budget of 50 steps, with lines", 50, 8, None, True),
-        ("one budget of 1000 steps", 1000, 50, [200], False),
-    ):
+    for name, steps, max_skip, budgets, lines in SEARCHES:
         seconds = []
         for seed in range(rounds):
-            errors = surface(steps, skip, seed)
-            moves = multigraph(errors, skip, seed) if lines else []
+            errors = surface(steps, max_skip, seed)
+            edges = multigraph(errors, max_skip, seed) if lines else []
             # It runs on one core and waits for nothing: other work on the machine does not count.
             started = time.process_time()
-            plans = solve_moves(moves, steps) if lines else solve(errors, budgets)
+            plans = solve_edges(edges, steps) if lines else solve(errors, budgets)
             seconds.append(time.process_time() - started)
             if not plans:
                 raise PlanError(f"{name}: found no plan")
-        found[name] = {
-            "steps": steps,
-            "max_skip": skip,
-            "budgets": len(plans),
-            "seconds": seconds,
-            "median_seconds": statistics.median(seconds),
-            "slowest_seconds": max(seconds),
-        }
-    return {"searches": found, "environment": environment()}
+        found[name] = SearchTimes(
+            steps, max_skip, len(plans), seconds, statistics.median(seconds), max(seconds)
+        )
+    return SearchResult(found, environment())
 
 
-def search_table(result: dict[str, Any]) -> str:
+def search_table(result: SearchResult) -> str:
     """The result of `search_times` for people."""
     lines = ["search                                    median  slowest"]
     lines += [
-        f"{name:40}  {row['median_seconds'] * 1e3:5.0f} ms  {row['slowest_seconds'] * 1e3:5.0f} ms"
-        for name, row in result["searches"].items()
+        f"{name:40}  {times.median_seconds * 1e3:5.0f} ms  {times.slowest_seconds * 1e3:5.0f} ms"
+        for name, times in result.searches.items()
     ]
     return "\n".join(lines)
 
@@ -108,21 +172,16 @@ def calibration(
     budgets: Sequence[int],
     *,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> CalibrationResult:
     """Estimated errors against the exact ones of a build's work folder, and the plans of both.
 
     Args:
         pipe: the pipeline of the build; it is left without acceleration.
-        folder: of `build_policy(method="exact", workdir=...)`; samples that are not complete are
-            left out.
+        folder: the work folder of `build_policy(method="exact", workdir=...)`; samples that are not
+            complete are left out.
         held_out: prompts that the build did not use, for the plans.
-        budgets: of the plans.
+        budgets: numbers of computed steps of the plans.
         progress: show a bar for the plans.
-
-    Returns:
-        "settings", "samples", "generations_per_sample" of both, "rank_correlation" (Spearman's, of
-        the mean errors, and of each sample's), "plans" (budget -> steps, and PSNR of both on the
-        held-out prompts, and how much the estimated errors lose) and "environment".
 
     Raises:
         BuildError: no such folder, or no complete sample in it.
@@ -139,51 +198,61 @@ def calibration(
             gain[sample] = gain_errors(replayer, task.max_skip).holds
             forwards.append(replayer.forwards)
     edges = sorted(exact[next(iter(exact))])
-    table = {
-        name: np.array([[errors[sample][edge] for edge in edges] for sample in exact])
-        for name, errors in (("exact", exact), ("gain", gain))
+    errors = {
+        name: np.array([[found[sample][edge] for edge in edges] for sample in exact])
+        for name, found in (("exact", exact), ("gain", gain))
     }
-    solved = {
-        name: solve(
-            aggregate(segment_graph(dict(zip(edges, rows.T.tolist(), strict=True)), steps)), budgets
-        )
-        for name, rows in table.items()
-    }
-    for budget, plans in itertools.product(budgets, solved.values()):
-        if budget not in plans:
-            raise PlanError(f"no plan of {budget} computed steps exists in this graph")
-    runs = {f"{b} {name}": plans[b] for name, plans in solved.items() for b in budgets}
+    plans = {name: _plans(edges, rows, steps, budgets) for name, rows in errors.items()}
+    runs = {f"{budget} {name}": plans[name][budget] for name in plans for budget in budgets}
     samples = [(prompt, 0) for prompt in held_out]
-    scores, _ = validation.scores(pipe, task.call, samples, runs, progress=progress)
+    found, _ = scores(pipe, task.call, samples, runs, progress=progress)
     full = steps + sum(steps - end for _, end in segments(steps, task.max_skip))
-    return {
-        "settings": {**task.call, "max_skip": task.max_skip, "held_out": list(held_out)},
-        "samples": [task.samples()[sample][0] for sample in exact],
-        "generations_per_sample": {
+    return CalibrationResult(
+        settings={**task.call, "max_skip": task.max_skip, "held_out": list(held_out)},
+        samples=[task.samples()[sample][0] for sample in exact],
+        generations_per_sample={
             "exact": full / steps,
             "gain": statistics.fmean(forwards) / steps,
         },
-        "rank_correlation": {
-            "mean": _correlation(table["exact"].mean(axis=0), table["gain"].mean(axis=0)),
-            "samples": [_correlation(*rows) for rows in zip(*table.values(), strict=True)],
+        rank_correlation={
+            "mean": _correlation(errors["exact"].mean(axis=0), errors["gain"].mean(axis=0)),
+            "samples": [_correlation(*rows) for rows in zip(*errors.values(), strict=True)],
         },
-        "plans": {
-            str(budget): {
-                **{f"{name}_steps": list(plans[budget].steps) for name, plans in solved.items()},
-                **{f"{name}_psnr": scores[f"{budget} {name}"].psnr for name in solved},
-                "lost_db": scores[f"{budget} exact"].psnr - scores[f"{budget} gain"].psnr,
-            }
-            for budget in budgets
-        },
-        "environment": environment(),
-    }
+        plans={str(budget): _pair(budget, plans, found) for budget in budgets},
+        environment=environment(),
+    )
 
 
-def calibration_table(result: dict[str, Any]) -> str:
+def _plans(
+    edges: Sequence[Segment], errors: NDArray[np.float64], steps: int, budgets: Sequence[int]
+) -> dict[int, Plan]:
+    """The plan of each budget, from the errors [samples, edges]."""
+    graph = segment_graph(dict(zip(edges, errors.T.tolist(), strict=True)), steps)
+    plans = solve(aggregate(graph), budgets)
+    for budget in budgets:
+        if budget not in plans:
+            raise PlanError(f"no plan of {budget} computed steps exists in this graph")
+    return plans
+
+
+def _pair(
+    budget: int, plans: Mapping[str, Mapping[int, Plan]], found: Mapping[str, Score]
+) -> PlanPair:
+    exact, gain = found[f"{budget} exact"].psnr, found[f"{budget} gain"].psnr
+    return PlanPair(
+        exact_steps=list(plans["exact"][budget].steps),
+        gain_steps=list(plans["gain"][budget].steps),
+        exact_psnr=exact,
+        gain_psnr=gain,
+        lost_db=exact - gain,
+    )
+
+
+def calibration_table(result: CalibrationResult) -> str:
     """The result of `calibration` for people."""
-    cost, ranks = result["generations_per_sample"], result["rank_correlation"]
+    cost, ranks = result.generations_per_sample, result.rank_correlation
     lines = [
-        f"{len(result['samples'])} samples: exact {cost['exact']:.0f}, gain {cost['gain']:.1f} "
+        f"{len(result.samples)} samples: exact {cost['exact']:.0f}, gain {cost['gain']:.1f} "
         "generations each",
         f"rank correlation of the errors {ranks['mean']:.4f}, of single samples "
         f"{min(ranks['samples']):.4f} to {max(ranks['samples']):.4f}",
@@ -191,29 +260,20 @@ def calibration_table(result: dict[str, Any]) -> str:
         "computed     exact      gain      lost",
     ]
     lines += [
-        f"{budget:>8}  {row['exact_psnr']:5.2f} dB  {row['gain_psnr']:5.2f} dB  "
-        f"{row['lost_db']:+5.2f} dB"
-        for budget, row in result["plans"].items()
+        f"{budget:>8}  {pair.exact_psnr:5.2f} dB  {pair.gain_psnr:5.2f} dB  {pair.lost_db:+5.2f} dB"
+        for budget, pair in result.plans.items()
     ]
     return "\n".join(lines)
 
 
-def read_task(folder: Path) -> Task:
-    """The task of a work folder; raises BuildError when there is none."""
-    try:
-        found = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-        return Task(**{**found, "prompts": tuple(found["prompts"]), "seeds": tuple(found["seeds"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BuildError(f"{folder} is no work folder of a build: {error}") from error
-
-
-def _exact(folder: WorkFolder, task: Task) -> dict[int, dict[tuple[int, int], float]]:
+def _exact(folder: WorkFolder, task: Task) -> dict[int, dict[Segment, float]]:
     """The exact errors of held segments, of every complete sample."""
+    items = [item for item in task.items() if isinstance(item, SegmentsFrom)]
     found = {}
     for sample in range(len(task.samples())):
-        parts = [folder.load(sample, unit) for unit in task.units() if unit is not None]
-        if parts and all(part is not None for part in parts):
-            found[sample] = {k: v for part in parts if part for k, v in part.holds.items()}
+        parts = [part for item in items if (part := folder.load(sample, item)) is not None]
+        if parts and len(parts) == len(items):
+            found[sample] = {k: v for part in parts for k, v in part.holds.items()}
     return found
 
 

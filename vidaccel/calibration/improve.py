@@ -5,19 +5,75 @@ before it have left their own errors behind, so the best path is a good plan but
 Running the neighbours of a plan as a whole shows what the sum of its parts cannot.
 """
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 
-from vidaccel.lemica.dag import SCALES
+from tqdm.auto import tqdm
+
+from vidaccel.calibration.runners import Runner
+from vidaccel.calibration.task import Task, Trial
+from vidaccel.calibration.work_folder import WorkFolder
+from vidaccel.plans.edge import SCALES
 from vidaccel.plans.plan import Plan
-
-# A sample that is to be run with a plan; what comes back is the error of its outcome.
-Trial = tuple[int, Plan]
 
 # A plan counts as better when it is so on this many samples, or on all where there are fewer.
 SAMPLES = 4
 
-# (order, scale): from holding to all the way along the line.
-_FILLINGS = ((0, 1.0), *((1, scale) for scale in SCALES))
+_Forecast = tuple[int, float]  # order and scale on the reused steps of a segment
+
+# From holding to all the way along the line.
+_FORECASTS: tuple[_Forecast, ...] = ((0, 1.0), *((1, scale) for scale in SCALES))
+
+
+def improved(
+    runner: Runner,
+    task: Task,
+    folder: WorkFolder,
+    starts: Mapping[int, Sequence[Plan]],
+    runs: int,
+    *,
+    forced: Collection[int] = (),
+    progress: bool,
+) -> dict[int, Plan]:
+    """The plan of each budget that a local search over whole runs ends at.
+
+    Args:
+        runner: where the runs are made; those of different budgets are made side by side.
+        task: what was measured; its samples are run.
+        folder: the shards of the task; what they hold is not run again.
+        starts: budget -> plans to start from.
+        runs: the most for each budget.
+        forced: steps that stay computed.
+        progress: a bar in units of runs.
+    """
+    samples = len(task.samples())
+    searches = {
+        budget: improving(plans, samples, runs, forced=forced, lines=task.lines)
+        for budget, plans in starts.items()
+    }
+    found: dict[int, Plan] = {}
+    asked: dict[int, Trial] = {}
+    with tqdm(total=runs * len(starts), unit="run", desc="improving", disable=not progress) as bar:
+
+        def advance(budget: int, error: float | None) -> None:
+            """Tell the search of a budget an error, and ask it for the next trial."""
+            try:
+                asked[budget] = searches[budget].send(error)  # type: ignore[arg-type]
+            except StopIteration as end:
+                asked.pop(budget, None)
+                found[budget] = end.value
+
+        for budget in starts:
+            advance(budget, None)
+        while asked:
+            known = {trial: folder.load_trial(*trial) for trial in {*asked.values()}}
+            errors = {trial: error for trial, error in known.items() if error is not None}
+            for trial, error in runner.trials(t for t in known if t not in errors):
+                folder.save_trial(*trial, error)
+                errors[trial] = error
+            for budget, trial in list(asked.items()):
+                advance(budget, errors[trial])
+                bar.update()
+    return found
 
 
 def improving(
@@ -28,7 +84,7 @@ def improving(
     forced: Collection[int] = (),
     lines: bool = True,
 ) -> Generator[Trial, float, Plan]:
-    """Asks for runs, and returns the plan that came out best of them.
+    """Ask for runs, and return the plan that came out best of them.
 
     A local search that takes the first improvement. A plan has to be better over the first sample,
     over the first two together, and so on, so that most plans cost a single run.
@@ -38,7 +94,7 @@ def improving(
         samples: number of samples, 1 or more.
         runs: the most runs, but for those that the last plan needs.
         forced: steps that stay computed.
-        lines: change the fillings too.
+        lines: change the forecasts too.
 
     Yields:
         A sample and a plan, for the error of that run to be sent.
@@ -74,49 +130,49 @@ def improving(
 def neighbours(
     plan: Plan, forced: Collection[int] = (), *, lines: bool = True
 ) -> Iterator[tuple[int, Plan]]:
-    """The plans that differ in the place of one computed step, or in the filling of one segment.
+    """The plans that differ in the place of one computed step, or in the forecast of one segment.
 
-    A step moves by one; a filling goes one scale further towards the line or back to holding.
+    A step moves by one; a forecast goes one scale further along the line or back to holding.
 
     Args:
         plan: a plan of holds and lines.
         forced: steps that stay computed.
-        lines: change the fillings too.
+        lines: change the forecasts too.
 
     Yields:
         Which of the computed steps was changed, as its position, and the plan.
     """
-    fillings, total = _fillings(plan), plan.num_inference_steps
+    forecasts, total = _forecasts(plan), plan.num_inference_steps
     ends = (*plan.steps[1:], total)
     for i, (step, end) in enumerate(zip(plan.steps, ends, strict=True)):
         if i == 0:
             continue  # it is always computed, and has nothing before it to draw a line from
         for moved in (step - 1, step + 1):
             if plan.steps[i - 1] < moved < end and step not in forced:
-                yield i, _plan((*plan.steps[:i], moved, *plan.steps[i + 1 :]), fillings, total)
+                yield i, _plan((*plan.steps[:i], moved, *plan.steps[i + 1 :]), forecasts, total)
         if lines and end > step + 1:
-            at = _FILLINGS.index(fillings[i])
-            for filling in _FILLINGS[max(0, at - 1) : at] + _FILLINGS[at + 1 : at + 2]:
-                changed = (*fillings[:i], filling, *fillings[i + 1 :])
+            at = _FORECASTS.index(forecasts[i])
+            for forecast in _FORECASTS[max(0, at - 1) : at] + _FORECASTS[at + 1 : at + 2]:
+                changed = (*forecasts[:i], forecast, *forecasts[i + 1 :])
                 yield i, _plan(plan.steps, changed, total)
 
 
-def _fillings(plan: Plan) -> tuple[tuple[int, float], ...]:
-    """What fills the segment after each computed step; where that is empty, as the one before."""
-    found: list[tuple[int, float]] = []
+def _forecasts(plan: Plan) -> tuple[_Forecast, ...]:
+    """The forecast after each computed step; where nothing is reused, that of the one before."""
+    found: list[_Forecast] = []
     before = (int(any(plan.orders)), 1.0)
     ends = (*plan.steps[1:], plan.num_inference_steps)
     for i, (step, end) in enumerate(zip(plan.steps, ends, strict=True)):
         if end > step + 1:
             order = min(plan.orders[i], 1) if plan.orders else 0
             scale = plan.scales[i] if plan.scales and order else 1.0
-            before = min(_FILLINGS, key=lambda f: abs(f[0] * f[1] - order * scale))
+            before = min(_FORECASTS, key=lambda f: abs(f[0] * f[1] - order * scale))
         found.append(before)
     return tuple(found)
 
 
-def _plan(steps: tuple[int, ...], fillings: tuple[tuple[int, float], ...], total: int) -> Plan:
-    used = fillings[: len(steps) - (steps[-1] == total - 1)]
+def _plan(steps: tuple[int, ...], forecasts: tuple[_Forecast, ...], total: int) -> Plan:
+    used = forecasts[: len(steps) - (steps[-1] == total - 1)]
     ends = (*steps[1:], total)
     # Equal plans have equal fields: nothing is said of segments in which nothing is reused.
     orders = tuple(o * (end > s + 1) for (o, _), s, end in zip(used, steps, ends, strict=False))
@@ -127,5 +183,5 @@ def _plan(steps: tuple[int, ...], fillings: tuple[tuple[int, float], ...], total
 
 
 def _key(plan: Plan) -> tuple[object, ...]:
-    same = _plan(plan.steps, _fillings(plan), plan.num_inference_steps)
+    same = _plan(plan.steps, _forecasts(plan), plan.num_inference_steps)
     return same.steps, same.orders, same.scales

@@ -1,30 +1,34 @@
-"""Measuring on several workers through Ray: one pipeline each, units of work spread over them.
+"""Measuring on several workers through Ray: one pipeline each, the work items shared out to them.
 
-The driver hands out units one at a time and writes every shard itself, so workers share no disk and
-the merged result is the one of a single machine. A unit whose worker died goes to another worker,
+The driver hands out items one at a time and writes every shard itself, so workers share no disk and
+the merged result is the one of a single machine. An item whose worker died goes to another worker,
 and a new worker takes the place of the dead one a few times.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from vidaccel.calibration.improve import Trial
 from vidaccel.calibration.runners import RunInfo, Worker
 from vidaccel.calibration.segment_errors import Errors
-from vidaccel.calibration.task import Task, Unit
+from vidaccel.calibration.task import Task, Trial, WorkItem
 from vidaccel.errors import BuildError, VidaccelError
 from vidaccel.plans.plan import Plan
 
 # How many new workers may take the place of dead ones, for each worker asked for.
 REPLACEMENTS = 2
 
-Job = tuple[int, Any]  # a sample, and a unit or plan
+_Request = tuple[int, Any]  # a sample, and a work item or plan
+
+Result = TypeVar("Result")
 
 
 class RayWorker:
-    """Runs in a process of its own, with a pipeline of its own.
+    """A `Worker` in a process of its own, with a pipeline of its own.
+
+    An error of the task itself comes back as a value: Ray would wrap what is raised.
 
     Args:
         load: gives the pipeline.
@@ -37,28 +41,26 @@ class RayWorker:
         torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
         pipe = load()
         pipe.set_progress_bar_config(disable=True)
-        self._session = Worker(pipe, task)
+        self._worker = Worker(pipe, task)
 
-    def facts(self) -> RunInfo | VidaccelError:
-        """As `Worker.facts`; an error of the task itself comes back as a value."""
-        try:
-            return self._session.facts()
-        except VidaccelError as error:
-            return error
+    def run_info(self) -> RunInfo | VidaccelError:
+        """As `Worker.run_info`."""
+        return _result_or_error(self._worker.run_info)
 
-    def measure(self, sample: int, unit: Unit) -> Errors | VidaccelError:
-        """As `Worker.measure`; an error of the task itself comes back as a value."""
-        try:
-            return self._session.measure(sample, unit)
-        except VidaccelError as error:
-            return error
+    def measure(self, sample: int, item: WorkItem) -> Errors | VidaccelError:
+        """As `Worker.measure`."""
+        return _result_or_error(self._worker.measure, sample, item)
 
     def trial(self, sample: int, plan: Plan) -> float | VidaccelError:
-        """As `Worker.trial`; an error of the task itself comes back as a value."""
-        try:
-            return self._session.trial(sample, plan)
-        except VidaccelError as error:
-            return error
+        """As `Worker.trial`."""
+        return _result_or_error(self._worker.trial, sample, plan)
+
+
+def _result_or_error(function: Callable[..., Result], *arguments: Any) -> Result | VidaccelError:
+    try:
+        return function(*arguments)
+    except VidaccelError as error:
+        return error
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def ray_runner(
     if started:
         here: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
         try:
-            ray.init(address, log_to_driver=False, logging_level="ERROR", **here)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise BuildError(
@@ -108,7 +110,7 @@ def ray_runner(
 
 
 class RayRunner:
-    """Does units of work on Ray workers.
+    """Does work items on Ray workers.
 
     Args:
         ray: the module, connected.
@@ -135,22 +137,22 @@ class RayRunner:
     def _new(self) -> Any:
         return self._class.remote(_Fetch(self._load), self._task)
 
-    def facts(self) -> RunInfo:
+    def run_info(self) -> RunInfo:
         """What the first generation of the first sample tells."""
-        for _, found in self._spread([(0, None)], lambda worker, job: worker.facts.remote()):
-            return found
-        raise AssertionError("one job gives one result")
+        ((_, found),) = self._shared_out([(0, None)], lambda worker, _: worker.run_info.remote())
+        info: RunInfo = found
+        return info
 
-    def run(self, todo: Iterable[Job]) -> Iterator[tuple[int, Unit, Errors]]:
-        """Measure (sample, unit)s on whichever worker is free; samples stay together if they can.
+    def run(self, todo: Iterable[tuple[int, WorkItem]]) -> Iterator[tuple[int, WorkItem, Errors]]:
+        """Measure (sample, item)s on whichever worker is free; samples stay together if they can.
 
         Raises:
             BuildError: all workers died.
         """
-        for (sample, unit), errors in self._spread(
-            todo, lambda worker, job: worker.measure.remote(*job)
+        for (sample, item), errors in self._shared_out(
+            todo, lambda worker, request: worker.measure.remote(*request)
         ):
-            yield sample, unit, errors
+            yield sample, item, errors
 
     def trials(self, todo: Iterable[Trial]) -> Iterator[tuple[Trial, float]]:
         """Run samples with plans on whichever worker is free.
@@ -158,23 +160,25 @@ class RayRunner:
         Raises:
             BuildError: all workers died.
         """
-        yield from self._spread(todo, lambda worker, job: worker.trial.remote(*job))
+        yield from self._shared_out(todo, lambda worker, request: worker.trial.remote(*request))
 
-    def _spread(
-        self, jobs: Iterable[Job], start: Callable[[Any, Job], Any]
-    ) -> Iterator[tuple[Job, Any]]:
-        waiting, running = deque(jobs), {}
+    def _shared_out(
+        self, requests: Iterable[_Request], start: Callable[[Any, _Request], Any]
+    ) -> Iterator[tuple[_Request, Any]]:
+        """Each request and its result as it comes; `start` sends a worker one."""
+        waiting = deque(requests)
+        running: dict[Any, tuple[Any, _Request]] = {}
         while waiting or running:
             while waiting and self._idle:
-                worker, job = self._next(waiting)
-                running[start(worker, job)] = worker, job
+                worker, request = self._next(waiting)
+                running[start(worker, request)] = worker, request
             (done, *_), _ = self._ray.wait(list(running))
-            worker, job = running.pop(done)
+            worker, request = running.pop(done)
             try:
                 result = self._ray.get(done)
             except self._ray.exceptions.RayActorError as error:
                 self._at.pop(worker, None)
-                waiting.appendleft(job)
+                waiting.appendleft(request)
                 if self._replacements:
                     self._replacements -= 1
                     self._idle.append(self._new())
@@ -188,22 +192,22 @@ class RayRunner:
             self._idle.append(worker)
             if isinstance(result, VidaccelError):
                 raise result
-            yield job, result
+            yield request, result
 
-    def _next(self, waiting: deque[Job]) -> tuple[Any, Job]:
+    def _next(self, waiting: deque[_Request]) -> tuple[Any, _Request]:
         """A free worker and what it should do: on from its own sample, else one nobody is at."""
         for worker in self._idle:
-            for job in waiting:
-                if self._at.get(worker) == job[0]:
+            for request in waiting:
+                if self._at.get(worker) == request[0]:
                     self._idle.remove(worker)
-                    waiting.remove(job)
-                    return worker, job
+                    waiting.remove(request)
+                    return worker, request
         worker = self._idle.pop(0)
         taken = set(self._at.values())
-        job = next((job for job in waiting if job[0] not in taken), waiting[-1])
-        waiting.remove(job)
-        self._at[worker] = job[0]
-        return worker, job
+        request = next((request for request in waiting if request[0] not in taken), waiting[-1])
+        waiting.remove(request)
+        self._at[worker] = request[0]
+        return worker, request
 
     def close(self) -> None:
         """End the workers."""

@@ -1,4 +1,4 @@
-"""Measures what reusing each segment of a generation costs, on any pipeline the engine supports.
+"""The errors of segments: what reusing each of them costs, on any pipeline the engine supports.
 
 The error of a segment i -> j is the outcome error of LeMiCa (arXiv 2511.00090, section 3): the
 mean absolute difference of the final latents between a run in which only the steps between i and
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vidaccel.calibration.replay import Replayer
-from vidaccel.lemica.dag import SCALES, Line, Segment
+from vidaccel.plans.edge import SCALES, Line, Segment
 
 # Every how many steps the gain is measured.
 GAIN_INTERVAL = 4
@@ -34,8 +34,8 @@ class Errors:
     """Outcome errors of one sample.
 
     Attributes:
-        holds: of segments that hold the last residual.
-        lines: of segments along a line, one error for each of `SCALES`.
+        holds: the error of each segment that holds the last residual.
+        lines: the errors of each segment along a line, one for each of `SCALES`.
     """
 
     holds: dict[Segment, float] = field(default_factory=dict)
@@ -142,7 +142,7 @@ def gain_errors(
     )
 
 
-def exact_unit(replayer: Replayer, max_skip: int, start: int, *, lines: bool = False) -> Errors:
+def errors_from(replayer: Replayer, max_skip: int, start: int, *, lines: bool = False) -> Errors:
     """The errors of all segments from one step on, each held one by a run of its own.
 
     Args:

@@ -1,26 +1,94 @@
-"""The work of a build: cut into units, each of which leaves one small shard file.
+"""The work of a build, cut into items: what each of them costs, and how it is measured."""
 
-A build that was killed goes on from the shards that are there. A folder of another build is
-refused.
-"""
-
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vidaccel.calibration.replay import find_metric
-from vidaccel.calibration.segment_errors import GAIN_INTERVAL, Errors, segments
+from vidaccel.calibration.replay import Replayer, find_metric
+from vidaccel.calibration.segment_errors import (
+    GAIN_INTERVAL,
+    Errors,
+    errors_from,
+    gain_errors,
+    segments,
+)
 from vidaccel.errors import BuildError, PlanError
-from vidaccel.files import write_text
+from vidaccel.hosts.registry import config_of, find_transformers
 from vidaccel.plans.plan import Plan
+from vidaccel.shards import read_manifest
 
 METHODS = ("exact", "gain", "lazy")
 
-# A part of the work on one sample: all segments from one step on, one segment, or (None) all
-# segments by their gain.
-Unit = int | tuple[int, int] | None
+# A sample that is to be run with a plan; what comes back is the error of its outcome.
+Trial = tuple[int, Plan]
+
+
+@dataclass(frozen=True)
+class SegmentsFrom:
+    """All segments of one sample from one step on, each held one by a run of its own."""
+
+    start: int
+
+    @property
+    def name(self) -> str:
+        """What tells its shard from others of the sample."""
+        return f"{self.start:04d}"
+
+    def forwards(self, task: "Task") -> int:
+        """Steps with all their blocks that it takes."""
+        total = task.num_inference_steps
+        return sum(
+            total - end for start, end in segments(total, task.max_skip) if start == self.start
+        )
+
+    def measure(self, replayer: Replayer, task: "Task") -> Errors:
+        """The errors of these segments, and of lines where the task asks for them."""
+        return errors_from(replayer, task.max_skip, self.start, lines=task.lines)
+
+
+@dataclass(frozen=True)
+class OneSegment:
+    """One held segment of one sample, by a run of its own."""
+
+    start: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """What tells its shard from others of the sample."""
+        return f"{self.start:04d}-{self.end:04d}"
+
+    def forwards(self, task: "Task") -> int:
+        """Steps with all their blocks that it takes."""
+        return task.num_inference_steps - self.end
+
+    def measure(self, replayer: Replayer, task: "Task") -> Errors:
+        """The error of this segment."""
+        return Errors({(self.start, self.end): replayer.error(self.start, self.end)})
+
+
+@dataclass(frozen=True)
+class AllByGain:
+    """All segments of one sample, estimated by how far they move it and how much that grows."""
+
+    @property
+    def name(self) -> str:
+        """What tells its shard from others of the sample."""
+        return "all"
+
+    def forwards(self, task: "Task") -> int:
+        """Steps with all their blocks that it takes."""
+        total = task.num_inference_steps
+        return sum(total - end for end in range(2, total, GAIN_INTERVAL))
+
+    def measure(self, replayer: Replayer, task: "Task") -> Errors:
+        """The errors of all segments, and of lines where the task asks for them."""
+        return gain_errors(replayer, task.max_skip, lines=task.lines)
+
+
+WorkItem = SegmentsFrom | OneSegment | AllByGain
 
 
 @dataclass(frozen=True)
@@ -33,9 +101,9 @@ class Task:
         max_skip: longest segment.
         method: "exact", "gain" or "lazy".
         call: the other arguments of the pipeline's call.
-        model: what tells this model from others.
+        model: what tells this model from others, see `model_identity`.
         lines: measure forecasts along lines too.
-        metric: of `replay.METRICS`.
+        metric: a name of `replay.METRICS`.
     """
 
     prompts: tuple[str, ...]
@@ -67,133 +135,55 @@ class Task:
         """(prompt, seed) of each generation that is measured."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
-    def units(self) -> list[Unit]:
-        """The units of one sample that are known before the work begins."""
-        return list(range(self.num_inference_steps - 1)) if self.method == "exact" else [None]
-
-    def cost(self, unit: Unit) -> int:
-        """Forwards that a unit takes: steps with all their blocks."""
-        steps = self.num_inference_steps
-        if unit is None:
-            return sum(steps - end for end in range(2, steps, GAIN_INTERVAL))
-        if isinstance(unit, tuple):
-            return steps - unit[1]
-        return sum(steps - end for start, end in segments(steps, self.max_skip) if start == unit)
+    def items(self) -> list[WorkItem]:
+        """The items of one sample that are known before the work begins."""
+        if self.method == "exact":
+            return [SegmentsFrom(start) for start in range(self.num_inference_steps - 1)]
+        return [AllByGain()]
 
     def forwards(self) -> int:
         """Forwards of the whole task; of "lazy", whose last part is not known before, about."""
         steps = self.num_inference_steps
-        each = steps + sum(map(self.cost, self.units()))
+        each = steps + sum(item.forwards(self) for item in self.items())
         if self.method == "lazy":
             # Seen on plans of a half to a fifth of 50 steps: 2 steps' worth of segments, 4 rounds.
             each += (2 * steps * steps) // 4 + 4 * steps
         return each * len(self.samples()) + steps - steps // 2
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The task as JSON keeps it, without the options that are as in the paper."""
-        kept = {
+    def manifest(self) -> dict[str, Any]:
+        """The fields of the task, without the options that are as in the paper."""
+        return {
             field.name: getattr(self, field.name)
             for field in fields(self)
             if getattr(self, field.name) != field.default
         }
-        found: dict[str, Any] = json.loads(json.dumps(kept, default=str))
-        return found
 
 
-class WorkFolder:
-    """The shards of one task.
-
-    Args:
-        path: the folder; made if need be.
-        task: what is measured.
-
-    Raises:
-        BuildError: the folder belongs to another task, or cannot be written.
-    """
-
-    def __init__(self, path: Path, task: Task) -> None:
-        self.path = path
-        manifest = path / "task.json"
-        wanted = task.fingerprint()
-        if manifest.exists():
-            found = _read(manifest)
-            keys = sorted({*wanted, *found})
-            differing = [key for key in keys if found.get(key) != wanted.get(key)]
-            if differing:
-                raise BuildError(
-                    f"{path} belongs to another build: its {', '.join(differing)} "
-                    f"{'differs' if len(differing) == 1 else 'differ'}; use another work folder"
-                )
-        else:
-            self._write(manifest, wanted)
-
-    def load(self, sample: int, unit: Unit) -> Errors | None:
-        """The errors of a unit, or None when it is still to be measured."""
-        file = self._file(sample, unit)
-        if not file.exists():
-            return None
-        found = Errors()
-        try:
-            for *ends, value in _read(file):
-                if len(ends) == 2:
-                    found.holds[int(ends[0]), int(ends[1])] = float(value)
-                else:
-                    start, end, previous = map(int, ends)
-                    found.lines[start, end, previous] = tuple(map(float, value))
-        except (TypeError, ValueError) as error:
-            raise BuildError(f"cannot read {file} ({error}); remove it and run again") from error
-        return found
-
-    def extra(self, sample: int) -> list[tuple[int, int]]:
-        """The single segments of a sample that were measured."""
-        names = [file.stem.split("-") for file in self.path.glob(f"sample-{sample:04d}-*-*.json")]
-        return sorted((int(start), int(end)) for _, _, start, end in names)
-
-    def save(self, sample: int, unit: Unit, errors: Errors) -> None:
-        """Keep the errors of a unit."""
-        rows = [[*segment, error] for segment, error in errors.holds.items()]
-        lines = [[*line, row] for line, row in errors.lines.items()]
-        self._write(self._file(sample, unit), [*rows, *lines])
-
-    def load_trial(self, sample: int, plan: Plan) -> float | None:
-        """The error of a run with a plan, or None when it is still to be made."""
-        file = self._trial(sample, plan)
-        if not file.exists():
-            return None
-        try:
-            return float(_read(file)["error"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise BuildError(f"cannot read {file} ({error}); remove it and run again") from error
-
-    def save_trial(self, sample: int, plan: Plan, error: float) -> None:
-        """Keep the error of a run with a plan."""
-        self._write(self._trial(sample, plan), {**_parts(plan), "error": error})
-
-    def _trial(self, sample: int, plan: Plan) -> Path:
-        digest = sha256(json.dumps(_parts(plan)).encode()).hexdigest()[:16]
-        return self.path / f"trial-{sample:04d}-{digest}.json"
-
-    def _file(self, sample: int, unit: Unit) -> Path:
-        ends = unit if isinstance(unit, tuple) else (unit,)
-        name = "all" if unit is None else "-".join(f"{end:04d}" for end in ends)
-        return self.path / f"sample-{sample:04d}-{name}.json"
-
-    def _write(self, file: Path, data: Any) -> None:
-        try:
-            write_text(file, json.dumps(data, sort_keys=True) + "\n")
-        except OSError as error:
-            raise BuildError(
-                f"cannot write {file}: {error.strerror}; what was measured before is kept, and "
-                "the same command goes on from there"
-            ) from error
-
-
-def _parts(plan: Plan) -> dict[str, Any]:
-    return {"steps": plan.steps, "orders": plan.orders, "scales": plan.scales}
-
-
-def _read(file: Path) -> Any:
+def read_task(folder: Path) -> Task:
+    """The task of a work folder; raises BuildError when there is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BuildError(f"cannot read {file} ({error}); remove it and run again") from error
+        found = read_manifest(folder)
+        return Task(**{**found, "prompts": tuple(found["prompts"]), "seeds": tuple(found["seeds"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BuildError(f"{folder} is no work folder of a build: {error}") from error
+
+
+def model_identity(pipe: Any) -> dict[str, Any]:
+    """What tells this pipeline's transformers from others: class, config and some weights."""
+    found = {}
+    for name, (transformer, _) in find_transformers(pipe).items():
+        digest = sha256()
+        for key, parameter in _small_parameters(transformer):
+            digest.update(key.encode())
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        found[name] = {
+            "class": type(transformer).__name__,
+            "config": {key: str(value) for key, value in config_of(transformer).items()},
+            "weights": digest.hexdigest(),
+        }
+    return found
+
+
+def _small_parameters(transformer: Any) -> Iterator[tuple[str, Any]]:
+    # Hashing billions of weights would take as long as a generation; every layer has small ones.
+    return ((k, p) for k, p in transformer.named_parameters() if p.numel() <= 2**16)

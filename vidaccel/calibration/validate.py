@@ -5,9 +5,7 @@ run of the same prompt and noise; for each budget the best one is kept. Evenly s
 among the candidates, so what is kept is never worse than they are on these prompts.
 """
 
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -18,17 +16,9 @@ from vidaccel.api import accelerate, restore
 from vidaccel.clips.generate import generate
 from vidaccel.clips.metrics import load_lpips, summary
 from vidaccel.errors import MetricUnavailable
-from vidaccel.lemica import search
-from vidaccel.lemica.dag import Move
 from vidaccel.plans.plan import Plan
-
-OBJECTIVES = ("leximax", "power(2)")
-
-# Gaps of the plans that compute a head of steps and then every so many.
-GAPS = (2, 3, 4, 5)
-
-# Longest segments that are tried beside the measured ones, as shares of those.
-REACHES = (0.75, 0.5)
+from vidaccel.plans.policy import CachePolicy
+from vidaccel.plans.schema import StoredPlan, Validation
 
 
 @dataclass(frozen=True)
@@ -37,9 +27,9 @@ class Score:
 
     Attributes:
         psnr: dB.
-        worst_psnr: of the worst prompt, dB.
+        worst_psnr: that of the worst prompt, dB.
         ssim, lpips: None where they are not available.
-        seconds: of one generation.
+        seconds: time of one generation.
     """
 
     psnr: float
@@ -47,84 +37,6 @@ class Score:
     ssim: float | None
     lpips: float | None
     seconds: float
-
-
-def candidates(found: Sequence[Move], budget: int, steps: int) -> dict[str, Plan]:
-    """The plans of one budget that are worth a run, by a name that says what they are.
-
-    Args:
-        found: as `lemica.search.solve_moves` takes them.
-        budget: number of computed steps.
-        steps: T.
-
-    Returns:
-        The evenly spaced plan and the best path of the paper's objective, each held, half way and
-        all the way along the line everywhere, the best path of every objective over all that was
-        measured, those of shorter segments only, those of one step fewer or more with a step added
-        or taken away, and first steps followed by every 2nd to 5th one, the last three with a line
-        in between. Equal plans appear once, by their first name.
-    """
-    held = [move for move in found if move.order == 0]
-    only_held = len(held) == len(found)
-    wanted = [("leximax", "leximax", held)]
-    wanted += [(name if only_held else f"{name}, lines", name, found) for name in OBJECTIVES]
-    plans = {"evenly spaced": Plan.spread(budget, steps)}
-    for name, objective, allowed in wanted:
-        solved = search.solve_moves(allowed, steps, [budget], objective=objective)
-        if budget in solved:
-            plans.setdefault(name, solved[budget])
-    near = dict(_near_the_path(held, budget, steps))
-    if only_held:
-        plans |= near
-    else:
-        for name in ("evenly spaced", "leximax"):
-            if name in plans:
-                plans[f"{name}, half line"] = plans[name].forecast(1, 0.5)
-                plans[f"{name}, line"] = plans[name].forecast(1)
-        plans |= {f"{name}, line": plan.forecast(1) for name, plan in near.items()}
-        for gap in GAPS:
-            if (plan := head_and_gap(budget, steps, gap)) is not None:
-                plans[f"first steps, then every {gap}, line"] = plan.forecast(1)
-    different: dict[Any, tuple[str, Plan]] = {}
-    for name, plan in plans.items():
-        different.setdefault((plan.steps, plan.orders, plan.scales), (name, plan))
-    return dict(different.values())
-
-
-def _near_the_path(held: Sequence[Move], budget: int, steps: int) -> Iterator[tuple[str, Plan]]:
-    """Plans whose errors are a little worse than those of the best path, for other reasons."""
-    errors = {(move.start, move.stop): move.error for move in held}
-    longest = max(stop - start for start, stop in errors)
-    for reach in (int(longest * share) for share in REACHES):
-        short = [move for move in held if move.stop - move.start <= reach]
-        for plan in search.solve_moves(short, steps, [budget]).values():
-            yield f"leximax, segments up to {reach}", plan
-    paths = search.solve_moves(held, steps, [budget - 1, budget + 1])
-
-    def worst_first(computed: tuple[int, ...]) -> list[float]:
-        segments = itertools.pairwise(computed)
-        return sorted((errors.get(segment, math.inf) for segment in segments), reverse=True)
-
-    for count, path in sorted(paths.items()):
-        now = set(path.steps)
-        if count < budget:
-            name = f"leximax of {count}, one step added"
-            changed = [now | {step} for step in range(steps) if step not in now]
-        else:
-            name = f"leximax of {count}, one step taken away"
-            changed = [now - {step} for step in path.steps[1:-1]]
-        best = min((tuple(sorted(found)) for found in changed), key=worst_first, default=())
-        if best and math.isfinite(max(worst_first(best), default=0.0)):
-            yield name, Plan(best, steps)
-
-
-def head_and_gap(budget: int, steps: int, gap: int) -> Plan | None:
-    """The plan that computes its first steps and then every `gap`-th; None when there is none."""
-    for head in range(2, budget):
-        computed = (*range(head), *range(head - 1 + gap, steps, gap))
-        if len(computed) == budget:
-            return Plan(computed, steps)
-    return None
 
 
 def scores(
@@ -191,3 +103,52 @@ def _mean(rows: Sequence[tuple[dict[str, Any], float]]) -> Score:
         lpips=over("lpips"),
         seconds=fmean(seconds for _, seconds in rows),
     )
+
+
+def validated_policy(
+    pipe: Any,
+    policy: CachePolicy,
+    candidates: Mapping[int, Mapping[str, Plan]],
+    call: dict[str, Any],
+    samples: Sequence[tuple[str, int]],
+    *,
+    progress: bool = True,
+) -> CachePolicy:
+    """The policy with the best candidate of each budget, and what all of them gave.
+
+    Args:
+        pipe, call, samples, progress: as `scores` takes them.
+        policy: what was measured.
+        candidates: budget -> name -> plan. Plain runs with as many sampling steps stand beside
+            them, and are not kept.
+    """
+    budgets = list(candidates)
+    plans = {f"{b}: {name}": plan for b in budgets for name, plan in candidates[b].items()}
+    found, plain_seconds = scores(
+        pipe, call, samples, plans, fewer_steps=budgets, progress=progress
+    )
+    rows, kept = [], dict(policy.plans)
+    for budget in budgets:
+        scored = {name: found[f"{budget}: {name}"] for name in candidates[budget]}
+        best = max(scored, key=lambda name: scored[name].psnr)
+        kept[str(budget)] = _kept(policy.plans[str(budget)], candidates[budget][best], best)
+        for name, score in {**scored, "fewer sampling steps": found[f"{budget} steps"]}.items():
+            row = Validation(
+                budget=budget,
+                candidate=name,
+                kept=name == best,
+                psnr=score.psnr,
+                worst_psnr=score.worst_psnr,
+                ssim=score.ssim,
+                lpips=score.lpips,
+                speedup=plain_seconds / score.seconds,
+            )
+            rows.append(row)
+    return policy.model_copy(update={"plans": kept, "validation": tuple(rows)})
+
+
+def _kept(own: StoredPlan, best: Plan, name: str) -> StoredPlan:
+    """The plan of a budget whose best candidate has this name; `own` is that of the search."""
+    if (best.steps, best.orders, best.scales) == (own.steps, own.orders, own.scales):
+        return own.model_copy(update={"chosen_as": name})
+    return StoredPlan.of(best, chosen_as=name)

@@ -1,23 +1,24 @@
-"""The DAG of cache segments as a networkx graph: aggregation, stability, files.
+"""The DAG of cache segments as a networkx graph: aggregation and stability.
 
 Nodes are the denoising steps 0 to T - 1 and the end T; an edge i -> j is the segment that computes
 i and j and reuses in between. Every edge carries what was measured on each sample. What else could
 be done between i and j than holding the residual hangs on the same edge: lines through i and an
-earlier computed step, at several scales. `moves` unfolds that into a multigraph for the search.
+earlier computed step, at several scales. `search_edges` unfolds that into a multigraph for the
+search.
 """
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
 from vidaccel.errors import PlanError
-from vidaccel.lemica.dag import SCALES, Line, Move, Segment
-from vidaccel.lemica.search import solve_moves
+from vidaccel.lemica.search import solve_edges
+from vidaccel.plans.edge import SCALES, Edge, Line, Segment
 
 Aggregation = Literal["mean", "max", "quantile", "cvar"]
 
@@ -32,7 +33,7 @@ def segment_graph(
     Args:
         measured: (start, end) -> the error of each sample, in one order for all segments.
         num_inference_steps: T.
-        lines: (start, end, previous) -> for each sample the error at each of `segments.SCALES`.
+        lines: (start, end, previous) -> for each sample the error at each of `SCALES`.
 
     Returns:
         A graph with the attribute "num_inference_steps" and edges that carry "errors" (of each
@@ -102,9 +103,9 @@ def aggregate(
     return matrix
 
 
-def moves(
+def search_edges(
     graph: nx.DiGraph, how: Aggregation = "mean", *, level: float = 0.8, faithful: bool = False
-) -> list[Move]:
+) -> list[Edge]:
     """The multigraph of the search: held segments and, where one is better, lines.
 
     The errors of a line through a step that was not measured are interpolated between the measured
@@ -115,7 +116,7 @@ def moves(
         how, level: as `aggregate` takes them.
         faithful: held segments only, as in the paper.
     """
-    return _moves(_options(graph, faithful), aggregator(how, level))
+    return _edges(_measured(graph, faithful), aggregator(how, level))
 
 
 def stability(
@@ -147,14 +148,14 @@ def stability(
     if len(counts) != 1:
         raise PlanError("stability needs as many samples on every segment")
     (count,) = counts
-    options = _options(graph, faithful)
+    measured = _measured(graph, faithful)
     steps = graph.graph["num_inference_steps"]
     rng = np.random.default_rng(seed)
     chosen = {budget: np.zeros(steps) for budget in budgets}
     for _ in range(rounds):
         drawn = rng.integers(count, size=count)
-        resampled = _moves(options, partial(_mean_of, drawn))
-        plans = solve_moves(resampled, steps, budgets, objective=objective)
+        resampled = _edges(measured, partial(_mean_of, drawn))
+        plans = solve_edges(resampled, steps, budgets, objective=objective)
         for budget in budgets:
             if budget not in plans:
                 raise PlanError(f"no plan of {budget} computed steps exists in this graph")
@@ -170,56 +171,52 @@ def aggregator(how: str, level: float = 0.8) -> Callable[[NDArray[np.float64]], 
     """The function that makes one error of those of the samples; errors as `aggregate`."""
     if not 0.0 <= level <= 1.0:
         raise PlanError(f"level: found {level}, expected 0 to 1")
-    ways: dict[str, Callable[[NDArray[np.float64]], float]] = {
+    aggregators: dict[str, Callable[[NDArray[np.float64]], float]] = {
         "mean": lambda errors: float(errors.mean()),
         "max": lambda errors: float(errors.max()),
         "quantile": lambda errors: float(np.quantile(errors, level)),
         "cvar": lambda errors: float(errors[errors >= np.quantile(errors, level)].mean()),
     }
-    if how not in ways:
-        raise PlanError(f"aggregation: found {how!r}, expected one of {', '.join(ways)}")
-    return ways[how]
+    if how not in aggregators:
+        raise PlanError(f"aggregation: found {how!r}, expected one of {', '.join(aggregators)}")
+    return aggregators[how]
 
 
-# start, end, errors of holding [samples], previous step -> errors of the line [samples, scales]
-_Option = tuple[int, int, NDArray[np.float64], dict[int, NDArray[np.float64]]]
+class _Measured(NamedTuple):
+    """The errors of what can be done between two steps."""
+
+    start: int
+    end: int
+    held: NDArray[np.float64]  # [samples]; empty where nothing is reused
+    lines: dict[int, NDArray[np.float64]]  # previous step -> [samples, scales]
 
 
-def _options(graph: nx.DiGraph, faithful: bool) -> list[_Option]:
-    """What can be done between every two steps."""
+def _measured(graph: nx.DiGraph, faithful: bool) -> list[_Measured]:
+    """The errors between every two steps, with those of the lines that were not measured."""
     found = []
     for start, end, edge in graph.edges(data=True):
-        measured = [] if faithful else edge.get("lines", [])
-        rows = {line["previous"]: np.asarray(line["errors"]) for line in measured}
+        lines = [] if faithful else edge.get("lines", [])
+        rows = {line["previous"]: np.asarray(line["errors"]) for line in lines}
         known = sorted(rows)
         for left, right in itertools.pairwise(known):
             for previous in range(left + 1, right):
                 share = (previous - left) / (right - left)
                 rows[previous] = (1 - share) * rows[left] + share * rows[right]
-        found.append((start, end, np.asarray(edge["errors"], dtype=np.float64), rows))
+        found.append(_Measured(start, end, np.asarray(edge["errors"], dtype=np.float64), rows))
     return found
 
 
-def _moves(options: Sequence[_Option], over: Callable[[NDArray[np.float64]], float]) -> list[Move]:
+def _edges(
+    measured: Sequence[_Measured], over: Callable[[NDArray[np.float64]], float]
+) -> list[Edge]:
     found = []
-    for start, end, held, rows in options:
+    for start, end, held, lines in measured:
         error = over(held) if held.size else 0.0
-        found.append(Move(start, end, error))
-        for previous, errors in sorted(rows.items()):
+        found.append(Edge(start, end, error))
+        for previous, errors in sorted(lines.items()):
             of_line, best = min(
                 (over(errors[:, position]), position) for position in range(len(SCALES))
             )
             if of_line < error:
-                found.append(Move(start, end, of_line, 1, SCALES[best], previous))
+                found.append(Edge(start, end, of_line, 1, SCALES[best], previous))
     return found
-
-
-def to_dict(graph: nx.DiGraph) -> dict[str, Any]:
-    """The graph in networkx' node-link form, for JSON."""
-    data: dict[str, Any] = nx.node_link_data(graph, edges="edges")
-    return data
-
-
-def from_dict(data: dict[str, Any]) -> nx.DiGraph:
-    """The graph of `to_dict`."""
-    return nx.node_link_graph(data, directed=True, multigraph=False, edges="edges")

@@ -3,9 +3,9 @@
 LeMiCa (arXiv 2511.00090, Eq. 5) takes, of all paths from the first to the last step over B nodes,
 the one whose segment errors, in descending order, are lexicographically smallest: "leximax".
 Adding a segment to two paths never changes which of them is better, so dynamic programming over
-(node, number of segments left) is exact. `solve_moves` generalises it to a multigraph: several ways
-to fill a segment in, errors that depend on the computed step before, and costs other than one per
-step. There are two solvers:
+(node, number of segments left) is exact. `solve_edges` generalises it to a multigraph: several
+forecasts for a segment, errors that depend on the computed step before, and costs other than one
+per step. There are two solvers:
 
 - `_Table` writes an objective as a sum of Python integers, and all budgets come out of one pass.
   For leximax an error of rank r weighs 2^(w(r - 1)), where w bits count to the longest path.
@@ -32,13 +32,13 @@ from vidaccel.errors import PlanError
 from vidaccel.lemica.dag import (
     EVERY_COUNT,
     Dag,
-    Edge,
-    Move,
+    WeightedEdge,
+    dag_of_edges,
+    dag_of_errors,
     integers,
-    move_dag,
-    segment_dag,
     whole_numbers,
 )
+from vidaccel.plans.edge import Edge
 from vidaccel.plans.plan import Plan
 
 # One table of leximax labels may take this many bytes; above it, budgets are peeled one by one.
@@ -82,13 +82,13 @@ def solve(
     Raises:
         PlanError: when `errors` is not such an array, or an option contradicts it.
     """
-    dag = segment_dag(errors, forced, forbidden, virtual_end, quantum)
+    dag = dag_of_errors(errors, forced, forbidden, virtual_end, quantum)
     wanted = range(1, dag.steps + 1) if budgets is None else whole_numbers(budgets, "budgets")
     return _solved(dag, wanted, objective, at_most)
 
 
-def solve_moves(
-    moves: Iterable[Move],
+def solve_edges(
+    edges: Iterable[Edge],
     num_inference_steps: int,
     budgets: Iterable[int] | None = None,
     *,
@@ -98,28 +98,28 @@ def solve_moves(
     quantum: float = 0.0,
     step_cost: int = 1,
 ) -> dict[int, Plan]:
-    """The best plan for each budget of a multigraph: its steps and what fills the segments in.
+    """The best plan for each budget of a multigraph: its steps and the forecast of each segment.
 
     Exact as `solve` is, over the graph whose nodes are (previous computed step, computed step).
 
     Args:
-        moves: the edges; two between the same steps are alternatives. A path takes a move that
-            names a previous step only after that step. Without reused steps there must be a move of
-            error 0 wherever two steps may be computed in a row.
+        edges: two between the same steps are alternatives. A path takes an edge that names a
+            previous step only after that step. Without reused steps there must be an edge of error
+            0 wherever two steps may be computed in a row.
         num_inference_steps: T.
-        budgets: total costs: `step_cost` for each computed step and the cost of each move; None
+        budgets: total costs: `step_cost` for each computed step and the cost of each edge; None
             answers every feasible one up to T computed steps.
         objective, virtual_end, at_most, quantum: as `solve` takes them.
-        step_cost: what a computed step costs. Moves that cost something, such as refreshing a
+        step_cost: what a computed step costs. Edges that cost something, such as refreshing a
             cache, need it larger than 1, so that they are integers.
 
     Returns:
         Budget -> plan with the error, forecast order and scale of each segment.
 
     Raises:
-        PlanError: a move or an option that is out of range.
+        PlanError: an edge or an option that is out of range.
     """
-    dag = move_dag(moves, num_inference_steps, virtual_end, quantum, step_cost)
+    dag = dag_of_edges(edges, num_inference_steps, virtual_end, quantum, step_cost)
     every = range(step_cost, step_cost * num_inference_steps + 1)
     wanted = every if budgets is None else whole_numbers(budgets, "budgets")
     return _solved(dag, wanted, objective, at_most)
@@ -127,77 +127,50 @@ def solve_moves(
 
 def _solved(dag: Dag, budgets: Iterable[int], objective: str, at_most: bool) -> dict[int, Plan]:
     exponent = _exponent(objective)
-    most = dag.end * max((edge.cost for edge in dag.edges), default=0)
+    most = dag.end * max((edge.cost for edge in dag.weighted), default=0)
     counts = {b: dag.spent(b) for b in budgets if 0 < dag.spent(b) <= most}
     longest = max(counts.values(), default=0)
     weights = _weights(dag, objective, exponent, longest)
-    table = None if weights is None else _Table(dag.edges, weights, dag.end, longest)
+    table = None if weights is None else _Table(dag.weighted, weights, dag.end, longest)
     plans = {}
     for budget, count in counts.items():
         targets = (2 << count) - 1 if at_most else 1 << count
         best = table or _one_budget(dag, objective, targets)
-        for path in itertools.islice(best.ranking(targets), 1):
+        if (path := best.best_path(targets)) is not None:
             plans[budget] = dag.plan(path)
     return plans
-
-
-def candidates(
-    errors: ArrayLike,
-    budget: int,
-    number: int,
-    *,
-    objective: str = "leximax",
-    forced: Iterable[int] = (),
-    forbidden: Iterable[int] = (),
-    virtual_end: bool = False,
-    quantum: float = 0.0,
-) -> list[Plan]:
-    """The `number` best plans of one budget, best first; fewer when there are no more.
-
-    The first is the plan that `solve` gives. Arguments and errors are those of `solve`, except that
-    "bottleneck" is refused, and so is "leximax" on a graph too large for one table.
-    """
-    exponent = _exponent(objective)
-    dag = segment_dag(errors, forced, forbidden, virtual_end, quantum)
-    budget, number = whole_numbers([budget, number], "budget and number")
-    count = dag.spent(budget)
-    if not 0 < count <= dag.end or number < 1:
-        return []
-    weights = _weights(dag, objective, exponent, count)
-    if weights is None:
-        raise PlanError(f"cannot rank plans of {dag.steps} steps by {objective!r}: try 'power(8)'")
-    paths = _Table(dag.edges, weights, dag.end, count).ranking(1 << count)
-    return [dag.plan(path) for path in itertools.islice(paths, number)]
 
 
 class _Table:
     """The least weight from every node to the end, for every number of segments.
 
     Args:
-        edges: in order of start, then stop.
+        edges: in order of start, then end.
         weights: what each edge adds, one non-negative integer of any length per edge.
-        end: the node at which paths end; they start at node 0.
+        last: the node at which paths end; they start at node 0.
         longest: the largest cost of a path, and so of its segments, which cost 1 or more.
     """
 
-    def __init__(self, edges: list[Edge], weights: list[int], end: int, longest: int) -> None:
+    def __init__(
+        self, edges: list[WeightedEdge], weights: list[int], last: int, longest: int
+    ) -> None:
         self.unreached = (max(weights, default=0) << longest.bit_length()) + 1
-        self.successors: list[list[_Step]] = [[] for _ in range(end)]
+        self.successors: list[list[_Successor]] = [[] for _ in range(last)]
         for edge, weight in zip(edges, weights, strict=True):
-            step = _Step(edge.stop, edge.position, weight, edge.counts, edge.cost)
-            self.successors[edge.start].append(step)
-        self.best = np.full((end + 1, longest + 1), self.unreached, dtype=object)
-        self.best[end, 0] = 0
-        for start in reversed(range(end)):
-            for cost, steps in _by_cost(self.successors[start]):
+            onward = _Successor(edge.end, edge.position, weight, edge.counts, edge.cost)
+            self.successors[edge.start].append(onward)
+        self.best = np.full((last + 1, longest + 1), self.unreached, dtype=object)
+        self.best[last, 0] = 0
+        for start in reversed(range(last)):
+            for cost, successors in _by_cost(self.successors[start]):
                 if cost <= longest:
-                    through = self._through(steps, cost).min(axis=0)
+                    through = self._through(successors, cost).min(axis=0)
                     self.best[start, cost:] = np.minimum(self.best[start, cost:], through)
 
-    def _through(self, steps: list["_Step"], cost: int) -> NDArray[np.object_]:
-        """[steps, longest + 1 - cost] weights to the end by each of them, at costs from `cost`."""
-        stops, _, weights, counts, _ = zip(*steps, strict=True)
-        labels: NDArray[np.object_] = self.best[list(stops), : self.best.shape[1] - cost]
+    def _through(self, successors: list["_Successor"], cost: int) -> NDArray[np.object_]:
+        """[successors, longest + 1 - cost] weights to the end by each, at costs from `cost`."""
+        ends, _, weights, counts, _ = zip(*successors, strict=True)
+        labels: NDArray[np.object_] = self.best[list(ends), : self.best.shape[1] - cost]
         labels = labels + np.array(weights, dtype=object)[:, None]
         if EVERY_COUNT in counts:  # then it is so for all of them
             return labels
@@ -207,11 +180,13 @@ class _Table:
         bits = np.unpackbits(packed.reshape(-1, size), axis=1, bitorder="little")
         return np.where(bits[:, cost : cost + width], labels, self.unreached)
 
-    def ranking(self, targets: int) -> Iterator[tuple[int, ...]]:
-        """The paths from 0 to the end whose cost is a bit of `targets`, best first.
+    def best_path(self, targets: int) -> tuple[int, ...] | None:
+        """The positions of the edges of the best path from 0 to the end; None without one.
 
-        A best-first search: the table tells exactly what the rest of a path will weigh. A path is
-        the positions of its edges.
+        A best-first search: the table tells exactly what the rest of a path will weigh.
+
+        Args:
+            targets: the costs that the path may have, as a bit set.
         """
         # Ties are broken by the nodes of the path, then by its edges.
         heap: list[tuple[Any, int, tuple[int, ...], tuple[int, ...], int]] = [
@@ -223,36 +198,36 @@ class _Table:
         while heap:
             weight, count, path, taken, left = heapq.heappop(heap)
             if left == 0:
-                yield taken
-                continue
+                return taken
             spent = weight - self.best[path[-1], left]
-            for stop, position, added, counts, cost in self.successors[path[-1]]:
+            for end, position, added, counts, cost in self.successors[path[-1]]:
                 if cost > left or not counts >> left & 1:
                     continue
-                rest = self.best[stop, left - cost]
+                rest = self.best[end, left - cost]
                 if rest < self.unreached:
-                    onward = ((*path, stop), (*taken, position), left - cost)
+                    onward = ((*path, end), (*taken, position), left - cost)
                     heapq.heappush(heap, (spent + added + rest, count, *onward))
+        return None
 
 
-class _Step(NamedTuple):
+class _Successor(NamedTuple):
     """An edge of a table, seen from where it starts."""
 
-    stop: int
+    end: int
     position: int
     weight: int
     counts: int
     cost: int
 
 
-def _by_cost(steps: list[_Step]) -> Iterator[tuple[int, list[_Step]]]:
-    for cost in sorted({step.cost for step in steps}):
-        yield cost, [step for step in steps if step.cost == cost]
+def _by_cost(successors: list[_Successor]) -> Iterator[tuple[int, list[_Successor]]]:
+    for cost in sorted({successor.cost for successor in successors}):
+        yield cost, [successor for successor in successors if successor.cost == cost]
 
 
 def _one_budget(dag: Dag, objective: str, targets: int) -> _Table:
     """The table of raw errors over the best paths alone, whose costs are in `targets`."""
-    edges = dag.edges
+    edges = dag.weighted
     if not _reach(edges, dag.end, len(edges))[0] & targets:
         edges = []
     elif objective == "leximax":
@@ -262,56 +237,56 @@ def _one_budget(dag: Dag, objective: str, targets: int) -> _Table:
     return _Table(edges, [edge.raw for edge in edges], dag.end, targets.bit_length() - 1)
 
 
-def _peel(edges: list[Edge], end: int, targets: int) -> list[Edge]:
+def _peel(edges: list[WeightedEdge], last: int, targets: int) -> list[WeightedEdge]:
     """The edges that make up the leximax paths, and at which segment counts.
 
     A settled level occurs equally often on every remaining path, so it counts as rank 0 from then.
     """
     while True:
-        edges = _below_bottleneck(edges, end, targets)
+        edges = _below_bottleneck(edges, last, targets)
         level = max(edge.rank for edge in edges)
         if level == 0:
             return edges
-        edges = _fewest(edges, level, end, targets)
+        edges = _fewest(edges, level, last, targets)
 
 
-def _below_bottleneck(edges: list[Edge], end: int, targets: int) -> list[Edge]:
+def _below_bottleneck(edges: list[WeightedEdge], last: int, targets: int) -> list[WeightedEdge]:
     """The edges up to the smallest rank that some path can keep to."""
     levels = sorted({edge.rank for edge in edges})
     enough = bisect_left(
-        levels, True, key=lambda level: _reach(edges, end, level)[0] & targets != 0
+        levels, True, key=lambda level: _reach(edges, last, level)[0] & targets != 0
     )
     return [edge for edge in edges if edge.rank <= levels[enough]]
 
 
-def _reach(edges: list[Edge], end: int, level: int) -> list[int]:
+def _reach(edges: list[WeightedEdge], last: int, level: int) -> list[int]:
     """Per node, at what costs the end can be reached over ranks <= `level`, as a bit set."""
-    reach = [0] * end + [1]
-    for start, stop, rank, _, counts, cost, _ in reversed(edges):
+    reach = [0] * last + [1]
+    for start, end, rank, _, counts, cost, _ in reversed(edges):
         if rank <= level:
-            reach[start] |= reach[stop] << cost & counts
+            reach[start] |= reach[end] << cost & counts
     return reach
 
 
-def _fewest(edges: list[Edge], level: int, end: int, targets: int) -> list[Edge]:
+def _fewest(edges: list[WeightedEdge], level: int, last: int, targets: int) -> list[WeightedEdge]:
     """The edges of those paths that have the fewest segments of rank `level`, now settled."""
-    within = [[0] * (end + 1)]  # within[m + 1]: as _reach, over at most m segments of that rank
+    within = [[0] * (last + 1)]  # within[m + 1]: as _reach, over at most m segments of that rank
     while not within[-1][0] & targets:
-        reach = [0] * end + [1]
-        for start, stop, rank, _, counts, cost, _ in reversed(edges):
+        reach = [0] * last + [1]
+        for start, end, rank, _, counts, cost, _ in reversed(edges):
             onward = within[-1] if rank == level else reach
-            reach[start] |= onward[stop] << cost & counts
+            reach[start] |= onward[end] << cost & counts
         within.append(reach)
 
     used = [0] * len(edges)
-    here = [within[-1][0] & targets] + [0] * end  # as within, but on a path from node 0
+    here = [within[-1][0] & targets] + [0] * last  # as within, but on a path from node 0
     for same, fewer in itertools.pairwise(reversed(within)):
-        after = [0] * (end + 1)
-        for index, (start, stop, rank, _, counts, cost, _) in enumerate(edges):
+        after = [0] * (last + 1)
+        for index, (start, end, rank, _, counts, cost, _) in enumerate(edges):
             onward, reached = (fewer, after) if rank == level else (same, here)
-            passed = here[start] & counts & onward[stop] << cost
+            passed = here[start] & counts & onward[end] << cost
             used[index] |= passed
-            reached[stop] |= passed >> cost
+            reached[end] |= passed >> cost
         here = after
     return [
         edge._replace(rank=0 if edge.rank == level else edge.rank, counts=counts)
@@ -343,11 +318,11 @@ def _weights(dag: Dag, objective: str, exponent: float | None, longest: int) -> 
         scaled = [math.ldexp(value, scale) for value in dag.quantised.tolist()]
         main = integers([value**exponent for value in scaled])
     elif objective == "leximax":
-        ranks = [edge.rank for edge in dag.edges]
+        ranks = [edge.rank for edge in dag.weighted]
         if max(ranks, default=0) * width / 8 * longest * dag.end > TABLE_BYTES:
             return None
         main = [1 << width * (rank - 1) if rank else 0 for rank in ranks]
     else:
         return None
-    shift = max((edge.raw for edge in dag.edges), default=0).bit_length() + width
-    return [(weight << shift) + edge.raw for weight, edge in zip(main, dag.edges, strict=True)]
+    shift = max((edge.raw for edge in dag.weighted), default=0).bit_length() + width
+    return [(weight << shift) + edge.raw for weight, edge in zip(main, dag.weighted, strict=True)]

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidaccel.errors import PolicyError
-from vidaccel.lemica.dag import Move
-from vidaccel.lemica.search import solve_moves
+from vidaccel.lemica.search import solve_edges
+from vidaccel.plans.edge import Edge, without_reuse
 from vidaccel.plans.plan import RunSettings
-from vidaccel.plans.policy import SCHEMA_MAJOR, SCHEMA_MINOR, CachePolicy
-from vidaccel.plans.schema import Edge, SchedulerInfo, StoredPlan
+from vidaccel.plans.policy import CachePolicy
+from vidaccel.plans.schema import SCHEMA_VERSION, SchedulerInfo, StoredEdge, StoredPlan
 
 
 def transferred(policy: CachePolicy, run: RunSettings) -> CachePolicy:
@@ -45,35 +45,19 @@ def transferred(policy: CachePolicy, run: RunSettings) -> CachePolicy:
         if (np.diff([*levels, 0.0]) >= 0.0).any():
             raise PolicyError(f"scheduler.sigmas: those of the {whose} do not fall step by step")
     steps = run.num_inference_steps
-    moves = _moves(policy, np.append(grid, 0.0), np.append(other, 0.0))
-    ones = [Move(step, step + 1, 0.0) for step in range(steps)]
+    edges = _edges(policy, np.append(grid, 0.0), np.append(other, 0.0))
     objective = policy.objective or "leximax"
-    plans = solve_moves([*ones, *moves], steps, objective=objective)
+    plans = solve_edges([*without_reuse(steps), *edges], steps, objective=objective)
     if not plans:
         raise PolicyError(f"no plan of {steps} steps follows from this policy")
     return policy.model_copy(
         update={
-            "schema_version": f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}",
+            "schema_version": SCHEMA_VERSION,
             "num_inference_steps": steps,
             "scheduler": SchedulerInfo(name=run.scheduler, sigmas=other),
-            "max_skip": max(move.stop - move.start for move in moves),
-            "edges": tuple(
-                Edge(
-                    start=move.start,
-                    end=move.stop,
-                    order=move.order,
-                    scale=move.scale,
-                    previous=move.previous,
-                    mean=move.error,
-                )
-                for move in moves
-            ),
-            "plans": {
-                str(budget): StoredPlan(
-                    steps=plan.steps, errors=plan.errors, orders=plan.orders, scales=plan.scales
-                )
-                for budget, plan in plans.items()
-            },
+            "max_skip": max(edge.end - edge.start for edge in edges),
+            "edges": tuple(map(StoredEdge.of, edges)),
+            "plans": {str(budget): StoredPlan.of(plan) for budget, plan in plans.items()},
             "validation": None,
             "provenance": "transferred",
             "source": f"{len(grid)} steps of: {policy.source or policy.provenance}",
@@ -81,9 +65,10 @@ def transferred(policy: CachePolicy, run: RunSettings) -> CachePolicy:
     )
 
 
-def _moves(
+def _edges(
     policy: CachePolicy, grid: NDArray[np.float64], other: NDArray[np.float64]
-) -> list[Move]:
+) -> list[Edge]:
+    """The edges of the new grid, `other`, by how they lie on that of the policy, `grid`."""
     held: dict[int, dict[int, float]] = defaultdict(dict)  # start -> end -> error beside the sum
     lines: dict[tuple[int, int, int], tuple[float, float]] = {}  # -> share of holding, scale
     errors = {
@@ -106,12 +91,12 @@ def _moves(
                 break
             ratio = _between(held, grid, places[start], other[end])
             error = ratio * _reach(other, start, end)
-            found.append(Move(start, end, error))
+            found.append(Edge(start, end, error))
             for previous in range(start):
                 key = tuple(round(places[step]) for step in (start, end, previous))
                 share, scale = lines.get((key[0], key[1], key[2]), (1.0, 1.0))
                 if share < 1.0:
-                    found.append(Move(start, end, error * share, 1, scale, previous))
+                    found.append(Edge(start, end, error * share, 1, scale, previous))
     return found
 
 

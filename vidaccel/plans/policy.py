@@ -5,26 +5,26 @@ strict type and range, names cannot be paths, and nothing in it is executed. `po
 explains every field.
 """
 
-import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from vidaccel.errors import PlanError, PolicyError
-from vidaccel.files import write_text
-from vidaccel.lemica.dag import Move
+from vidaccel.plans import store
+from vidaccel.plans.edge import Edge, edges_of, without_reuse
 from vidaccel.plans.plan import FEW_STEPS, PRESETS, Plan, RunSettings
 from vidaccel.plans.schema import (
     MAX_STEPS,
+    SCHEMA_MAJOR,
+    SCHEMA_MINOR,
     Budget,
     Digest,
-    Edge,
     Error,
     GuidanceInfo,
     ModelInfo,
@@ -34,16 +34,19 @@ from vidaccel.plans.schema import (
     Record,
     SchedulerInfo,
     Steps,
+    StoredEdge,
     StoredPlan,
     Text,
     Validation,
 )
+from vidaccel.plans.store import shortened
+from vidaccel.plans.table import plan_table
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
-MAX_BYTES = 32 * 2**20
 # Noise grids agree when every entry does to this relative difference: float32 rounding, no more.
 GRID_TOLERANCE = 1e-4
-FILE_NAME = "vidaccel_policy.json"
+
+# By `Edge.action`: what an edge does -> what it costs.
+_Errors = Mapping[tuple[int, int, int, float, int | None], float]
 
 
 class CachePolicy(Record):
@@ -59,7 +62,7 @@ class CachePolicy(Record):
     frames: Annotated[int, Field(ge=1, le=100_000)] | None = None
     quantity: Literal["stack_residual"] = "stack_residual"
     max_skip: Steps | None = None
-    edges: Annotated[tuple[Edge, ...], Field(max_length=200_000)] = ()
+    edges: Annotated[tuple[StoredEdge, ...], Field(max_length=200_000)] = ()
     noise_floor: Error | None = None
     objective: Objective | None = None
     plans: Annotated[dict[Budget, StoredPlan], Field(min_length=1, max_length=MAX_STEPS)]
@@ -78,8 +81,29 @@ class CachePolicy(Record):
         sigmas = self.scheduler.sigmas
         if sigmas is not None and len(sigmas) != total:
             raise ValueError(f"scheduler.sigmas: found {len(sigmas)} entries, expected {total}")
-        edges: dict[_Way, float] = {}
-        for edge in self.edges:
+        errors = self._edge_errors()
+        for budget, stored in self.plans.items():
+            try:
+                plan = stored.to_plan(total)
+            except PlanError as error:
+                raise ValueError(f"plans.{budget}: {error}") from error
+            steps = len(plan.steps)
+            if steps != int(budget):
+                raise ValueError(f"plans.{budget}: found {steps} steps, expected {budget}")
+            if stored.stability and len(stored.stability) != steps:
+                raise ValueError(
+                    f"plans.{budget}.stability: found {len(stored.stability)} entries, "
+                    f"expected {steps}"
+                )
+            if errors:
+                _check_errors(budget, plan, errors)
+        return self
+
+    def _edge_errors(self) -> _Errors:
+        """The error of each edge; raises ValueError when one cannot be or is there twice."""
+        total = self.num_inference_steps
+        errors = {}
+        for edge in map(StoredEdge.to_edge, self.edges):
             if not edge.start < edge.end <= total:
                 raise ValueError(f"edges: found {edge.start} to {edge.end} in {total} steps")
             if edge.order and not (edge.previous is not None and edge.previous < edge.start):
@@ -87,43 +111,10 @@ class CachePolicy(Record):
                     f"edges: found a forecast from {edge.start} to {edge.end} with previous "
                     f"{edge.previous}, expected a step before {edge.start}"
                 )
-            way = (edge.start, edge.end, edge.order, edge.scale, edge.previous)
-            if way in edges:
+            if edge.action in errors:
                 raise ValueError(f"edges: found {edge.start} to {edge.end} twice, expected once")
-            edges[way] = edge.mean
-        for budget, plan in self.plans.items():
-            try:
-                steps = Plan(plan.steps, total, plan.errors, plan.orders, plan.scales).steps
-            except PlanError as error:
-                raise ValueError(f"plans.{budget}: {error}") from error
-            if len(steps) != int(budget):
-                raise ValueError(f"plans.{budget}: found {len(steps)} steps, expected {budget}")
-            if plan.stability and len(plan.stability) != len(steps):
-                raise ValueError(
-                    f"plans.{budget}.stability: found {len(plan.stability)} entries, "
-                    f"expected {len(steps)}"
-                )
-            self._check_errors(budget, plan, edges)
-        return self
-
-    def _check_errors(self, budget: str, plan: StoredPlan, edges: dict["_Way", float]) -> None:
-        """The errors that a plan states must be those of its edges."""
-        segments = list(zip(plan.steps, plan.steps[1:], strict=False))
-        if self.num_inference_steps - 1 > plan.steps[-1]:
-            segments.append((plan.steps[-1], self.num_inference_steps))
-        if not edges or not plan.errors:
-            return
-        for position, (error, (start, end)) in enumerate(zip(plan.errors, segments, strict=True)):
-            order = plan.orders[position] if plan.orders else 0
-            scale = plan.scales[position] if plan.scales else 1.0
-            previous = plan.steps[position - 1] if order and position else None
-            way = (start, end, order, scale if order else 1.0, previous)
-            expected = edges.get(way, 0.0 if end == start + 1 else None)
-            if expected is None or not math.isclose(error, expected, rel_tol=1e-6, abs_tol=1e-12):
-                raise ValueError(
-                    f"plans.{budget}.errors: found {error:g} from step {start} to {end}, "
-                    f"expected {'an edge' if expected is None else format(expected, 'g')}"
-                )
+            errors[edge.action] = edge.error
+        return errors
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "CachePolicy":
@@ -134,13 +125,7 @@ class CachePolicy(Record):
                 the field, what was found and what is expected.
         """
         file = Path(path)
-        try:
-            with file.open("rb") as stream:
-                raw = stream.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise PolicyError(f"cannot read policy {file}: {error.strerror}") from error
-        if len(raw) > MAX_BYTES:
-            raise PolicyError(f"policy {file} is larger than {MAX_BYTES // 2**20} MiB")
+        raw = store.read(file)
         try:
             return cls.from_json(raw)
         except PolicyError as error:
@@ -164,26 +149,12 @@ class CachePolicy(Record):
         Raises:
             PolicyError: as `load` does, or when the hub has no such repository or file.
         """
-        path = Path(source)
-        if path.is_dir():
-            path = path / FILE_NAME
-        elif not path.exists() and path.suffix != ".json":
-            path = _from_hub(str(source), revision, token)
-        return cls.load(path)
+        return cls.load(store.find(source, revision, token))
 
     @classmethod
     def from_json(cls, raw: bytes | str) -> "CachePolicy":
         """Parse the text of a policy file; raises PolicyError as `load` does."""
-        try:
-            text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-            data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        except RecursionError as error:
-            raise PolicyError("not a policy file: nested too deeply") from error
-        except ValueError as error:  # of the encoding, too
-            found = f"invalid JSON: {error}" if raw.strip() else "found nothing in it"
-            raise PolicyError(f"not a policy file: {found}") from error
-        if not isinstance(data, dict):
-            raise PolicyError(f"not a policy file: found {type(data).__name__}, expected an object")
+        text, data = store.parse(raw)
         version = _version(data.get("schema_version"))
         if version > (SCHEMA_MAJOR, SCHEMA_MINOR):
             warnings.warn(
@@ -192,33 +163,27 @@ class CachePolicy(Record):
                 stacklevel=3,
             )
         elif unknown := sorted(set(data) - set(cls.model_fields)):
-            raise PolicyError(f"{_short(unknown[0])}: found an unknown field")
+            raise PolicyError(f"{shortened(unknown[0])}: found an unknown field")
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(_short(str(part)) for part in first["loc"])
+            where = ".".join(shortened(str(part)) for part in first["loc"])
             message = first["msg"].removeprefix("Value error, ")
-            found = "" if not where else f", found {_short(repr(first['input']))}"
+            found = "" if not where else f", found {shortened(repr(first['input']))}"
             raise PolicyError(f"{where}: {message}{found}" if where else message) from error
 
     def to_json(self) -> str:
         """The text of the file: sorted keys, one line per list of numbers and per edge."""
-        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True)
-        # A list or object without another one inside goes on one line.
-        return re.sub(r"[\[{][^\[\]{}\"]*[\]}]|\{[^\[\]{}]*\}", _on_one_line, text) + "\n"
+        return store.to_text(self.model_dump(mode="json"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy file, whole or not at all."""
-        file = Path(path)
-        try:
-            write_text(file, self.to_json())
-        except OSError as error:
-            raise PolicyError(f"cannot write policy {file}: {error.strerror}") from error
+        store.write(Path(path), self.to_json())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the policy into a folder, under the name that `from_pretrained` looks for."""
-        self.save(Path(folder) / FILE_NAME)
+        self.save(Path(folder) / store.FILE_NAME)
 
     def push_to_hub(
         self,
@@ -242,30 +207,12 @@ class CachePolicy(Record):
         Raises:
             PolicyError: the hub refused it or cannot be reached.
         """
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        message = commit_message or f"Upload a policy of {self.num_inference_steps} steps"
+        return store.upload(self.to_json(), repo_id, message=message, private=private, token=token)
 
-        try:
-            api = HfApi(token=token)
-            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            message = commit_message or f"Upload a policy of {self.num_inference_steps} steps"
-            commit = api.upload_file(
-                path_or_fileobj=self.to_json().encode(),
-                path_in_repo=FILE_NAME,
-                repo_id=name,
-                commit_message=message,
-            )
-        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-            reason = _short(str(error).strip().partition("\n")[0])
-            raise PolicyError(f"cannot upload the policy to {repo_id}: {reason}") from error
-        return str(commit.commit_url)
-
-    def moves(self) -> list[Move]:
-        """The stored edges as `lemica.search.solve_moves` takes them."""
-        ones = [Move(step, step + 1, 0.0) for step in range(self.num_inference_steps)]
-        return ones + [
-            Move(e.start, e.end, e.mean, e.order, e.scale, e.previous) for e in self.edges
-        ]
+    def search_edges(self) -> list[Edge]:
+        """The stored edges and those without reuse, as `lemica.search.solve_edges` takes them."""
+        return without_reuse(self.num_inference_steps) + [edge.to_edge() for edge in self.edges]
 
     def budgets(self) -> list[int]:
         """The numbers of computed steps that have a plan, in order."""
@@ -274,24 +221,12 @@ class CachePolicy(Record):
     def table(self) -> str:
         """What the policy says, for people: a line per budget, C computed, - reused."""
         name = self.model.id or self.model.transformer
-        kept = {row.budget: row for row in self.validation or () if row.kept}
-        lines = [
-            f"{name}: {self.num_inference_steps} steps, {self.provenance}"
-            + (f", {self.source}" if self.source else ""),
-            "",
-            "budget  speedup  largest error       PSNR",
-        ]
-        for budget in self.budgets():
-            plan = self.plan(budget=budget)
-            error = self._largest_error(budget)
-            steps = "".join(
-                "C" if plan.computes(s) else "-" for s in range(self.num_inference_steps)
-            )
-            shown = f"{error:.4g}" if math.isfinite(error) else "not known"
-            psnr = f"{kept[budget].psnr:6.1f} dB" if budget in kept else f"{'-':>9}"
-            speedup = self.num_inference_steps / budget
-            lines.append(f"{budget:6d}  {speedup:6.2f}x  {shown:>13}  {psnr}  {steps}")
-        return "\n".join(lines)
+        heading = f"{name}: {self.num_inference_steps} steps, {self.provenance}"
+        if self.source:
+            heading += f", {self.source}"
+        psnr = {row.budget: row.psnr for row in self.validation or () if row.kept}
+        plans = {budget: self.plan(budget=budget) for budget in self.budgets()}
+        return "\n".join([heading, "", *plan_table(plans, psnr)])
 
     @property
     def fastest(self) -> float:
@@ -333,8 +268,7 @@ class CachePolicy(Record):
                 f"{name}: found {value}, expected one that a plan fulfils; this policy has the "
                 f"budgets {_ranges(known)} of {total} steps"
             )
-        stored = self.plans[str(fitting[0])]
-        return Plan(stored.steps, total, stored.errors, stored.orders, stored.scales)
+        return self.plans[str(fitting[0])].to_plan(total)
 
     def _largest_error(self, budget: int) -> float:
         return max(self.plans[str(budget)].errors, default=math.inf)
@@ -399,54 +333,25 @@ class CachePolicy(Record):
                 raise PolicyError(message)
 
 
-# start, end, order, scale, previous step: what an edge's error holds for
-_Way = tuple[int, int, int, float, int | None]
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{_short(twice)}: found twice, expected once")
-    return found
-
-
-def _from_hub(repo: str, revision: str | None, token: str | bool | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, FILE_NAME, revision=revision, token=token))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = _short(str(error).strip().partition("\n")[0])
-        raise PolicyError(
-            f"no policy file or folder {repo}, and not on the hub: {reason}"
-        ) from error
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"found {name}, expected a finite number")
+def _check_errors(budget: str, plan: Plan, errors: _Errors) -> None:
+    """The errors that a plan states must be those of its edges; raises ValueError otherwise."""
+    for edge in edges_of(plan):
+        expected = errors.get(edge.action, 0.0 if edge.end == edge.start + 1 else None)
+        if expected is None or not math.isclose(edge.error, expected, rel_tol=1e-6, abs_tol=1e-12):
+            raise ValueError(
+                f"plans.{budget}.errors: found {edge.error:g} from step {edge.start} to "
+                f"{edge.end}, expected {'an edge' if expected is None else format(expected, 'g')}"
+            )
 
 
 def _version(text: Any) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text) if isinstance(text, str) else None
     if match is None or int(match[1]) != SCHEMA_MAJOR:
         raise PolicyError(
-            f"schema_version: found {_short(repr(text))}, expected '{SCHEMA_MAJOR}.x'; "
+            f"schema_version: found {shortened(repr(text))}, expected '{SCHEMA_MAJOR}.x'; "
             "a newer file needs a newer vidaccel"
         )
     return int(match[1]), int(match[2])
-
-
-def _short(text: str) -> str:
-    """Text from a file, short and on one line."""
-    text = text.encode("unicode_escape").decode()
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _on_one_line(match: re.Match[str]) -> str:
-    return re.sub(r"\s*\n\s*", " ", match[0]).replace("[ ", "[").replace(" ]", "]")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

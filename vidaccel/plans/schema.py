@@ -1,10 +1,16 @@
 """The parts of a policy file, each with strict types and ranges."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from vidaccel.plans.edge import Edge
 from vidaccel.plans.forecast import MAX_ORDER, MAX_SCALE
+from vidaccel.plans.plan import Plan
+
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
+SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 
 MAX_STEPS = 1000
 
@@ -66,11 +72,12 @@ class GuidanceInfo(Record):
     scale: float | None = None
 
 
-class Edge(Record):
+class StoredEdge(Record):
     """The measured error of computing at `start` and `end` and reusing in between.
 
     With an order above 0 the reused steps are forecast, `scale` of the way, from the steps
-    `previous` and `start`.
+    `previous` and `start`. `mean` is the error, `spread` its standard deviation over `count`
+    samples.
     """
 
     start: Step
@@ -81,6 +88,24 @@ class Edge(Record):
     mean: Error
     spread: Error | None = None
     count: Annotated[int, Field(ge=1)] = 1
+
+    @classmethod
+    def of(cls, edge: Edge, *, spread: float | None = None, count: int = 1) -> Self:
+        """The record of an edge of the search."""
+        return cls(
+            start=edge.start,
+            end=edge.end,
+            order=edge.order,
+            scale=edge.scale,
+            previous=edge.previous,
+            mean=edge.error,
+            spread=spread,
+            count=count,
+        )
+
+    def to_edge(self) -> Edge:
+        """The edge as the search takes it."""
+        return Edge(self.start, self.end, self.mean, self.order, self.scale, self.previous)
 
 
 class StoredPlan(Record):
@@ -96,6 +121,24 @@ class StoredPlan(Record):
     scales: Annotated[tuple[Scale, ...], Field(max_length=MAX_STEPS)] = ()
     stability: Annotated[tuple[Share, ...], Field(max_length=MAX_STEPS)] = ()
     chosen_as: Text | None = None
+
+    @classmethod
+    def of(
+        cls, plan: Plan, *, stability: Iterable[float] = (), chosen_as: str | None = None
+    ) -> Self:
+        """The record of a plan."""
+        return cls(
+            steps=plan.steps,
+            errors=plan.errors,
+            orders=plan.orders,
+            scales=plan.scales,
+            stability=tuple(stability),
+            chosen_as=chosen_as,
+        )
+
+    def to_plan(self, num_inference_steps: int) -> Plan:
+        """The plan for a run of so many steps; raises PlanError where there is none."""
+        return Plan(self.steps, num_inference_steps, self.errors, self.orders, self.scales)
 
 
 class Validation(Record):

@@ -7,18 +7,18 @@ import random
 import pytest
 
 from vidaccel import Plan
-from vidaccel.calibration.validate import candidates, head_and_gap
+from vidaccel.calibration.candidates import candidates, head_and_gap
 from vidaccel.lemica import search
-from vidaccel.lemica.dag import Move
+from vidaccel.plans.edge import Edge
 
 STEPS, LONGEST = 20, 8
 
 
-def held_moves(seed=0):
+def held_edges(seed=0):
     """Errors that grow with the length of a segment, and are larger at either end of the run."""
     rng = random.Random(seed)
     return [
-        Move(i, j, (j - i - 1) * (1 + rng.random()) * (1 + abs(10 - i) / 5))
+        Edge(i, j, (j - i - 1) * (1 + rng.random()) * (1 + abs(10 - i) / 5))
         for i in range(STEPS)
         for j in range(i + 1, min(i + LONGEST, STEPS - 1) + 1)
     ]
@@ -26,32 +26,32 @@ def held_moves(seed=0):
 
 def with_lines(held):
     return held + [
-        Move(move.start, move.stop, move.error / 2, 1, 0.5, move.start - 1)
-        for move in held
-        if move.start and move.error
+        Edge(edge.start, edge.end, edge.error / 2, 1, 0.5, edge.start - 1)
+        for edge in held
+        if edge.start and edge.error
     ]
 
 
 def gaps(plan):
-    return [stop - start for start, stop in itertools.pairwise(plan.steps)]
+    return [end - start for start, end in itertools.pairwise(plan.steps)]
 
 
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("budget", [4, 5, 7, 10, 15, 19])
 def test_every_candidate_keeps_to_the_budget_and_appears_once(budget, lines):
-    held = held_moves()
+    held = held_edges()
     plans = candidates(with_lines(held) if lines else held, budget, STEPS)
     assert plans["evenly spaced"] == Plan.spread(budget, STEPS)
     assert {len(plan.steps) for plan in plans.values()} == {budget}
     keys = [(plan.steps, plan.orders, plan.scales) for plan in plans.values()]
     assert len(set(keys)) == len(keys)
-    filled = {name for name, plan in plans.items() if any(plan.orders)}
-    assert bool(filled) == lines
-    assert all(name in filled for name in plans if name.endswith("line"))
+    forecast = {name for name, plan in plans.items() if any(plan.orders)}
+    assert bool(forecast) == lines
+    assert all(name in forecast for name in plans if name.endswith("line"))
 
 
 def test_shorter_segments_are_tried_where_they_are_a_choice():
-    plans = candidates(held_moves(), 5, STEPS)
+    plans = candidates(held_edges(), 5, STEPS)
     short = {name: plan for name, plan in plans.items() if "segments up to" in name}
     # Four segments of 4 do not reach the end, four of 6 do; the best path has a longer one.
     assert max(gaps(plans["leximax"])) > 6
@@ -61,14 +61,14 @@ def test_shorter_segments_are_tried_where_they_are_a_choice():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_step_is_added_or_taken_away_where_it_changes_the_path_least(seed):
-    held = held_moves(seed)
-    errors = {(move.start, move.stop): move.error for move in held}
+    held = held_edges(seed)
+    errors = {(edge.start, edge.end): edge.error for edge in held}
 
     def worst_first(steps):
         segments = itertools.pairwise(steps)
         return sorted((errors.get(segment, math.inf) for segment in segments), reverse=True)
 
-    paths = search.solve_moves(held, STEPS, [7, 8, 9])
+    paths = search.solve_edges(held, STEPS, [7, 8, 9])
     plans = candidates(held, 8, STEPS)
     expected = {
         "leximax of 7, one step added": [
@@ -87,7 +87,7 @@ def test_a_step_is_added_or_taken_away_where_it_changes_the_path_least(seed):
 
 
 def test_a_path_that_cannot_do_with_a_step_less_has_no_such_neighbour():
-    chain = [Move(i, i + 2, 1.0) for i in range(0, 18, 2)] + [Move(18, 19, 0.0)]
+    chain = [Edge(i, i + 2, 1.0) for i in range(0, 18, 2)] + [Edge(18, 19, 0.0)]
     names = candidates(chain, 10, STEPS)
     assert not any("one step" in name for name in names)
 
