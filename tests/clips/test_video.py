@@ -222,6 +222,15 @@ def test_a_long_label_is_cut_to_its_clip():
     assert (long[:, -4:] == video.BACKGROUND).mean() > 0.9
 
 
+def test_comments_come_back_from_a_clip(tmp_path):
+    clip = tmp_path / "clip.mp4"
+    for text in ("", "plain", 'a=b; c#d \\ "e"\nsecond line', "é漢" * 100, "x" * 30_000):
+        video.write_video(clip, np.zeros((2, 16, 16, 3), np.uint8), comment=text)
+        assert video.read_comment(clip) == text
+    with pytest.raises(VideoError, match="no video file"):
+        video.read_comment(tmp_path / "nothing.mp4")
+
+
 @pytest.mark.parametrize("layout", [video.side_by_side, video.contact_sheet])
 def test_layouts_need_clips_that_match(clip, layout):
     with pytest.raises(VideoError, match="no clip"):

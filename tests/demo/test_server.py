@@ -14,6 +14,11 @@ def get(url):
         return error.code, b""
 
 
+def test_the_page_comes_with_its_styles_and_script(server):
+    page, config = get(server)[1].decode(), get(f"{server}/config")[1].decode()
+    assert "vidaccelOwner" in page and ".va-strip" in config
+
+
 def test_no_other_file_of_the_server_can_be_read(server, out):
     secret = out.parent / "secret.txt"
     secret.write_text("the secret")

@@ -123,12 +123,3 @@ def test_clips_that_hold_no_settings(tmp_path):
     clip.write_text(f";FFMETADATA1\ncomment={json.dumps(SMALL)}\n")
     with pytest.raises(VideoError):
         Settings.from_file(clip)
-
-
-def test_comments_come_back_from_a_clip(tmp_path):
-    clip = tmp_path / "clip.mp4"
-    for text in ("", "plain", 'a=b; c#d \\ "e"\nsecond line', "é漢" * 100, "x" * 30_000):
-        video.write_video(clip, np.zeros((2, 16, 16, 3), np.uint8), comment=text)
-        assert video.read_comment(clip) == text
-    with pytest.raises(VideoError, match="no video file"):
-        video.read_comment(tmp_path / "nothing.mp4")
