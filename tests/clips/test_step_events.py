@@ -1,4 +1,4 @@
-"""Steps of pipelines, as the calls of their transformers tell them."""
+"""Ends of denoising steps, found by the calls of the transformers."""
 
 import pytest
 import torch
@@ -10,18 +10,18 @@ from vidaccel.clips.step_events import follow_steps
 
 
 @pytest.mark.parametrize("build", [wan, wan22, cogvideox_i2v], ids=lambda b: b.__name__)
-def test_the_same_is_told_as_by_the_pipeline(build):
-    case, told, seen = build(), [], []
+def test_it_calls_back_as_the_pipeline_does(build):
+    case, expected, seen = build(), [], []
     with follow_steps(case.pipe, lambda step, latents: seen.append((step, latents))):
         case.run(
             callback_on_step_end=lambda _, step, __, kwargs: (
-                told.append((step, kwargs["latents"])) or kwargs
+                expected.append((step, kwargs["latents"])) or kwargs
             )
         )
-    assert [step for step, _ in seen] == [step for step, _ in told] == list(range(6))
+    assert [step for step, _ in seen] == [step for step, _ in expected] == list(range(6))
     assert seen.pop()[1] is None
-    for (_, mine), (_, theirs) in zip(seen, told[:-1], strict=True):
-        assert torch.equal(mine[:1], theirs[:1].to(mine.dtype))
+    for (_, latents), (_, theirs) in zip(seen, expected[:-1], strict=True):
+        assert torch.equal(latents[:1], theirs[:1].to(latents.dtype))
 
 
 @pytest.mark.parametrize("build", [hunyuan15, hunyuan15_i2v], ids=lambda b: b.__name__)
