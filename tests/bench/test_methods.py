@@ -2,8 +2,9 @@
 
 import pytest
 
-from vidaccel.bench.methods import MethodContext, variants
+from vidaccel.bench.methods import variants
 from vidaccel.bench.records import key_of
+from vidaccel.bench.variants import MethodContext
 from vidaccel.errors import PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.shipped import shipped_policies

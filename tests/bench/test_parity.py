@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tiny.wan import wan, wan22
-from vidaccel.bench.parity import ParityResult, parity, parity_table
+from vidaccel.bench.parity import parity, parity_table
 from vidaccel.bench.parity_cases import Case, differences, sweep
 from vidaccel.dbcache import DBCache
 from vidaccel.errors import UnsupportedPipelineError
@@ -40,7 +40,8 @@ def test_the_same_steps_and_latents_at_every_threshold(case):
     reused = {len(row.vidaccel.reused[0]) for row in rows}
     assert len(reused) > 3, "the sweep has to cover more than everything and nothing"
     assert not result.part
-    assert ParityResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    written = json.loads(json.dumps(result.to_dict()))
+    assert written["agree"][0]["cache_dit"] == {"reused": rows[0].cache_dit.reused}
     assert f"{len(cases)} of {len(cases)} cases reuse the same steps" in parity_table(result)
     assert torch.equal(case.run(), plain)
 

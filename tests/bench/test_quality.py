@@ -13,9 +13,10 @@ from vidaccel import accelerate, restore
 from vidaccel.api import engines_of
 from vidaccel.bench import quality
 from vidaccel.bench.curves import MOST_DECIBELS, QualityResult
-from vidaccel.bench.methods import MethodContext, Variant, variants
+from vidaccel.bench.methods import variants
 from vidaccel.bench.quality import quality as bench
 from vidaccel.bench.tables import points_table
+from vidaccel.bench.variants import MethodContext, Variant
 from vidaccel.cli.main import main
 from vidaccel.errors import BenchError
 from vidaccel.plans.policy import CachePolicy

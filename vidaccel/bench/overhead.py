@@ -68,12 +68,6 @@ class OverheadResult:
         """Return the result as its file keeps it."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "OverheadResult":
-        """Read a result from the JSON of its file; raises TypeError for another one."""
-        plans = {name: PlanSpeed(**plan) for name, plan in data["plans"].items()}
-        return cls(**{**data, "plans": plans})
-
 
 def overhead(
     pipe: Any, call: dict[str, Any], *, rounds: int = 9, progress: bool = True

@@ -3,7 +3,7 @@
 Where the two part on purpose, the case is run all the same and listed with the reason.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,12 +80,6 @@ class ParityRow:
         outcomes = {"cache_dit": self.cache_dit.to_dict(), "vidaccel": self.vidaccel.to_dict()}
         return asdict(self) | outcomes
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ParityRow":
-        """Read a row from the JSON of a result file."""
-        outcomes = {name: Outcome(**data[name]) for name in ("cache_dit", "vidaccel")}
-        return cls(**{**data, **outcomes})
-
 
 @dataclass(frozen=True)
 class ParitySummary:
@@ -130,14 +124,6 @@ class ParityResult:
         """Return the result as its file keeps it."""
         rows = {name: [row.to_dict() for row in getattr(self, name)] for name in ("agree", "part")}
         return asdict(self) | rows
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ParityResult":
-        """Read a result from the JSON of its file; raises TypeError for another one."""
-        rows = {
-            name: [ParityRow.from_dict(row) for row in data[name]] for name in ("agree", "part")
-        }
-        return cls(**{**data, **rows, "summary": ParitySummary(**data["summary"])})
 
 
 def parity(

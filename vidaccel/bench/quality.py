@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from vidaccel.api import engines_of, report
 from vidaccel.bench.curves import QualityResult, plain_summary, points_of
-from vidaccel.bench.methods import Variant
 from vidaccel.bench.records import (
     FailedRecord,
     Generation,
@@ -33,6 +32,7 @@ from vidaccel.bench.records import (
     is_plan,
     key_of,
 )
+from vidaccel.bench.variants import Variant
 from vidaccel.clips import metrics
 from vidaccel.clips.compare import adherence_of
 from vidaccel.clips.generate import generate

@@ -2,7 +2,7 @@
 
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -82,12 +82,6 @@ class SoakResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as its file keeps it."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "SoakResult":
-        """Read a result from the JSON of its file; raises TypeError for another one."""
-        requests = [ServedRequest(**request) for request in data["requests"]]
-        return cls(**{**data, "requests": requests})
 
 
 def soak(

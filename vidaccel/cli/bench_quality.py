@@ -63,7 +63,8 @@ def add_quality(benches: Any) -> None:
 
 def _quality(arguments: argparse.Namespace) -> None:
     """Run `vidaccel bench quality`."""
-    from vidaccel.bench.methods import METHODS, MethodContext, check_names, variants
+    from vidaccel.bench.methods import METHODS, check_names, variants
+    from vidaccel.bench.variants import MethodContext
 
     if arguments.list:
         print("\n".join(METHODS))
