@@ -313,6 +313,17 @@ def test_docstrings_say_what_a_thing_does_or_is():
     )
 
 
+def test_a_test_lies_where_its_module_does():
+    """Of tests/integration, which cross rooms, and of this one nothing is asked."""
+    strangers = []
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        place = path.relative_to(ROOT / "tests")
+        name = ".".join(("vidaccel", *place.parts[:-1], place.stem.removeprefix("test_")))
+        if place.parts[0] != "integration" and path != Path(__file__) and name not in sources():
+            strangers.append(f"{path.relative_to(ROOT)}: no module {name}")
+    none_of(strangers, "a test is of no module")
+
+
 def test_no_test_imports_another():
     found = []
     for path in sorted((ROOT / "tests").rglob("*.py")):
