@@ -180,7 +180,7 @@ def _changes(top_p: float) -> list[Run]:
 
 
 class _Shards:
-    """What was measured so far.
+    """The records of the clips that were measured so far.
 
     Args:
         path: the folder; or the single file that earlier versions kept, which is read.

@@ -71,7 +71,7 @@ class ModelRow:
         seconds: duration of the whole call.
         denoising_seconds: duration until the end of the last step.
         peak_bytes: most GPU memory; None on another device.
-        speedup: of the whole call, against the plain pipeline.
+        speedup: plain seconds of the whole call over these.
         extrapolated_seconds, extrapolated_speedup: the same at the model's own number of steps;
             None where that was run.
     """

@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vidaccel.api import accelerate, engines_of, restore
+from vidaccel.clips.generate import latents_of
 from vidaccel.dbcache import DBCache, Decider
 from vidaccel.engine.engine import Engine
 from vidaccel.engine.observer import Observer
@@ -210,9 +211,7 @@ class _ThresholdSearch:
         return Suggestion(cache, mean, steps, whole / run, fmean(errors))
 
     def _run(self, prompt: str) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        call = {**self.call, "prompt": prompt, "generator": generator, "output_type": "latent"}
-        latents: torch.Tensor = self.pipe(**call)[0].float().cpu()
+        latents = latents_of(self.pipe, {**self.call, "prompt": prompt}, self.seed).float().cpu()
         self.bar.update()
         return latents
 
