@@ -18,7 +18,7 @@ def _as_it_is(data: Any) -> Any:
 
 
 def read_manifest(path: Path) -> Any:
-    """What is measured in a folder of shards; raises OSError or ValueError when there is none."""
+    """Read what is measured in a folder of shards; raises OSError or ValueError without one."""
     return json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
 
 
@@ -57,10 +57,10 @@ class ShardFolder:
             )
 
     def read(self, name: str, parse: Callable[[Any], Parsed] = _as_it_is) -> Parsed | None:
-        """The content of a shard, or None when there is no such shard yet.
+        """Read a shard; None when there is no such shard yet.
 
         Args:
-            name: of the file, without .json.
+            name: name of the file, without .json.
             parse: what its JSON is passed through; a TypeError, KeyError or ValueError that it
                 raises means that the shard is damaged.
         """
@@ -78,7 +78,7 @@ class ShardFolder:
         self._write(self._file(name), data)
 
     def names(self, pattern: str) -> list[str]:
-        """The names of the shards that fit a pattern of `Path.glob`, sorted."""
+        """Return the names of the shards that fit a pattern of `Path.glob`, sorted."""
         return sorted(file.stem for file in self.path.glob(f"{pattern}.json"))
 
     def _file(self, name: str) -> Path:

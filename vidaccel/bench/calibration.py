@@ -58,7 +58,7 @@ class SearchResult:
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as its file keeps it."""
+        """Return the result as its file keeps it."""
         return asdict(self)
 
 
@@ -100,12 +100,12 @@ class CalibrationResult:
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as its file keeps it."""
+        """Return the result as its file keeps it."""
         return asdict(self)
 
 
 def surface(steps: int, max_skip: int, seed: int) -> NDArray[np.float64]:
-    """Random errors with the shape of measured ones: falling over the run, growing with length.
+    """Make random errors shaped like measured ones: falling over the run, growing with length.
 
     Returns:
         [steps, steps] errors as `solve` takes them, no two alike.
@@ -121,7 +121,7 @@ def surface(steps: int, max_skip: int, seed: int) -> NDArray[np.float64]:
 
 
 def multigraph(errors: NDArray[np.float64], max_skip: int, seed: int) -> list[Edge]:
-    """The segments of `errors` and, after every possible previous step, a line of random error."""
+    """Return the segments of `errors` and, after every previous step, a line of random error."""
     rng = np.random.default_rng(seed)
     edges = []
     for start, end in zip(*np.nonzero(np.isfinite(errors)), strict=True):
@@ -136,7 +136,7 @@ def multigraph(errors: NDArray[np.float64], max_skip: int, seed: int) -> list[Ed
 
 
 def search_times(rounds: int = 9) -> SearchResult:
-    """How long the search takes on random graphs, a new one in each round."""
+    """Time the search on random graphs, a new one in each round."""
     found = {}
     for name, steps, max_skip, budgets, lines in SEARCHES:
         seconds = []
@@ -156,7 +156,7 @@ def search_times(rounds: int = 9) -> SearchResult:
 
 
 def search_table(result: SearchResult) -> str:
-    """The result of `search_times` for people."""
+    """Return the times of searches as a table for people."""
     lines = ["search                                    median  slowest"]
     lines += [
         f"{name:40}  {times.median_seconds * 1e3:5.0f} ms  {times.slowest_seconds * 1e3:5.0f} ms"
@@ -226,7 +226,7 @@ def calibration(
 def _plans(
     edges: Sequence[Segment], errors: NDArray[np.float64], steps: int, budgets: Sequence[int]
 ) -> dict[int, Plan]:
-    """The plan of each budget, from the errors [samples, edges]."""
+    """Return the plan of each budget, from the errors [samples, edges]."""
     graph = segment_graph(dict(zip(edges, errors.T.tolist(), strict=True)), steps)
     plans = solve(aggregate(graph), budgets)
     for budget in budgets:
@@ -249,7 +249,7 @@ def _pair(
 
 
 def calibration_table(result: CalibrationResult) -> str:
-    """The result of `calibration` for people."""
+    """Return a result as a table for people."""
     cost, ranks = result.generations_per_sample, result.rank_correlation
     lines = [
         f"{len(result.samples)} samples: exact {cost['exact']:.0f}, gain {cost['gain']:.1f} "
@@ -267,7 +267,7 @@ def calibration_table(result: CalibrationResult) -> str:
 
 
 def _exact(folder: WorkFolder, task: Task) -> dict[int, dict[Segment, float]]:
-    """The exact errors of held segments, of every complete sample."""
+    """Return the exact errors of held segments, of every complete sample."""
     items = [item for item in task.items() if isinstance(item, SegmentsFrom)]
     found = {}
     for sample in range(len(task.samples())):

@@ -1,4 +1,4 @@
-"""What was measured, put together: the graph of all segments, and the policy that follows."""
+"""From the errors of work items to the graph of all segments, and to the policy that follows."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ Measured = Mapping[int, dict[WorkItem, Errors]]  # by sample
 
 
 def graph_of(task: Task, measured: Measured) -> DiGraph:
-    """The graph of all segments, from the errors of the work items of every sample."""
+    """Make the graph of all segments, from the errors of the work items of every sample."""
     holds: dict[Segment, list[float]] = defaultdict(list)
     lines: dict[Line, list[tuple[float, ...]]] = defaultdict(list)
     for sample in sorted(measured):
@@ -45,7 +45,7 @@ def graph_of(task: Task, measured: Measured) -> DiGraph:
 
 
 def _of_sample(task: Task, measured: Mapping[WorkItem, Errors]) -> Errors:
-    """The errors of one sample, those of single segments in the place of estimated ones."""
+    """Return the errors of one sample, those of single segments in the place of estimated ones."""
     parts = [measured[item] for item in task.items()]
     errors = Errors(
         {segment: error for part in parts for segment, error in part.holds.items()},
@@ -67,15 +67,15 @@ def assemble_policy(
     objective: str,
     aggregation: str,
 ) -> CachePolicy:
-    """The policy of a measured task, before anything of it was validated.
+    """Make the policy of a measured task, before anything of it was validated.
 
     Args:
         pipe: the pipeline it was measured on.
         task: what was measured.
-        graph: of all its segments.
-        edges: of the search in that graph.
+        graph: the graph of all its segments.
+        edges: the multigraph of the search that follows from it.
         info: what its runs are like.
-        objective: of `lemica.search.solve`.
+        objective: what the best path is, see `lemica.search.solve`.
         aggregation: how the errors of the samples became one; for the policy's `source`.
     """
     plans = solve_edges(edges, task.num_inference_steps, objective=objective)
@@ -122,7 +122,7 @@ def assemble_policy(
 
 
 def _stored_edges(graph: DiGraph, edges: Sequence[Edge]) -> tuple[StoredEdge, ...]:
-    """The edges that reuse something, in order, with how their samples differ."""
+    """Return the edges that reuse something, in order, with how their samples differ."""
     found = []
     for edge in sorted(edges, key=lambda e: (e.start, e.end, e.order, e.previous or 0)):
         if edge.end > edge.start + 1:

@@ -20,13 +20,13 @@ REACHES = (0.75, 0.5)
 
 
 def validated_budgets(steps: int) -> list[int]:
-    """The budgets that are checked end to end: three quarters to a fifth of the steps."""
+    """Return the budgets that are checked end to end: three quarters to a fifth of the steps."""
     shares = (Fraction(3, 4), Fraction(2, 3), *(Fraction(1, n) for n in (2, 3, 4, 5)))
     return sorted({int(steps * share) for share in shares} - {0}, reverse=True)
 
 
 def candidates(edges: Sequence[Edge], budget: int, steps: int) -> dict[str, Plan]:
-    """The plans of one budget that are worth a run, by a name that says what they are.
+    """Find the plans of one budget that are worth a run, by a name that says what they are.
 
     Args:
         edges: as `lemica.search.solve_edges` takes them.
@@ -95,7 +95,7 @@ def _near_the_path(held: Sequence[Edge], budget: int, steps: int) -> Iterator[tu
 
 
 def head_and_gap(budget: int, steps: int, gap: int) -> Plan | None:
-    """The plan that computes its first steps and then every `gap`-th; None when there is none."""
+    """Find the plan of first steps and then every `gap`-th; None when there is none."""
     for head in range(2, budget):
         computed = (*range(head), *range(head - 1 + gap, steps, gap))
         if len(computed) == budget:

@@ -34,7 +34,7 @@ def improved(
     forced: Collection[int] = (),
     progress: bool,
 ) -> dict[int, Plan]:
-    """The plan of each budget that a local search over whole runs ends at.
+    """Find the plan of each budget that a local search over whole runs ends at.
 
     Args:
         runner: where the runs are made; those of different budgets are made side by side.
@@ -130,7 +130,7 @@ def improving(
 def neighbours(
     plan: Plan, forced: Collection[int] = (), *, lines: bool = True
 ) -> Iterator[tuple[int, Plan]]:
-    """The plans that differ in the place of one computed step, or in the forecast of one segment.
+    """Yield the plans that differ in one computed step's place, or in one segment's forecast.
 
     A step moves by one; a forecast goes one scale further along the line or back to holding.
 
@@ -158,7 +158,7 @@ def neighbours(
 
 
 def _forecasts(plan: Plan) -> tuple[_Forecast, ...]:
-    """The forecast after each computed step; where nothing is reused, that of the one before."""
+    """Return the forecast after each computed step; where nothing is reused, the one before."""
     found: list[_Forecast] = []
     before = (int(any(plan.orders)), 1.0)
     ends = (*plan.steps[1:], plan.num_inference_steps)

@@ -32,7 +32,7 @@ def measure(
     objective: str,
     progress: bool,
 ) -> tuple[DiGraph, RunInfo]:
-    """The graph of all segments of a task.
+    """Measure every segment of a task, and return the graph of them all.
 
     Args:
         runner: where the work is done.
@@ -40,7 +40,7 @@ def measure(
         folder: its shards; what they hold is not measured again.
         budgets: with the method "lazy", the segments of the best plans of these are measured
             exactly, until the plans stay.
-        objective: of those plans.
+        objective: what the best of them are, see `lemica.search.solve`.
         progress: a bar in units of generations.
     """
     steps, samples = task.num_inference_steps, range(len(task.samples()))
@@ -115,7 +115,7 @@ def announce(pipe: Any, task: Task, improving: int = 0) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Put seconds into words."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

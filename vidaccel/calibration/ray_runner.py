@@ -80,7 +80,7 @@ def ray_runner(
         pipe: the pipeline that is copied to the workers when there is no `load`.
         task: what is measured.
         workers: how many. Each takes a CPU core, and a GPU when `pipe` is on one.
-        address: of a Ray cluster, as `ray.init` takes it; None starts one on this machine.
+        address: address of a Ray cluster, as `ray.init` takes it; None starts one on this machine.
         load: gives a worker its pipeline.
 
     Raises:
@@ -138,7 +138,7 @@ class RayRunner:
         return self._class.remote(_Fetch(self._load), self._task)
 
     def run_info(self) -> RunInfo:
-        """What the first generation of the first sample tells."""
+        """Return what the first generation of the first sample tells."""
         ((_, found),) = self._shared_out([(0, None)], lambda worker, _: worker.run_info.remote())
         info: RunInfo = found
         return info
@@ -165,7 +165,7 @@ class RayRunner:
     def _shared_out(
         self, requests: Iterable[_Request], start: Callable[[Any, _Request], Any]
     ) -> Iterator[tuple[_Request, Any]]:
-        """Each request and its result as it comes; `start` sends a worker one."""
+        """Give out requests, which `start` sends to a worker, and yield each with its result."""
         waiting = deque(requests)
         running: dict[Any, tuple[Any, _Request]] = {}
         while waiting or running:
@@ -195,7 +195,7 @@ class RayRunner:
             yield request, result
 
     def _next(self, waiting: deque[_Request]) -> tuple[Any, _Request]:
-        """A free worker and what it should do: on from its own sample, else one nobody is at."""
+        """Pick a free worker, and go on with its sample or else one that no other is at."""
         for worker in self._idle:
             for request in waiting:
                 if self._at.get(worker) == request[0]:

@@ -12,7 +12,7 @@ from vidaccel.plans.plan import Plan, RunSettings
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the first generation tells of all of them.
+    """The part of all runs that their first generation tells.
 
     Attributes:
         run_settings: what every run is like.
@@ -40,16 +40,16 @@ class Worker:
         self._finished: dict[int, Replayer] = {}  # know how each sample ends, and little more
 
     def run_info(self) -> RunInfo:
-        """What the runs are like, and the error of a replay that reuses nothing."""
+        """Return what the runs are like, and the error of a replay that reuses nothing."""
         replayer = self._open(0)
         return RunInfo(replayer.run_settings, replayer.noise_floor(), replayer.reference.switch)
 
     def measure(self, sample: int, item: WorkItem) -> Errors:
-        """The errors of one work item."""
+        """Return the errors of one work item."""
         return item.measure(self._open(sample), self._task)
 
     def trial(self, sample: int, plan: Plan) -> float:
-        """The error of one sample run with a plan."""
+        """Return the error of one sample run with a plan."""
         if sample not in self._finished:
             replayer = self._open(sample)
             replayer.forget_steps()
@@ -82,7 +82,7 @@ class Runner(Protocol):
     """Does work items somewhere."""
 
     def run_info(self) -> RunInfo:
-        """What the first generation tells."""
+        """Return what the first generation tells."""
 
     def run(self, todo: Iterable[tuple[int, WorkItem]]) -> Iterator[tuple[int, WorkItem, Errors]]:
         """Measure (sample, item)s, in any order, each once."""

@@ -55,7 +55,7 @@ def _ratio(exact: float | None, estimated: float) -> float:
 
 
 def segments(steps: int, max_skip: int) -> Iterator[Segment]:
-    """The segments (i, j) that reuse at least one step, in order; j = T reuses to the end.
+    """Yield the segments (i, j) that reuse at least one step, in order; j = T reuses to the end.
 
     Args:
         steps: T.
@@ -69,7 +69,7 @@ def segments(steps: int, max_skip: int) -> Iterator[Segment]:
 def exact_errors(
     replayer: Replayer, max_skip: int, starts: Iterable[int] | None = None
 ) -> dict[Segment, float]:
-    """The error of every held segment, each by a run of its own.
+    """Measure every held segment, each by a run of its own.
 
     Args:
         replayer: one sample.
@@ -87,7 +87,7 @@ def exact_errors(
 def deviations(
     replayer: Replayer, max_skip: int, *, lines: bool = False, starts: Iterable[int] | None = None
 ) -> Errors:
-    """How far each segment moves the latents of the step where it ends (T: the final ones).
+    """Return how far each segment moves the latents of the step where it ends (T: the final ones).
 
     The mean absolute difference, in the units of the latents. It takes no forward.
 
@@ -114,7 +114,7 @@ def deviations(
 def gain_errors(
     replayer: Replayer, max_skip: int, interval: int = GAIN_INTERVAL, *, lines: bool = False
 ) -> Errors:
-    """The error of every segment as exact local deviation times interpolated gain.
+    """Estimate the error of every segment as exact local deviation times interpolated gain.
 
     Args:
         replayer: one sample.
@@ -143,7 +143,7 @@ def gain_errors(
 
 
 def errors_from(replayer: Replayer, max_skip: int, start: int, *, lines: bool = False) -> Errors:
-    """The errors of all segments from one step on, each held one by a run of its own.
+    """Measure all segments from one step on, each held one by a run of its own.
 
     Args:
         replayer: one sample.
@@ -167,7 +167,7 @@ def _mean(difference: torch.Tensor) -> float:
 
 
 def _interpolated(gains: dict[int, float], step: int) -> float:
-    """The gain at a step, log-linearly between those that were measured."""
+    """Return the gain at a step, log-linearly between those that were measured."""
     known = sorted(end for end, gain in gains.items() if gain > 0.0)
     if not known:
         return 0.0

@@ -33,18 +33,18 @@ class SegmentsFrom:
 
     @property
     def name(self) -> str:
-        """What tells its shard from others of the sample."""
+        """The end of its shard's name, which tells it from others of the sample."""
         return f"{self.start:04d}"
 
     def forwards(self, task: "Task") -> int:
-        """Steps with all their blocks that it takes."""
+        """Count the steps with all their blocks that it takes."""
         total = task.num_inference_steps
         return sum(
             total - end for start, end in segments(total, task.max_skip) if start == self.start
         )
 
     def measure(self, replayer: Replayer, task: "Task") -> Errors:
-        """The errors of these segments, and of lines where the task asks for them."""
+        """Return the errors, and those of lines where the task asks for them."""
         return errors_from(replayer, task.max_skip, self.start, lines=task.lines)
 
 
@@ -57,15 +57,15 @@ class OneSegment:
 
     @property
     def name(self) -> str:
-        """What tells its shard from others of the sample."""
+        """The end of its shard's name, which tells it from others of the sample."""
         return f"{self.start:04d}-{self.end:04d}"
 
     def forwards(self, task: "Task") -> int:
-        """Steps with all their blocks that it takes."""
+        """Count the steps with all their blocks that it takes."""
         return task.num_inference_steps - self.end
 
     def measure(self, replayer: Replayer, task: "Task") -> Errors:
-        """The error of this segment."""
+        """Return the error of this segment."""
         return Errors({(self.start, self.end): replayer.error(self.start, self.end)})
 
 
@@ -75,16 +75,16 @@ class AllByGain:
 
     @property
     def name(self) -> str:
-        """What tells its shard from others of the sample."""
+        """The end of its shard's name, which tells it from others of the sample."""
         return "all"
 
     def forwards(self, task: "Task") -> int:
-        """Steps with all their blocks that it takes."""
+        """Count the steps with all their blocks that it takes."""
         total = task.num_inference_steps
         return sum(total - end for end in range(2, total, GAIN_INTERVAL))
 
     def measure(self, replayer: Replayer, task: "Task") -> Errors:
-        """The errors of all segments, and of lines where the task asks for them."""
+        """Return the errors, and those of lines where the task asks for them."""
         return gain_errors(replayer, task.max_skip, lines=task.lines)
 
 
@@ -93,7 +93,7 @@ WorkItem = SegmentsFrom | OneSegment | AllByGain
 
 @dataclass(frozen=True)
 class Task:
-    """What a build measures; equal tasks may share a work folder.
+    """All that decides what a build measures; equal tasks may share a work folder.
 
     Attributes:
         prompts, seeds: every prompt is run with every seed.
@@ -132,17 +132,17 @@ class Task:
             raise PlanError("prompts: found an empty one")
 
     def samples(self) -> list[tuple[str, int]]:
-        """(prompt, seed) of each generation that is measured."""
+        """Return (prompt, seed) of each generation that is measured."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
     def items(self) -> list[WorkItem]:
-        """The items of one sample that are known before the work begins."""
+        """Return the items of one sample that are known before the work begins."""
         if self.method == "exact":
             return [SegmentsFrom(start) for start in range(self.num_inference_steps - 1)]
         return [AllByGain()]
 
     def forwards(self) -> int:
-        """Forwards of the whole task; of "lazy", whose last part is not known before, about."""
+        """Count the forwards of the whole task; of "lazy", whose last part is not known, about."""
         steps = self.num_inference_steps
         each = steps + sum(item.forwards(self) for item in self.items())
         if self.method == "lazy":
@@ -151,7 +151,7 @@ class Task:
         return each * len(self.samples()) + steps - steps // 2
 
     def manifest(self) -> dict[str, Any]:
-        """The fields of the task, without the options that are as in the paper."""
+        """Return the fields of the task, without the options that are as in the paper."""
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)
@@ -160,7 +160,7 @@ class Task:
 
 
 def read_task(folder: Path) -> Task:
-    """The task of a work folder; raises BuildError when there is none."""
+    """Read the task of a work folder; raises BuildError when there is none."""
     try:
         found = read_manifest(folder)
         return Task(**{**found, "prompts": tuple(found["prompts"]), "seeds": tuple(found["seeds"])})
@@ -169,7 +169,7 @@ def read_task(folder: Path) -> Task:
 
 
 def model_identity(pipe: Any) -> dict[str, Any]:
-    """What tells this pipeline's transformers from others: class, config and some weights."""
+    """Return what tells this pipeline's transformers from others: class, config, some weights."""
     found = {}
     for name, (transformer, _) in find_transformers(pipe).items():
         digest = sha256()

@@ -114,7 +114,7 @@ def validated_policy(
     *,
     progress: bool = True,
 ) -> CachePolicy:
-    """The policy with the best candidate of each budget, and what all of them gave.
+    """Keep the best candidate of each budget, and note what all of them gave.
 
     Args:
         pipe, call, samples, progress: as `scores` takes them.
@@ -148,7 +148,7 @@ def validated_policy(
 
 
 def _kept(own: StoredPlan, best: Plan, name: str) -> StoredPlan:
-    """The plan of a budget whose best candidate has this name; `own` is that of the search."""
+    """Return the plan of a budget whose best candidate has this name; `own` is the search's."""
     if (best.steps, best.orders, best.scales) == (own.steps, own.orders, own.scales):
         return own.model_copy(update={"chosen_as": name})
     return StoredPlan.of(best, chosen_as=name)

@@ -1,4 +1,4 @@
-"""What was measured of a build, one small file for each work item.
+"""The work folder of a build: a small file for each work item that was measured.
 
 A build that was killed goes on from the files that are there. A folder of another build is refused.
 """
@@ -30,7 +30,7 @@ class WorkFolder:
         self._shards = ShardFolder(path, task.manifest(), "build", BuildError)
 
     def load(self, sample: int, item: WorkItem) -> Errors | None:
-        """The errors of a work item, or None when it is still to be measured."""
+        """Read the errors of a work item; None when it is still to be measured."""
         return self._shards.read(_item_name(sample, item), _parsed)
 
     def save(self, sample: int, item: WorkItem, errors: Errors) -> None:
@@ -40,7 +40,7 @@ class WorkFolder:
         self._shards.write(_item_name(sample, item), [*rows, *lines])
 
     def load_trial(self, sample: int, plan: Plan) -> float | None:
-        """The error of a run with a plan, or None when it is still to be made."""
+        """Read the error of a run with a plan; None when it is still to be made."""
         return self._shards.read(_trial_name(sample, plan), lambda data: float(data["error"]))
 
     def save_trial(self, sample: int, plan: Plan, error: float) -> None:
@@ -62,7 +62,7 @@ def _parts(plan: Plan) -> dict[str, Any]:
 
 
 def _parsed(rows: list[Any]) -> Errors:
-    """The errors of a shard: rows of start, end and error, and of a line with its previous step."""
+    """Read the rows of a shard: start, end and error, and of a line the previous step, too."""
     found = Errors()
     for *ends, value in rows:
         if len(ends) == 2:

@@ -52,11 +52,11 @@ class Dag:
     step_cost: int = 1
 
     def spent(self, budget: int) -> int:
-        """What the edges of a path cost in all that keeps to `budget`."""
+        """Return what the edges of a path that keeps to `budget` cost in all."""
         return budget - self.step_cost * (not self.virtual_end)
 
     def plan(self, path: Sequence[int]) -> Plan:
-        """The plan of a path, given as positions in `edges`.
+        """Return the plan of a path, given as positions in `edges`.
 
         The virtual end is no step, and its empty segment no error.
         """
@@ -84,7 +84,7 @@ def dag_of_errors(
     virtual_end: bool,
     quantum: float,
 ) -> Dag:
-    """The graph of the segments that the arguments of `search.solve` allow.
+    """Make the graph of the segments that the arguments of `search.solve` allow.
 
     Raises:
         PlanError: when `errors` is no such array, or an option contradicts it.
@@ -121,7 +121,7 @@ def dag_of_errors(
 def dag_of_edges(
     edges: Iterable[Edge], steps: int, virtual_end: bool, quantum: float, step_cost: int
 ) -> Dag:
-    """The graph over (previous step, step) that a multigraph of edges unfolds into.
+    """Make the graph over (previous step, step) that a multigraph of edges unfolds into.
 
     An edge that names no previous step is there after each of them. Of the edges between two nodes
     at one cost only the best can be on a best path, so only that one is kept; the first of equals.
@@ -149,7 +149,7 @@ def dag_of_edges(
 
 
 def _by_start(edges: Iterable[Edge], steps: int, last: int) -> dict[int, list[Edge]]:
-    """The edges up to the node `last` by their start, each of them checked."""
+    """Check the edges up to the node `last`, and return them by their start."""
     found: dict[int, list[Edge]] = defaultdict(list)
     for edge in edges:
         if not 0 <= edge.start < edge.end <= steps:
@@ -170,7 +170,7 @@ _Node = tuple[int, int | None]
 def _unfolded(
     by_start: dict[int, list[Edge]], last: int, step_cost: int
 ) -> tuple[dict[_Node, int], dict[tuple[int, int, int], Edge]]:
-    """The nodes that can be reached, numbered, and the best edge between two at each cost."""
+    """Number the nodes that can be reached, and find the best edge between two at each cost."""
     asked = {
         start for start, found in by_start.items() if any(e.previous is not None for e in found)
     }

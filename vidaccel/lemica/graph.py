@@ -28,7 +28,7 @@ def segment_graph(
     num_inference_steps: int,
     lines: Mapping[Line, Sequence[Sequence[float]]] | None = None,
 ) -> nx.DiGraph:
-    """The graph of measured segments.
+    """Make the graph of measured segments.
 
     Args:
         measured: (start, end) -> the error of each sample, in one order for all segments.
@@ -81,7 +81,7 @@ def aggregate(
     """One error per held segment from those of the samples, as `lemica.search.solve` takes them.
 
     Args:
-        graph: of `segment_graph`.
+        graph: as `segment_graph` makes it.
         how: "mean" (as in the paper), "max", "quantile" at `level`, or "cvar": the mean of the
             errors from that quantile up, which looks at the worst prompts.
         level: 0 to 1, for "quantile" and "cvar".
@@ -106,13 +106,13 @@ def aggregate(
 def search_edges(
     graph: nx.DiGraph, how: Aggregation = "mean", *, level: float = 0.8, faithful: bool = False
 ) -> list[Edge]:
-    """The multigraph of the search: held segments and, where one is better, lines.
+    """Return the multigraph of the search: held segments and, where one is better, lines.
 
     The errors of a line through a step that was not measured are interpolated between the measured
     ones, sample by sample. Of each line the best scale is taken.
 
     Args:
-        graph: of `segment_graph`.
+        graph: as `segment_graph` makes it.
         how, level: as `aggregate` takes them.
         faithful: held segments only, as in the paper.
     """
@@ -128,14 +128,14 @@ def stability(
     objective: str = "leximax",
     faithful: bool = False,
 ) -> dict[int, NDArray[np.float64]]:
-    """How sure the choice of each step is: the bootstrap over samples.
+    """Estimate how sure the choice of each step is: the bootstrap over samples.
 
     Args:
-        graph: of `segment_graph`, with as many samples on every segment.
+        graph: as `segment_graph` makes it, with as many samples on every segment.
         budgets: numbers of computed steps.
         rounds: resamples of the samples, with replacement.
-        seed: of the resampling.
-        objective: of `lemica.search.solve`.
+        seed: seed of the resampling.
+        objective: what the best path is, see `lemica.search.solve`.
         faithful: held segments only.
 
     Returns:
@@ -168,7 +168,7 @@ def _mean_of(drawn: NDArray[np.int64], errors: NDArray[np.float64]) -> float:
 
 
 def aggregator(how: str, level: float = 0.8) -> Callable[[NDArray[np.float64]], float]:
-    """The function that makes one error of those of the samples; errors as `aggregate`."""
+    """Return the function that makes one error of those of the samples; errors as `aggregate`."""
     if not 0.0 <= level <= 1.0:
         raise PlanError(f"level: found {level}, expected 0 to 1")
     aggregators: dict[str, Callable[[NDArray[np.float64]], float]] = {
@@ -192,7 +192,7 @@ class _Measured(NamedTuple):
 
 
 def _measured(graph: nx.DiGraph, faithful: bool) -> list[_Measured]:
-    """The errors between every two steps, with those of the lines that were not measured."""
+    """Return the errors between every two steps, with those of the lines that were not measured."""
     found = []
     for start, end, edge in graph.edges(data=True):
         lines = [] if faithful else edge.get("lines", [])

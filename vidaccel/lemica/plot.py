@@ -52,7 +52,7 @@ def plot_policy(policy: CachePolicy, path: Path) -> None:
 
 
 def error_surface(policy: CachePolicy) -> NDArray[np.float64] | None:
-    """[reused steps - 1, start] errors of held segments, NaN where there is none; None without."""
+    """Return [reused steps - 1, start] errors of held segments, NaN where none is; None without."""
     held = [edge for edge in policy.edges if edge.order == 0]
     if not held:
         return None
@@ -64,7 +64,7 @@ def error_surface(policy: CachePolicy) -> NDArray[np.float64] | None:
 
 
 def _several(budgets: list[int]) -> list[int]:
-    """At most `MOST_PLANS` of the budgets, from the fastest plan to the slowest, evenly spread."""
+    """Pick at most `MOST_PLANS` budgets, from the fastest plan to the slowest, evenly spaced."""
     count = min(MOST_PLANS, len(budgets))
     places = np.linspace(0, len(budgets) - 1, count).round().astype(int)
     return [budgets[place] for place in places]

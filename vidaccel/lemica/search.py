@@ -59,7 +59,7 @@ def solve(
     at_most: bool = False,
     quantum: float = 0.0,
 ) -> dict[int, Plan]:
-    """The best plan for each budget of computed steps.
+    """Find the best plan for each budget of computed steps.
 
     Args:
         errors: [T, T] array; `errors[i, j]` for i < j is the outcome error of computing steps i and
@@ -98,7 +98,7 @@ def solve_edges(
     quantum: float = 0.0,
     step_cost: int = 1,
 ) -> dict[int, Plan]:
-    """The best plan for each budget of a multigraph: its steps and the forecast of each segment.
+    """Find the best plan for each budget of a multigraph: its steps, and a forecast per segment.
 
     Exact as `solve` is, over the graph whose nodes are (previous computed step, computed step).
 
@@ -168,7 +168,7 @@ class _Table:
                     self.best[start, cost:] = np.minimum(self.best[start, cost:], through)
 
     def _through(self, successors: list["_Successor"], cost: int) -> NDArray[np.object_]:
-        """[successors, longest + 1 - cost] weights to the end by each, at costs from `cost`."""
+        """Return [successors, longest + 1 - cost] weights to the end by each, from `cost` up."""
         ends, _, weights, counts, _ = zip(*successors, strict=True)
         labels: NDArray[np.object_] = self.best[list(ends), : self.best.shape[1] - cost]
         labels = labels + np.array(weights, dtype=object)[:, None]
@@ -181,7 +181,7 @@ class _Table:
         return np.where(bits[:, cost : cost + width], labels, self.unreached)
 
     def best_path(self, targets: int) -> tuple[int, ...] | None:
-        """The positions of the edges of the best path from 0 to the end; None without one.
+        """Return the positions of the edges of the best path from 0 to the end; None without one.
 
         A best-first search: the table tells exactly what the rest of a path will weigh.
 
@@ -226,7 +226,7 @@ def _by_cost(successors: list[_Successor]) -> Iterator[tuple[int, list[_Successo
 
 
 def _one_budget(dag: Dag, objective: str, targets: int) -> _Table:
-    """The table of raw errors over the best paths alone, whose costs are in `targets`."""
+    """Return the table of raw errors over the best paths alone, whose costs are in `targets`."""
     edges = dag.weighted
     if not _reach(edges, dag.end, len(edges))[0] & targets:
         edges = []
@@ -238,7 +238,7 @@ def _one_budget(dag: Dag, objective: str, targets: int) -> _Table:
 
 
 def _peel(edges: list[WeightedEdge], last: int, targets: int) -> list[WeightedEdge]:
-    """The edges that make up the leximax paths, and at which segment counts.
+    """Return the edges that make up the leximax paths, and at which segment counts.
 
     A settled level occurs equally often on every remaining path, so it counts as rank 0 from then.
     """
@@ -251,7 +251,7 @@ def _peel(edges: list[WeightedEdge], last: int, targets: int) -> list[WeightedEd
 
 
 def _below_bottleneck(edges: list[WeightedEdge], last: int, targets: int) -> list[WeightedEdge]:
-    """The edges up to the smallest rank that some path can keep to."""
+    """Return the edges up to the smallest rank that some path can keep to."""
     levels = sorted({edge.rank for edge in edges})
     enough = bisect_left(
         levels, True, key=lambda level: _reach(edges, last, level)[0] & targets != 0
@@ -269,7 +269,7 @@ def _reach(edges: list[WeightedEdge], last: int, level: int) -> list[int]:
 
 
 def _fewest(edges: list[WeightedEdge], level: int, last: int, targets: int) -> list[WeightedEdge]:
-    """The edges of those paths that have the fewest segments of rank `level`, now settled."""
+    """Keep the edges of the paths that have the fewest segments of rank `level`, now settled."""
     within = [[0] * (last + 1)]  # within[m + 1]: as _reach, over at most m segments of that rank
     while not within[-1][0] & targets:
         reach = [0] * last + [1]
@@ -296,7 +296,7 @@ def _fewest(edges: list[WeightedEdge], level: int, last: int, targets: int) -> l
 
 
 def _exponent(objective: str) -> float | None:
-    """The power to which an objective raises errors; None when it only orders them."""
+    """Return the power to which an objective raises errors; None when it only orders them."""
     if objective in ("leximax", "bottleneck"):
         return None
     if objective == "sum":
@@ -311,7 +311,7 @@ def _exponent(objective: str) -> float | None:
 
 
 def _weights(dag: Dag, objective: str, exponent: float | None, longest: int) -> list[int] | None:
-    """What each edge adds to a path; None when the objective has no sum, or too large a one."""
+    """Return what each edge adds to a path; None when the objective has no sum, or a huge one."""
     width = longest.bit_length()
     if exponent is not None:
         scale = -math.frexp(max(dag.quantised, default=0.0))[1]  # exactly, to at most 1

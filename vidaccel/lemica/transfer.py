@@ -20,7 +20,7 @@ from vidaccel.plans.schema import SCHEMA_VERSION, SchedulerInfo, StoredEdge, Sto
 
 
 def transferred(policy: CachePolicy, run: RunSettings) -> CachePolicy:
-    """A policy for another number of steps or noise grid of the same model.
+    """Carry a policy over to another number of steps or noise grid of the same model.
 
     Args:
         policy: a measured one.
@@ -68,7 +68,7 @@ def transferred(policy: CachePolicy, run: RunSettings) -> CachePolicy:
 def _edges(
     policy: CachePolicy, grid: NDArray[np.float64], other: NDArray[np.float64]
 ) -> list[Edge]:
-    """The edges of the new grid, `other`, by how they lie on that of the policy, `grid`."""
+    """Return the edges of the new grid, `other`, by how they lie on that of the policy, `grid`."""
     held: dict[int, dict[int, float]] = defaultdict(dict)  # start -> end -> error beside the sum
     lines: dict[tuple[int, int, int], tuple[float, float]] = {}  # -> share of holding, scale
     errors = {
@@ -101,7 +101,7 @@ def _edges(
 
 
 def _reach(grid: NDArray[np.float64], start: int, end: int) -> float:
-    """How far the reused steps are from `start`, each times how far the sampler goes in it."""
+    """Sum how far each reused step is from `start` times how far the sampler goes in it."""
     reused = np.arange(start + 1, end)
     return float(((grid[start] - grid[reused]) * (grid[reused] - grid[reused + 1])).sum())
 
@@ -109,7 +109,7 @@ def _reach(grid: NDArray[np.float64], start: int, end: int) -> float:
 def _between(
     held: dict[int, dict[int, float]], grid: NDArray[np.float64], place: float, sigma: float
 ) -> float:
-    """The ratio at a start between two measured ones and an end at the noise level `sigma`."""
+    """Interpolate the ratio at a start between two measured ones and an end at noise `sigma`."""
     starts = sorted(held)
     left = max((s for s in starts if s <= place), default=starts[0])
     right = min((s for s in starts if s >= place), default=starts[-1])

@@ -17,7 +17,7 @@ class Edge(NamedTuple):
     Attributes:
         start, end: compute both, reuse in between; T as `end` reuses to the end.
         error: what that costs in quality, >= 0.
-        order, scale: of the forecast on the reused steps; 0 holds.
+        order, scale: the forecast on the reused steps; order 0 holds.
         previous: the computed step before `start` that the error holds for; None for any.
         cost: what the reused steps take of the budget, in units of the search's `step_cost`.
     """
@@ -37,12 +37,12 @@ class Edge(NamedTuple):
 
 
 def without_reuse(num_inference_steps: int) -> list[Edge]:
-    """The edges from each step to the next one, where nothing is reused; T after the last step."""
+    """Return the edge from each step to the next, where nothing is reused; the last ends at T."""
     return [Edge(step, step + 1, 0.0) for step in range(num_inference_steps)]
 
 
 def edges_of(plan: Plan) -> list[Edge]:
-    """The path of a plan whose errors are known: an edge for each of them, in step order."""
+    """Return the path of a plan whose errors are known: an edge for each of them, in step order."""
     ends = (*plan.steps[1:], plan.num_inference_steps)
     found = []
     for position, (start, end, error) in enumerate(

@@ -100,7 +100,7 @@ class CachePolicy(Record):
         return self
 
     def _edge_errors(self) -> _Errors:
-        """The error of each edge; raises ValueError when one cannot be or is there twice."""
+        """Return the error of each edge; raises ValueError when one cannot be or is there twice."""
         total = self.num_inference_steps
         errors = {}
         for edge in map(StoredEdge.to_edge, self.edges):
@@ -142,7 +142,7 @@ class CachePolicy(Record):
         """Read a policy from a file, a folder with a `vidaccel_policy.json`, or a hub id.
 
         Args:
-            source: of the policy.
+            source: where the policy is.
             revision: branch, tag or commit of a hub repository.
             token: for the hub; None uses the one that is logged in.
 
@@ -174,7 +174,7 @@ class CachePolicy(Record):
             raise PolicyError(f"{where}: {message}{found}" if where else message) from error
 
     def to_json(self) -> str:
-        """The text of the file: sorted keys, one line per list of numbers and per edge."""
+        """Return the text of the file: sorted keys, one line per list of numbers and per edge."""
         return store.to_text(self.model_dump(mode="json"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -197,7 +197,7 @@ class CachePolicy(Record):
 
         Args:
             repo_id: user/name.
-            commit_message: of the commit.
+            commit_message: None says how many steps the policy is for.
             private: whether a new repository is private; None takes the account's default.
             token: None uses the one that is logged in.
 
@@ -211,15 +211,15 @@ class CachePolicy(Record):
         return store.upload(self.to_json(), repo_id, message=message, private=private, token=token)
 
     def search_edges(self) -> list[Edge]:
-        """The stored edges and those without reuse, as `lemica.search.solve_edges` takes them."""
+        """Return the stored edges and those without reuse, for `lemica.search.solve_edges`."""
         return without_reuse(self.num_inference_steps) + [edge.to_edge() for edge in self.edges]
 
     def budgets(self) -> list[int]:
-        """The numbers of computed steps that have a plan, in order."""
+        """Return the numbers of computed steps that have a plan, in order."""
         return sorted(map(int, self.plans))
 
     def table(self) -> str:
-        """What the policy says, for people: a line per budget, C computed, - reused."""
+        """Return what the policy says, for people: a line per budget, C computed, - reused."""
         name = self.model.id or self.model.transformer
         heading = f"{name}: {self.num_inference_steps} steps, {self.provenance}"
         if self.source:
@@ -240,7 +240,7 @@ class CachePolicy(Record):
         speedup: float | None = None,
         max_error: float | None = None,
     ) -> Plan:
-        """The plan for one wish.
+        """Return the plan for one wish.
 
         Args:
             budget: exactly this many computed steps.
@@ -274,11 +274,11 @@ class CachePolicy(Record):
         return max(self.plans[str(budget)].errors, default=math.inf)
 
     def preset(self, name: str) -> Plan:
-        """The plan for "quality", "balanced" or "fast", or the fastest there is."""
+        """Return the plan for "quality", "balanced" or "fast", or the fastest there is."""
         return self.plan(speedup=min(PRESETS[name], self.fastest))
 
     def fits(self, run: RunSettings) -> bool:
-        """Whether the policy is made for this run: known to be of its model, and passes `check`."""
+        """Tell whether the policy is for this run: known to be of its model, and passes `check`."""
         by_id = self.model.id is not None and self.model.id == run.model_id
         hash_ = self.model.config_hash
         if not (by_id or (hash_ is not None and hash_ == run.config_hash)):
@@ -322,9 +322,9 @@ class CachePolicy(Record):
         )
 
     def _check_fields(self, run: RunSettings, *fields: tuple[str, Any, Any]) -> None:
-        for field, mine, theirs in fields:
-            if mine is not None and theirs is not None and mine != theirs:
-                message = f"{field}: the policy is for {mine}, this run has {theirs}"
+        for field, stored, actual in fields:
+            if stored is not None and actual is not None and stored != actual:
+                message = f"{field}: the policy is for {stored}, this run has {actual}"
                 if run.adapters and run.num_inference_steps < FEW_STEPS:
                     message += (
                         f" and the adapters {', '.join(run.adapters)}: a few-step model has "
@@ -334,7 +334,7 @@ class CachePolicy(Record):
 
 
 def _check_errors(budget: str, plan: Plan, errors: _Errors) -> None:
-    """The errors that a plan states must be those of its edges; raises ValueError otherwise."""
+    """Raise ValueError where an error that a plan states is not the one of its edge."""
     for edge in edges_of(plan):
         expected = errors.get(edge.action, 0.0 if edge.end == edge.start + 1 else None)
         if expected is None or not math.isclose(edge.error, expected, rel_tol=1e-6, abs_tol=1e-12):

@@ -66,7 +66,7 @@ class SchedulerInfo(Record):
 
 
 class GuidanceInfo(Record):
-    """How guidance was done when the errors were measured."""
+    """The guidance with which the errors were measured."""
 
     mode: Literal["sequential", "batched", "embedded"] | None = None
     scale: float | None = None
@@ -91,7 +91,7 @@ class StoredEdge(Record):
 
     @classmethod
     def of(cls, edge: Edge, *, spread: float | None = None, count: int = 1) -> Self:
-        """The record of an edge of the search."""
+        """Return the record of an edge of the search."""
         return cls(
             start=edge.start,
             end=edge.end,
@@ -104,7 +104,7 @@ class StoredEdge(Record):
         )
 
     def to_edge(self) -> Edge:
-        """The edge as the search takes it."""
+        """Return the edge as the search takes it."""
         return Edge(self.start, self.end, self.mean, self.order, self.scale, self.previous)
 
 
@@ -126,7 +126,7 @@ class StoredPlan(Record):
     def of(
         cls, plan: Plan, *, stability: Iterable[float] = (), chosen_as: str | None = None
     ) -> Self:
-        """The record of a plan."""
+        """Return the record of a plan."""
         return cls(
             steps=plan.steps,
             errors=plan.errors,
@@ -137,12 +137,12 @@ class StoredPlan(Record):
         )
 
     def to_plan(self, num_inference_steps: int) -> Plan:
-        """The plan for a run of so many steps; raises PlanError where there is none."""
+        """Return the plan for a run of so many steps; raises PlanError where there is none."""
         return Plan(self.steps, num_inference_steps, self.errors, self.orders, self.scales)
 
 
 class Validation(Record):
-    """What one candidate gave end to end, on prompts that were not used for the errors."""
+    """The result of one candidate end to end, on prompts that were not used for the errors."""
 
     budget: Steps
     candidate: Text

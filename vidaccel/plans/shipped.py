@@ -8,7 +8,7 @@ from vidaccel.plans.policy import CachePolicy
 
 
 def shipped_policies() -> dict[str, Path]:
-    """The policy files that come with vidaccel: <org>--<model>/<name>.json -> path, sorted."""
+    """Return the files that come with vidaccel: <org>--<model>/<name>.json -> path, sorted."""
     return {
         f"{folder.name}/{file.name}": Path(str(file))
         for folder in sorted(files("vidaccel.policies").iterdir(), key=lambda entry: entry.name)
@@ -20,6 +20,6 @@ def shipped_policies() -> dict[str, Path]:
 
 @cache
 def load_shipped() -> tuple[tuple[str, CachePolicy], ...]:
-    """Name and policy of every shipped file, measured ones first; read once per process."""
+    """Return name and policy of every shipped file, measured ones first; read once a process."""
     found = [(name, CachePolicy.load(path)) for name, path in shipped_policies().items()]
     return tuple(sorted(found, key=lambda entry: (entry[1].provenance != "measured", entry[0])))

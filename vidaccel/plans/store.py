@@ -19,10 +19,10 @@ FILE_NAME = "vidaccel_policy.json"
 
 
 def find(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
-    """The policy file that a file, a folder or a hub id names; the last is downloaded.
+    """Find the policy file that a file, a folder or a hub id names; the last is downloaded.
 
     Args:
-        source: of the policy.
+        source: where the policy is.
         revision: branch, tag or commit of a hub repository.
         token: for the hub; None uses the one that is logged in.
 
@@ -38,7 +38,7 @@ def find(source: str | os.PathLike[str], revision: str | None, token: str | bool
 
 
 def read(file: Path) -> bytes:
-    """The content of a policy file; raises PolicyError when it is missing or too large."""
+    """Read a policy file; raises PolicyError when it is missing or too large."""
     try:
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
@@ -87,7 +87,7 @@ def upload(
 
 
 def parse(raw: bytes | str) -> tuple[str, dict[str, Any]]:
-    """The text of a policy file and the JSON object in it.
+    """Return the text of a policy file and the JSON object in it.
 
     Raises:
         PolicyError: it is no such object, or one that says a thing twice or not in finite numbers.
@@ -106,14 +106,14 @@ def parse(raw: bytes | str) -> tuple[str, dict[str, Any]]:
 
 
 def to_text(data: dict[str, Any]) -> str:
-    """The text of a file: sorted keys, one line per list of numbers and per edge."""
+    """Return the text of a file: sorted keys, one line per list of numbers and per edge."""
     text = json.dumps(data, indent=1, sort_keys=True)
     # A list or object without another one inside goes on one line.
     return re.sub(r"[\[{][^\[\]{}\"]*[\]}]|\{[^\[\]{}]*\}", _on_one_line, text) + "\n"
 
 
 def shortened(text: str) -> str:
-    """Text from a file, short and on one line."""
+    """Return text from a file, short and on one line."""
     text = text.encode("unicode_escape").decode()
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -7,7 +7,7 @@ from vidaccel.plans.plan import Plan
 
 
 def plan_table(plans: Mapping[int, Plan], psnr: Mapping[int, float]) -> list[str]:
-    """A heading and a line for each plan: C is a computed step, - one that is reused.
+    """Return a heading and a line for each plan: C is a computed step, - one that is reused.
 
     Args:
         plans: budget -> plan.
