@@ -126,10 +126,10 @@ def attention(
     """
     if not prompts or not top_ps:
         raise BenchError("bench attention needs at least one prompt and one top_p")
-    runs = _runs(methods, top_ps)
+    chosen = _chosen_methods(methods, top_ps)
     changed = [] if changes_at is None else _changes(changes_at)
-    clips = [(seed, *run) for seed in range(len(prompts)) for run in runs]
-    clips += [(0, *run) for run in changed]
+    clips = [(seed, *method) for seed in range(len(prompts)) for method in chosen]
+    clips += [(0, *method) for method in changed]
     found: dict[tuple[str, SVG2], list[ClipRecord]] = {}
     with TemporaryDirectory() as temporary:
         shards = _Shards(Path(temporary) if workdir is None else workdir, pipe, call)
@@ -150,15 +150,15 @@ def attention(
             "dtype": str(pipe.dtype),
             "device": str(pipe.device),
         },
-        [_point(name, method.svg2, found[name, method.svg2]) for name, method in runs + changed],
+        [_point(name, method.svg2, found[name, method.svg2]) for name, method in chosen + changed],
         environment(),
     )
 
 
-Run = tuple[str, SparseMethod]
+NamedMethod = tuple[str, SparseMethod]
 
 
-def _runs(methods: Sequence[str] | None, top_ps: Sequence[float]) -> list[Run]:
+def _chosen_methods(methods: Sequence[str] | None, top_ps: Sequence[float]) -> list[NamedMethod]:
     """Return the named methods, or all, at each top_p; raises BenchError for unknown names."""
     chosen = tuple(SPARSE_METHODS) if methods is None else tuple(dict.fromkeys(methods))
     if not chosen or (unknown := [name for name in chosen if name not in SPARSE_METHODS]):
@@ -171,7 +171,7 @@ def _runs(methods: Sequence[str] | None, top_ps: Sequence[float]) -> list[Run]:
     ]
 
 
-def _changes(top_p: float) -> list[Run]:
+def _changes(top_p: float) -> list[NamedMethod]:
     """Return the single changes of the settings."""
     return [
         (name, SparseMethod(replace(BASE, top_p=top_p, **change)))
