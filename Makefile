@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
 OLDEST := diffusers==0.38.0
-# A process per core; tests that share an expensive fixture, or start processes, name a group.
-PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadgroup
+# A process per core, a file of tests at a time: fixtures that a file shares are made once.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
 .PHONY: demo test test-all test-oldest lint clean
 

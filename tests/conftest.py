@@ -21,16 +21,12 @@ from tiny import (
 # Results depend on the number of threads, and several processes run tests at once.
 torch.set_num_threads(1)
 
-# Fixtures that take long to make: the marks of every test that uses one. A group runs in one
-# process, which makes the fixture once; those that start processes share theirs.
-_PROCESSES = pytest.mark.xdist_group("processes")
-_PAGE = pytest.mark.xdist_group("page")
+# The mark of every test that uses a fixture.
 MARKS = {
-    "cluster": (pytest.mark.slow, _PROCESSES),
-    "ranks": (pytest.mark.slow, _PROCESSES),
-    "distributions": (pytest.mark.slow, pytest.mark.xdist_group("wheel")),
-    "browser": (pytest.mark.browser, _PAGE),
-    "server": (_PAGE,),
+    "browser": pytest.mark.browser,
+    "cluster": pytest.mark.slow,
+    "distributions": pytest.mark.slow,
+    "ranks": pytest.mark.slow,
 }
 
 
@@ -38,9 +34,8 @@ MARKS = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that use a fixture of `MARKS`."""
     for item in items:
-        for name in getattr(item, "fixturenames", ()):
-            for mark in MARKS.get(name, ()):
-                item.add_marker(mark)
+        for name in MARKS.keys() & getattr(item, "fixturenames", ()):
+            item.add_marker(MARKS[name])
 
 
 @pytest.fixture(autouse=True)

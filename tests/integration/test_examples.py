@@ -52,7 +52,6 @@ def test_build_policy(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_ray_calibration(tmp_path):
     pytest.importorskip("ray")
     shown = run("ray_calibration.py", *SMALL, "--workers", 2, folder=tmp_path)
@@ -132,7 +131,6 @@ def test_the_space_is_what_its_read_me_says(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_torchrun_on_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--size", "64", "--frames", "5", "--steps", "8", "--out", "clip.mp4"]
