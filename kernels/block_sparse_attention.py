@@ -1,15 +1,15 @@
 """Attention of query clusters to the key clusters that are selected for them.
 
 One program per tile of queries. It reads its queries through the sorted order and writes its
-output back through it, walks the full tiles of keys without a mask, then the tiles made of
-pieces. Compensation is a second kernel that adds the means of the clusters that were not selected.
-With keys in int8 (see `quantise`) scores are products of whole numbers; all else stays as it is.
+output back through it, walks the full blocks of keys without a mask, then the tiles made of
+partial blocks. Compensation is a second kernel that adds the means of the clusters that were not
+selected. With keys in int8 (see `quantise`) scores are products of whole numbers; all else stays as
+it is.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -17,10 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels import reference
-from vidaccel.kernels.common import Impl, Selection, check_integers, check_like, resolve
-from vidaccel.kernels.kmeans import padded, rows_contiguous
+from vidaccel.kernels.block_lists import BLOCK_PARTIAL, BlockLists, fill_block_lists
+from vidaccel.kernels.common import (
+    Impl,
+    Selection,
+    check_integers,
+    check_like,
+    resolve,
+    rows_contiguous,
+)
 from vidaccel.kernels.quantise import Int8Keys, quantise_keys, to_int8
-from vidaccel.kernels.schedule import Schedule, schedule_of
+from vidaccel.kernels.tiles import LN_2, LOG2_E, block_d, load_tile, online_softmax_update
 
 
 def block_sparse_attention(
@@ -64,47 +71,56 @@ def block_sparse_attention(
         check_integers("q_order", q_order, 3)
         check_like("q_order", q_order, "q", q, 0, 1, 2)
     q_offsets, k_offsets = q_offsets.contiguous(), k_offsets.contiguous()
-    schedule = new_schedule(
-        q, k.shape[2], selection.num_queries, selection.num_keys,
-        None if k_means is None else k_means.shape[2], int8_qk,
-    )  # fmt: skip
-    k = k.contiguous()
-    keys: Tensor | Int8Keys = k
+    lists = empty_block_lists(
+        q,
+        k.shape[2],
+        selection.num_queries,
+        selection.num_keys,
+        num_means=None if k_means is None else k_means.shape[2],
+        int8_qk=int8_qk,
+    )
+    keys: Tensor | Int8Keys = k.contiguous()
     if int8_qk:
         sampled = selection.num_keys if shift_clusters is None else shift_clusters
-        keys = quantise_keys(k, k_offsets, sampled)
-    rows = selection.num_queries if compensated_rows is None else compensated_rows
-    schedule_of(selection, q_offsets, k_offsets, schedule, rows)
+        keys = quantise_keys(k.contiguous(), k_offsets, sampled)
+    num_compensated = selection.num_queries if compensated_rows is None else compensated_rows
+    fill_block_lists(lists, selection, q_offsets, k_offsets, num_compensated)
     return attend(
         q,
         keys,
         v.contiguous(),
         q_offsets,
         k_offsets,
-        schedule,
+        lists,
         scale=scale,
-        q_order=None if q_order is None else q_order.contiguous(),
+        sorted_idx=None if q_order is None else q_order.contiguous(),
         k_means=k_means,
         v_means=v_means,
     )
 
 
-def new_schedule(
-    q: Tensor, tokens_k: int, names_q: int, names_k: int, means: int | None, int8_qk: bool = False
-) -> Schedule:
-    """Room for the schedule of queries q [B, H, S, D]; the arguments are those of Schedule."""
-    batch, heads, tokens, width = q.shape
-    config = attention_config(width, q.dtype, chip(q.device), int8_qk)
-    return Schedule.empty(
+def empty_block_lists(
+    q: Tensor,
+    num_keys: int,
+    num_q_clusters: int,
+    num_k_clusters: int,
+    *,
+    num_means: int | None,
+    int8_qk: bool = False,
+) -> BlockLists:
+    """Allocate the lists of queries q [B, H, S, D]; see `BlockLists.empty`."""
+    batch, heads, num_queries, head_dim = q.shape
+    config = attention_config(head_dim, q.dtype, chip(q.device), int8_qk)
+    return BlockLists.empty(
         batch,
         heads,
-        tokens,
-        tokens_k,
-        names_q,
-        names_k,
-        rows=config["ROWS"],
-        keys=config["KEYS"],
-        means=means,
+        num_queries,
+        num_keys,
+        num_q_clusters,
+        num_k_clusters,
+        block_m=config["BLOCK_M"],
+        block_n=config["BLOCK_N"],
+        num_means=num_means,
         device=q.device,
     )
 
@@ -115,105 +131,99 @@ def attend(
     v: Tensor,
     q_offsets: Tensor,
     k_offsets: Tensor,
-    schedule: Schedule,
+    lists: BlockLists,
     *,
     scale: float,
-    q_order: Tensor | None,
+    sorted_idx: Tensor | None,
     k_means: Tensor | None = None,
     v_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Work off a schedule: one launch, two with means. k and v are contiguous; see the reference.
+    """Work off block lists: one launch, two with means. k and v are contiguous; see the reference.
 
     With int8 keys each program rounds its queries when it has read them.
     """
     q = rows_contiguous(q)
-    batch, heads, tokens, width = q.shape
-    names_q, names_k = q_offsets.shape[2] - 1, k_offsets.shape[2] - 1
+    batch, heads, num_queries, head_dim = q.shape
+    num_q_clusters = q_offsets.shape[2] - 1
     out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    tiles = schedule.table.shape[-1]
-    grid = (tiles * batch * heads,)
-    factor = scale * 1.4426950408889634
-    order = schedule.table if q_order is None else q_order
+    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
+    max_full_blocks, max_partial_blocks, max_q_tiles = lists.room()
+    grid = (max_q_tiles * batch * heads,)
     int8 = isinstance(k, Int8Keys)
-    keys, k_scale, k_shift = (k.values, k.scale, k.shift) if int8 else (k, lse, lse)
-    tensors = (q, keys, v, out, lse, *q.stride()[:3], *out.stride()[:3], order, q_offsets)
-    shape = {"ORDERED": q_order is not None, "D": width, "DP": padded(width)}
+    keys, k_scale, k_shift = (k.codes, k.scale, k.shift) if int8 else (k, None, None)
+    queries = (q, out, lse, *q.stride()[:3], *out.stride()[:3], sorted_idx, q_offsets)
+    sizes = {"heads": heads, "num_queries": num_queries, "num_q_clusters": num_q_clusters}
+    common = {
+        "qk_scale_log2": scale * LOG2_E.value,
+        **sizes,
+        "max_q_tiles": max_q_tiles,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d(head_dim),
+    }
     _attend[grid](
-        *tensors,
-        schedule.full,
-        schedule.pieces,
-        schedule.lengths,
-        schedule.table,
+        *queries,
+        lists.q_tiles,
+        keys,
+        v,
         k_scale,
         k_shift,
-        factor,
-        heads,
-        tokens,
-        v.shape[2],
-        names_q,
-        schedule.full.shape[-1],
-        schedule.pieces.shape[-1],
-        tiles,
+        lists.full_blocks,
+        lists.partial_blocks,
+        lists.num_blocks,
+        num_keys=v.shape[2],
+        max_full_blocks=max_full_blocks,
+        max_partial_blocks=max_partial_blocks,
         INT8=int8,
-        PIECE=schedule.piece,
-        **shape,
-        **attention_config(width, q.dtype, chip(q.device), int8),
+        BLOCK_PARTIAL=BLOCK_PARTIAL,
+        **common,
+        **attention_config(head_dim, q.dtype, chip(q.device), int8),
     )
     if k_means is not None and v_means is not None:
-        k_means, v_means = k_means.to(q.dtype).contiguous(), v_means.to(q.dtype).contiguous()
         _add_means[grid](
-            tensors[0],
-            k_means,
-            v_means,
-            *tensors[3:],
+            *queries,
+            lists.q_tiles,
+            k_means.to(q.dtype).contiguous(),
+            v_means.to(q.dtype).contiguous(),
             k_offsets,
-            schedule.table,
-            schedule.unseen,
-            factor,
-            heads,
-            tokens,
-            names_q,
-            names_k,
-            k_means.shape[2],
-            tiles,
-            **shape,
-            **means_config(width, q.dtype, schedule.rows),
+            lists.use_mean,
+            num_k_clusters=k_offsets.shape[2] - 1,
+            num_means=k_means.shape[2],
+            **common,
+            **means_config(q.dtype, lists.block_m),
         )
     return out, lse
 
 
 def attention_config(
-    width: int, dtype: torch.dtype, chip: int, int8_qk: bool = False
-) -> dict[str, Any]:
-    """Tile of queries, tile of keys, warps and pipeline stages.
+    head_dim: int, dtype: torch.dtype, chip: int, int8_qk: bool = False
+) -> dict[str, int]:
+    """Return the tile of queries, tile of keys, warps and pipeline stages.
 
     Chips with wgmma or tcgen05 take a tile of 128 queries: it halves what a smaller one would
     read from the L2 cache. The others run out of registers with it.
     """
     if dtype == torch.float32:
-        # Products without tensor cores, in full precision; that of int8 leaves 8 warps of width 64
-        # just short of registers.
-        return _tiles(32, 16, 4 if int8_qk and width == 64 else 8, 1)
+        # Products without tensor cores, in full precision; that of int8 leaves 8 warps of head
+        # size 64 just short of registers.
+        return _config(32, 16, 4 if int8_qk and head_dim == 64 else 8, 1)
     if chip not in (90, 100):
-        return _tiles(64, 32, 4, 2)
-    return _tiles(128, 64, 4, 3) if width == 64 else _tiles(128, 128, 8, 2)
+        return _config(64, 32, 4, 2)
+    return _config(128, 64, 4, 3) if head_dim == 64 else _config(128, 128, 8, 2)
 
 
-def means_config(width: int, dtype: torch.dtype, rows: int) -> dict[str, Any]:
-    """Tiles for the means of clusters; the tile of queries is the one of the schedule."""
+def means_config(dtype: torch.dtype, block_m: int) -> dict[str, int]:
+    """Return the same for the means of clusters; the tile of queries is the one of the lists."""
     if dtype == torch.float32:
-        return _tiles(rows, 16, 8, 1)
-    return _tiles(rows, 32, 4 if rows < 128 else 8, 2)
+        return _config(block_m, 16, 8, 1)
+    return _config(block_m, 32, 4 if block_m < 128 else 8, 2)
 
 
-def _tiles(rows: int, keys: int, warps: int, stages: int) -> dict[str, Any]:
-    sizes = {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
-    return sizes | {"PRECISION": "ieee"}  # of products in float32
+def _config(block_m: int, block_n: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def chip(device: torch.device) -> int:
-    """Which row of configs a device takes: a compute capability; 90 in the interpreter."""
+    """Return the row of configs that a device takes: a compute capability; 90 if interpreted."""
     return _chip(device.index or 0) if device.type == "cuda" else 90
 
 
@@ -223,16 +233,14 @@ def _chip(index: int) -> int:
     return major * 10
 
 
+SIZES = ["qk_scale_log2", "heads", "num_queries", "num_q_clusters", "max_q_tiles"]
+
+
 @triton.jit(
-    do_not_specialize=[
-        *("scale", "heads", "tokens", "tokens_k", "names_q"),
-        *("full_room", "piece_room", "tiles"),
-    ]
+    do_not_specialize=[*SIZES, "num_keys", "max_full_blocks", "max_partial_blocks"],
 )
 def _attend(
     q,
-    k,
-    v,
     out,
     lse,
     q_batch_stride,
@@ -241,153 +249,130 @@ def _attend(
     out_batch_stride,
     out_head_stride,
     out_row_stride,
-    order,
+    sorted_idx,
     q_offsets,
-    full,
-    pieces,
-    lengths,
-    table,
+    q_tiles,
+    k,
+    v,
     k_scale,
     k_shift,
-    scale,
+    full_blocks,
+    partial_blocks,
+    num_blocks,
+    qk_scale_log2,
     heads,
-    tokens,
-    tokens_k,
-    names_q,
-    full_room,
-    piece_room,
-    tiles,
-    ORDERED: tl.constexpr,
+    num_queries,
+    num_q_clusters,
+    max_q_tiles,
+    num_keys,
+    max_full_blocks,
+    max_partial_blocks,
     INT8: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PIECE: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_PARTIAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """One tile of queries. Scores are in powers of two: `scale` holds log2(e).
+    """Attend with one tile of queries. Scores are in powers of two: the scale holds log2(e).
 
     With INT8 the queries are rounded here, and a score is a product of whole numbers times the
     scales of its query and its key.
     """
     # Tiles of one head run together, so that its keys and values stay in the L2 cache.
-    group = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    cluster = tl.load(table + group * 2 * tiles + tile)
-    if cluster >= 0:
-        batch = group // heads
-        head = group % heads
-        place = tl.load(table + group * 2 * tiles + tiles + tile) + tl.arange(0, ROWS)
-        mine = place < tl.load(q_offsets + group * (names_q + 1) + cluster + 1)
-        if ORDERED:
-            row = tl.load(order + group * tokens + place, mask=mine, other=0).to(tl.int64)
-        else:
-            row = place.to(tl.int64)
-        column = tl.arange(0, DP)
-        inside = mine[:, None] & (column < D)[None, :]
-        rows = tl.load(
-            q
-            + batch * q_batch_stride
-            + head * q_head_stride
-            + row[:, None] * q_row_stride
-            + column[None, :],
-            mask=inside,
-            other=0.0,
+    batch_head = (tl.program_id(0) // max_q_tiles).to(tl.int64)
+    tile = tl.program_id(0) % max_q_tiles
+    q_cluster = tl.load(q_tiles + batch_head * 2 * max_q_tiles + tile)
+    if q_cluster >= 0:
+        batch, head = batch_head // heads, batch_head % heads
+        q += batch * q_batch_stride + head * q_head_stride
+        q_idx, mask_m = _query_rows(
+            sorted_idx,
+            q_offsets,
+            q_tiles,
+            batch_head,
+            tile,
+            q_cluster,
+            num_queries,
+            num_q_clusters,
+            max_q_tiles,
+            BLOCK_M,
         )
-        common = 0.0  # what the shift of the keys took from every score
-        each = scale  # of a row: from a score to powers of two
-        slope = scale
+        offs_d = tl.arange(0, BLOCK_D)
+        # [BLOCK_M, BLOCK_D]
+        q_tile = load_tile(q, q_idx, q_row_stride, offs_d, mask_m, HEAD_DIM)
+        row_scale = tl.full([BLOCK_M], qk_scale_log2, tl.float32)
+        shift_score = 0.0  # what the shift of the keys took from every score
         if INT8:
-            wide = rows.to(tl.float32)
-            shift = tl.load(k_shift + group * D + column, mask=column < D, other=0.0)
-            common = tl.sum(wide * shift[None, :], 1) * scale
-            rows, step = to_int8(wide)
-            each = step * scale
-            slope = each[:, None]
-            k_scale += group * tokens_k
-        k += group * tokens_k * D
-        v += group * tokens_k * D
-        lane = tl.arange(0, KEYS)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        mixed = tl.zeros([ROWS, DP], tl.float32)
-        line = group * names_q + cluster
-        full += line * full_room
-        pieces += line * piece_room
-
-        start = tl.load(full)
-        for at in range(0, tl.load(lengths + line * 2)):
-            key = (start + lane).to(tl.int64)
-            start = tl.load(full + at + 1)  # for the next turn: its latency is hidden by this one
-            if DP == D:
-                kt = tl.load(k + key[None, :] * D + column[:, None])
-            else:
-                kt = tl.load(
-                    k + key[None, :] * D + column[:, None], mask=(column < D)[:, None], other=0.0
-                )
-            score = tl.dot(rows, kt, input_precision=PRECISION)
-            if INT8:
-                score = score.to(tl.float32) * tl.load(k_scale + key)[None, :]
-            higher = tl.maximum(top, tl.max(score, 1) * each)
-            weight = tl.exp2(score * slope - higher[:, None])
-            fade = tl.exp2(top - higher)
-            total = total * fade + tl.sum(weight, 1)
-            mixed = mixed * fade[:, None]
-            if DP == D:
-                vt = tl.load(v + key[:, None] * D + column[None, :])
-            else:
-                vt = tl.load(
-                    v + key[:, None] * D + column[None, :], mask=(column < D)[None, :], other=0.0
-                )
-            mixed = tl.dot(weight.to(vt.dtype), vt, mixed, input_precision=PRECISION)
-            top = higher
-
-        for at in range(0, tl.load(lengths + line * 2 + 1)):
-            piece = tl.load(pieces + at * (KEYS // PIECE) + lane // PIECE)
-            seen = lane % PIECE < piece % 32
-            key = (piece // 32 + lane % PIECE).to(tl.int64)
-            kt = tl.load(
-                k + key[None, :] * D + column[:, None],
-                mask=seen[None, :] & (column < D)[:, None],
-                other=0.0,
+            exact = q_tile.to(tl.float32)
+            # [BLOCK_D]
+            shift = tl.load(
+                k_shift + batch_head * HEAD_DIM + offs_d, mask=offs_d < HEAD_DIM, other=0.0
             )
-            score = tl.dot(rows, kt, input_precision=PRECISION)
+            shift_score = tl.sum(exact * shift[None, :], 1) * qk_scale_log2
+            q_tile, q_scale = to_int8(exact)
+            row_scale = q_scale * qk_scale_log2
+            k_scale += batch_head * num_keys
+        k += batch_head * num_keys * HEAD_DIM
+        v += batch_head * num_keys * HEAD_DIM
+        row = batch_head * num_q_clusters + q_cluster
+        full_blocks += row * max_full_blocks
+        partial_blocks += row * max_partial_blocks
+        num_blocks += row * 2
+
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        offs_n = tl.arange(0, BLOCK_N)
+
+        # Full blocks: BLOCK_N keys in a row, no mask.
+        start_n = tl.load(full_blocks)
+        for block in range(0, tl.load(num_blocks)):
+            k_idx = (start_n + offs_n).to(tl.int64)
+            # For the next turn: its latency is hidden by this one.
+            start_n = tl.load(full_blocks + block + 1)
+            # [BLOCK_D, BLOCK_N]
+            k_tile = load_tile(k, k_idx, HEAD_DIM, offs_d, None, HEAD_DIM, TRANSPOSED=True)
+            # [BLOCK_M, BLOCK_N]
+            scores = tl.dot(q_tile, k_tile, input_precision="ieee")
             if INT8:
-                score = score.to(tl.float32) * tl.load(k_scale + key, mask=seen, other=0.0)[None, :]
-            score = tl.where(seen[None, :], score * slope, float("-inf"))
-            higher = tl.maximum(top, tl.max(score, 1))
-            weight = tl.exp2(score - higher[:, None])
-            fade = tl.exp2(top - higher)
-            total = total * fade + tl.sum(weight, 1)
-            mixed = mixed * fade[:, None]
-            vt = tl.load(
-                v + key[:, None] * D + column[None, :],
-                mask=seen[:, None] & (column < D)[None, :],
-                other=0.0,
+                scores = scores.to(tl.float32) * tl.load(k_scale + k_idx)[None, :]
+            m_i, l_i, acc, p = online_softmax_update(m_i, l_i, acc, scores, row_scale)
+            # [BLOCK_N, BLOCK_D]
+            v_tile = load_tile(v, k_idx, HEAD_DIM, offs_d, None, HEAD_DIM)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+
+        # Tiles of partial blocks: BLOCK_PARTIAL keys in a row at most, from several runs.
+        for tile_n in range(0, tl.load(num_blocks + 1)):
+            # [BLOCK_N]
+            packed = tl.load(
+                partial_blocks + tile_n * (BLOCK_N // BLOCK_PARTIAL) + offs_n // BLOCK_PARTIAL
             )
-            mixed = tl.dot(weight.to(vt.dtype), vt, mixed, input_precision=PRECISION)
-            top = higher
+            mask_n = offs_n % BLOCK_PARTIAL < packed % 32
+            k_idx = (packed // 32 + offs_n % BLOCK_PARTIAL).to(tl.int64)
+            # [BLOCK_D, BLOCK_N]
+            k_tile = load_tile(k, k_idx, HEAD_DIM, offs_d, mask_n, HEAD_DIM, TRANSPOSED=True)
+            # [BLOCK_M, BLOCK_N]
+            scores = tl.dot(q_tile, k_tile, input_precision="ieee")
+            if INT8:
+                scale = tl.load(k_scale + k_idx, mask=mask_n, other=0.0)
+                scores = scores.to(tl.float32) * scale[None, :]
+            scores = tl.where(mask_n[None, :], scores * row_scale[:, None], float("-inf"))
+            m_i, l_i, acc, p = online_softmax_update(m_i, l_i, acc, scores, None)
+            # [BLOCK_N, BLOCK_D]
+            v_tile = load_tile(v, k_idx, HEAD_DIM, offs_d, mask_n, HEAD_DIM)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
-        mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(
-            out
-            + batch * out_batch_stride
-            + head * out_head_stride
-            + row[:, None] * out_row_stride
-            + column[None, :],
-            mixed.to(out.dtype.element_ty),
-            mask=inside,
-        )
-        top += tl.log2(total) + common
-        tl.store(lse + group * tokens + row, top * 0.6931471805599453, mask=mine)
+        out += batch * out_batch_stride + head * out_head_stride
+        lse += batch_head * num_queries
+        _store_rows(out, q_idx, out_row_stride, mask_m, l_i, acc, offs_d, HEAD_DIM)
+        m_i += tl.log2(l_i) + shift_score
+        tl.store(lse + q_idx, m_i * LN_2, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["scale", "heads", "tokens", "names_q", "names_k", "means", "tiles"])
+@triton.jit(do_not_specialize=[*SIZES, "num_k_clusters", "num_means"])
 def _add_means(
     q,
-    k_means,
-    v_means,
     out,
     lse,
     q_batch_stride,
@@ -396,102 +381,129 @@ def _add_means(
     out_batch_stride,
     out_head_stride,
     out_row_stride,
-    order,
+    sorted_idx,
     q_offsets,
+    q_tiles,
+    k_means,
+    v_means,
     k_offsets,
-    table,
-    unseen,
-    scale,
+    use_mean,
+    qk_scale_log2,
     heads,
-    tokens,
-    names_q,
-    names_k,
-    means,
-    tiles,
-    ORDERED: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    num_queries,
+    num_q_clusters,
+    max_q_tiles,
+    num_k_clusters,
+    num_means,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Attend to the means of the clusters that were left out, and merge by log-sum-exp."""
-    group = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    cluster = tl.load(table + group * 2 * tiles + tile)
-    if cluster >= 0:
-        batch = group // heads
-        head = group % heads
-        place = tl.load(table + group * 2 * tiles + tiles + tile) + tl.arange(0, ROWS)
-        mine = place < tl.load(q_offsets + group * (names_q + 1) + cluster + 1)
-        if ORDERED:
-            row = tl.load(order + group * tokens + place, mask=mine, other=0).to(tl.int64)
-        else:
-            row = place.to(tl.int64)
-        column = tl.arange(0, DP)
-        inside = mine[:, None] & (column < D)[None, :]
-        rows = tl.load(
-            q
-            + batch * q_batch_stride
-            + head * q_head_stride
-            + row[:, None] * q_row_stride
-            + column[None, :],
-            mask=inside,
-            other=0.0,
+    batch_head = (tl.program_id(0) // max_q_tiles).to(tl.int64)
+    tile = tl.program_id(0) % max_q_tiles
+    q_cluster = tl.load(q_tiles + batch_head * 2 * max_q_tiles + tile)
+    if q_cluster >= 0:
+        batch, head = batch_head // heads, batch_head % heads
+        q += batch * q_batch_stride + head * q_head_stride
+        q_idx, mask_m = _query_rows(
+            sorted_idx,
+            q_offsets,
+            q_tiles,
+            batch_head,
+            tile,
+            q_cluster,
+            num_queries,
+            num_q_clusters,
+            max_q_tiles,
+            BLOCK_M,
         )
-        k_means += group * means * D
-        v_means += group * means * D
-        k_offsets += group * (names_k + 1)
-        unseen += (group * names_q + cluster) * means
-        lane = tl.arange(0, KEYS)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        mixed = tl.zeros([ROWS, DP], tl.float32)
-        for at in range(0, means, KEYS):
-            mean = at + lane
-            known = mean < means
+        offs_d = tl.arange(0, BLOCK_D)
+        # [BLOCK_M, BLOCK_D]
+        q_tile = load_tile(q, q_idx, q_row_stride, offs_d, mask_m, HEAD_DIM)
+        k_means += batch_head * num_means * HEAD_DIM
+        v_means += batch_head * num_means * HEAD_DIM
+        k_offsets += batch_head * (num_k_clusters + 1)
+        use_mean += (batch_head * num_q_clusters + q_cluster) * num_means
+
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        offs_n = tl.arange(0, BLOCK_N)
+        for start in range(0, num_means, BLOCK_N):
+            mean = start + offs_n
+            known = mean < num_means
+            # [BLOCK_N]
             begin = tl.load(k_offsets + mean, mask=known, other=0)
             end = tl.load(k_offsets + mean + 1, mask=known, other=0)
-            seen = (end > begin) & (tl.load(unseen + mean, mask=known, other=0) != 0)
-            kt = tl.load(
-                k_means + mean[None, :] * D + column[:, None],
-                mask=seen[None, :] & (column < D)[:, None],
-                other=0.0,
-            )
-            size = tl.log2(tl.maximum(end - begin, 1).to(tl.float32))
-            score = tl.dot(rows, kt, input_precision=PRECISION) * scale + size[None, :]
-            score = tl.where(seen[None, :], score, float("-inf"))
-            higher = tl.maximum(top, tl.max(score, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            weight = tl.exp2(score - base[:, None])
-            fade = tl.exp2(top - base)
-            total = total * fade + tl.sum(weight, 1)
-            vt = tl.load(
-                v_means + mean[:, None] * D + column[None, :],
-                mask=seen[:, None] & (column < D)[None, :],
-                other=0.0,
-            )
-            mixed = mixed * fade[:, None]
-            mixed = tl.dot(weight.to(vt.dtype), vt, mixed, input_precision=PRECISION)
-            top = higher
+            mask_n = (end > begin) & (tl.load(use_mean + mean, mask=known, other=0) != 0)
+            # [BLOCK_D, BLOCK_N]
+            k_tile = load_tile(k_means, mean, HEAD_DIM, offs_d, mask_n, HEAD_DIM, TRANSPOSED=True)
+            size_log2 = tl.log2(tl.maximum(end - begin, 1).to(tl.float32))
+            # [BLOCK_M, BLOCK_N]
+            scores = tl.dot(q_tile, k_tile, input_precision="ieee") * qk_scale_log2
+            scores = tl.where(mask_n[None, :], scores + size_log2[None, :], float("-inf"))
+            m_i, l_i, acc, p = online_softmax_update(m_i, l_i, acc, scores, None, ALL_HIDDEN=True)
+            # [BLOCK_N, BLOCK_D]
+            v_tile = load_tile(v_means, mean, HEAD_DIM, offs_d, mask_n, HEAD_DIM)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
-        here = (
-            out
-            + batch * out_batch_stride
-            + head * out_head_stride
-            + row[:, None] * out_row_stride
-            + column[None, :]
-        )
-        before = tl.load(lse + group * tokens + row, mask=mine, other=0.0) * 1.4426950408889634
-        higher = tl.maximum(top, before)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp2(top - base)
-        share = tl.exp2(before - base)
-        total = total * fade + share
-        exact = tl.load(here, mask=inside, other=0.0).to(tl.float32)
-        mixed = mixed * fade[:, None] + exact * share[:, None]
-        mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(here, mixed.to(out.dtype.element_ty), mask=inside)
-        tl.store(
-            lse + group * tokens + row, (base + tl.log2(total)) * 0.6931471805599453, mask=mine
-        )
+        out += batch * out_batch_stride + head * out_head_stride
+        lse += batch_head * num_queries
+        before = tl.load(lse + q_idx, mask=mask_m, other=0.0) * LOG2_E
+        m_new = tl.maximum(m_i, before)
+        m_new = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - m_new)
+        share = tl.exp2(before - m_new)
+        l_i = l_i * alpha + share
+        # [BLOCK_M, BLOCK_D]
+        exact = load_tile(out, q_idx, out_row_stride, offs_d, mask_m, HEAD_DIM).to(tl.float32)
+        acc = acc * alpha[:, None] + exact * share[:, None]
+        _store_rows(out, q_idx, out_row_stride, mask_m, l_i, acc, offs_d, HEAD_DIM)
+        tl.store(lse + q_idx, (m_new + tl.log2(l_i)) * LN_2, mask=mask_m)
+
+
+@triton.jit
+def _query_rows(
+    sorted_idx,
+    q_offsets,
+    q_tiles,
+    batch_head,
+    tile,
+    q_cluster,
+    num_queries,
+    num_q_clusters,
+    max_q_tiles,
+    BLOCK_M: tl.constexpr,
+):
+    """Return the queries [BLOCK_M] of a tile, int64, and which of them are of its cluster."""
+    first = tl.load(q_tiles + batch_head * 2 * max_q_tiles + max_q_tiles + tile)
+    offs_m = first + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < tl.load(q_offsets + batch_head * (num_q_clusters + 1) + q_cluster + 1)
+    if sorted_idx is None:
+        q_idx = offs_m.to(tl.int64)
+    else:
+        q_idx = tl.load(sorted_idx + batch_head * num_queries + offs_m, mask=mask_m, other=0)
+        q_idx = q_idx.to(tl.int64)
+    return q_idx, mask_m
+
+
+@triton.jit
+def _store_rows(
+    out,
+    q_idx,
+    out_row_stride,
+    mask_m,
+    l_i,
+    acc,
+    offs_d,
+    HEAD_DIM: tl.constexpr,
+):
+    """Write the output of a tile of queries: 0 for a query without keys."""
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    tl.store(
+        out + q_idx[:, None] * out_row_stride + offs_d[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :],
+    )

@@ -1,8 +1,8 @@
-"""What every kernel shares: the selection, and one clear message for each kind of bad input."""
+"""Shared by all kernels on the host: the selection, and one message for each kind of bad input."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,7 +22,7 @@ class KernelError(VidaccelError):
 
 @dataclass(frozen=True)
 class Selection:
-    """Which key clusters every query cluster attends to: lists on the device, without a host copy.
+    """The key clusters that every query cluster attends to: lists on the device, no host copy.
 
     Row i of batch item b and head h is `indices[b, h, indptr[b, h, i]:indptr[b, h, i + 1]]`, in
     ascending order. What lies behind `indptr[b, h, -1]` has no meaning.
@@ -48,31 +48,40 @@ class Selection:
         return self.indices.shape[2] // max(self.num_queries, 1)
 
     def mask(self) -> Tensor:
-        """The same as a dense [B, H, Qc, Kc] boolean tensor."""
-        batch, heads, rows = self.tokens.shape
+        """Return the same as a dense [B, H, Qc, Kc] boolean tensor."""
+        batch, heads, num_queries = self.tokens.shape
         size = self.indices.shape[2]
-        place = torch.arange(size, device=self.indices.device).expand(batch, heads, size)
+        entry = torch.arange(size, device=self.indices.device).expand(batch, heads, size)
         row = torch.searchsorted(
-            self.indptr[..., 1:].long().contiguous(), place.contiguous(), right=True
+            self.indptr[..., 1:].long().contiguous(), entry.contiguous(), right=True
         )
-        used = place < self.indptr[..., -1:]
-        row = torch.where(used, row, rows)
+        used = entry < self.indptr[..., -1:]
+        row = torch.where(used, row, num_queries)
         column = torch.where(used, self.indices.long(), 0)
         flat = torch.zeros(
-            batch, heads, (rows + 1) * self.num_keys, dtype=torch.bool, device=row.device
+            batch, heads, (num_queries + 1) * self.num_keys, dtype=torch.bool, device=row.device
         )
         flat.scatter_(2, row * self.num_keys + column, used)
-        return flat.view(batch, heads, rows + 1, self.num_keys)[:, :, :rows]
+        return flat.view(batch, heads, num_queries + 1, self.num_keys)[:, :, :num_queries]
 
 
-def density(selection: Selection, q_counts: Tensor, k_total: int) -> Tensor:
-    """The computed share of all query-key pairs, per batch item and head: [B, H] fp32."""
-    pairs = (selection.tokens.double() * q_counts.double()).sum(-1)
-    return (pairs / (q_counts.double().sum(-1) * k_total)).float()
+def density(selected_keys: Tensor, q_counts: Tensor, num_keys: int | Tensor) -> Tensor:
+    """Return the computed share of all query-key pairs of every head.
+
+    Args:
+        selected_keys: [..., Qc] keys that each query cluster attends to, `Selection.tokens`.
+        q_counts: [..., Qc] queries of each cluster.
+        num_keys: number of keys, one for all heads or [...].
+
+    Returns:
+        [...] float64.
+    """
+    pairs = (selected_keys.double() * q_counts.double()).sum(-1)
+    return pairs / (q_counts.double().sum(-1) * num_keys)
 
 
 def resolve(impl: Impl, *tensors: Tensor) -> str:
-    """ "triton" or "reference" for these inputs.
+    """Return "triton" or "reference" for these inputs.
 
     Raises:
         KernelError: the name is unknown, or Triton is wanted where it cannot run.
@@ -87,18 +96,21 @@ def resolve(impl: Impl, *tensors: Tensor) -> str:
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    """Tell whether Triton's interpreter runs the kernels, on the CPU."""
     try:
-        from triton.runtime.jit import JITFunction
-
-        from vidaccel.kernels.sort import _scan
-    except ImportError:
+        from vidaccel.kernels import tiles
+    except ImportError:  # Triton is not installed
         return False
-    return not isinstance(_scan, JITFunction)
+    return tiles.interpreting()
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Return the same values with the elements of a row side by side."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def check_layout(name: str, x: Tensor, *, reference: bool, head_dim: bool = True) -> None:
-    """Refuse what is not [B, H, S, D] in a dtype and width that the kernels take."""
+    """Refuse what is not [B, H, S, D] in a dtype and head dimension that the kernels take."""
     if x.dim() != 4:
         raise KernelError(f"{name} must be [batch, heads, tokens, dim], found {list(x.shape)}")
     if 0 in x.shape:
@@ -106,8 +118,8 @@ def check_layout(name: str, x: Tensor, *, reference: bool, head_dim: bool = True
     if not x.is_floating_point() or (not reference and x.dtype not in DTYPES):
         raise KernelError(f"{name} must be float16, bfloat16 or float32, found {x.dtype}")
     if not reference and head_dim and x.shape[-1] not in HEAD_DIMS:
-        widths = ", ".join(map(str, HEAD_DIMS))
-        raise KernelError(f"the head dimension of {name} must be one of {widths}: {x.shape[-1]}")
+        known = ", ".join(map(str, HEAD_DIMS))
+        raise KernelError(f"the head dimension of {name} must be one of {known}: {x.shape[-1]}")
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *dims: int) -> None:
@@ -142,8 +154,3 @@ def check_top_p(top_p: float, min_ratio: float) -> None:
         raise KernelError(f"top_p must be in (0, 1], found {top_p}")
     if not 0.0 <= min_ratio <= 1.0:
         raise KernelError(f"min_ratio must be in [0, 1], found {min_ratio}")
-
-
-def replace_device(selection: Selection, device: torch.device) -> Selection:
-    """The selection on another device."""
-    return Selection(**{f.name: getattr(selection, f.name).to(device) for f in fields(selection)})

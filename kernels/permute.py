@@ -8,9 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels import reference
-from vidaccel.kernels.common import Impl, check_integers, check_layout, check_like, resolve
-
-MOVE = {"ROWS": 64, "num_warps": 4}
+from vidaccel.kernels.common import (
+    Impl,
+    check_integers,
+    check_layout,
+    check_like,
+    resolve,
+    rows_contiguous,
+)
+from vidaccel.kernels.tiles import block_d, load_tile
 
 
 def permute(x: Tensor, order: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -23,34 +29,37 @@ def unpermute(y: Tensor, order: Tensor, *, impl: Impl = "auto") -> Tensor:
     return _moved(y, order, impl, scatter=True)
 
 
-def _moved(x: Tensor, order: Tensor, impl: Impl, *, scatter: bool) -> Tensor:
-    if resolve(impl, x, order) == "reference":
-        return reference.unpermute(x, order) if scatter else reference.permute(x, order)
+def _moved(x: Tensor, sorted_idx: Tensor, impl: Impl, *, scatter: bool) -> Tensor:
+    if resolve(impl, x, sorted_idx) == "reference":
+        return reference.unpermute(x, sorted_idx) if scatter else reference.permute(x, sorted_idx)
     check_layout("x", x, reference=False)
-    check_integers("order", order, 3)
-    check_like("order", order, "x", x, 0, 1, 2)
-    x = x if x.stride(3) == 1 else x.contiguous()
-    batch, heads, tokens, width = x.shape
+    check_integers("order", sorted_idx, 3)
+    check_like("order", sorted_idx, "x", x, 0, 1, 2)
+    x = rows_contiguous(x)
+    batch, heads, tokens, head_dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _move[(triton.cdiv(tokens, MOVE["ROWS"]), batch * heads)](
+    _move[(triton.cdiv(tokens, MOVE["BLOCK_M"]), batch * heads)](
         x,
-        order.contiguous(),
+        sorted_idx.contiguous(),
         out,
         *x.stride()[:3],
         heads,
         tokens,
         SCATTER=scatter,
-        D=width,
-        DP=triton.next_power_of_2(width),
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d(head_dim),
         **MOVE,
     )
     return out
 
 
+MOVE = {"BLOCK_M": 64, "num_warps": 4}
+
+
 @triton.jit(do_not_specialize=["heads", "tokens"])
 def _move(
     x,
-    order,
+    sorted_idx,
     out,
     batch_stride,
     head_stride,
@@ -58,32 +67,29 @@ def _move(
     heads,
     tokens,
     SCATTER: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """Move one tile of rows; int64 throughout, since offsets can pass 2^31."""
-    group = tl.program_id(1)
-    batch = (group // heads).to(tl.int64)
-    head = (group % heads).to(tl.int64)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, DP)
-    mine = place < tokens
-    base = group.to(tl.int64) * tokens
-    other = tl.load(order + base + place, mask=mine, other=0).to(tl.int64)
-    place = place.to(tl.int64)
+    batch_head = tl.program_id(1)
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < tokens
+    base = batch_head.to(tl.int64) * tokens
+    token = tl.load(sorted_idx + base + offs_m, mask=mask_m, other=0).to(tl.int64)
+    offs_m = offs_m.to(tl.int64)
     if SCATTER:
-        source, target = place, other
+        source, target = offs_m, token
     else:
-        source, target = other, place
-    both = mine[:, None] & (column < D)[None, :]
-    tile = tl.load(
-        x
-        + batch * batch_stride
-        + head * head_stride
-        + source[:, None] * tl.cast(row_stride, tl.int64)
-        + column[None, :],
-        mask=both,
-        other=0.0,
+        source, target = token, offs_m
+    # [BLOCK_M, BLOCK_D]
+    x += batch * batch_stride + head * head_stride
+    tile = load_tile(x, source, tl.cast(row_stride, tl.int64), offs_d, mask_m, HEAD_DIM)
+    tl.store(
+        out + (base + target)[:, None] * HEAD_DIM + offs_d[None, :],
+        tile,
+        mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :],
     )
-    tl.store(out + (base + target)[:, None] * D + column[None, :], tile, mask=both)

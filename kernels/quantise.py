@@ -17,35 +17,7 @@ from torch import Tensor
 
 from vidaccel.kernels.common import KernelError
 from vidaccel.kernels.reference import LEAST, SAMPLES
-
-QUANTISE = {"ROWS": 32, "num_warps": 4}
-_LEAST, _SAMPLES = tl.constexpr(LEAST), tl.constexpr(SAMPLES)
-
-
-@dataclass
-class Int8Keys:
-    """Rounded keys: D + 4 bytes a key and head, where 16-bit ones take 2 D.
-
-    Attributes:
-        values: [B, H, S, D] int8, sorted by cluster.
-        scale: [B, H, S] fp32; NaN for a key that holds NaN or infinity.
-        shift: [B, H, D] fp32, what was taken from every key.
-    """
-
-    values: Tensor
-    scale: Tensor
-    shift: Tensor
-
-    @classmethod
-    def empty(cls, k: Tensor) -> Int8Keys:
-        """Room for keys [B, H, S, D]."""
-        batch, heads, tokens, width = k.shape
-
-        def floats(*shape: int) -> Tensor:
-            return torch.empty(batch, heads, *shape, dtype=torch.float32, device=k.device)
-
-        values = torch.empty(k.shape, dtype=torch.int8, device=k.device)
-        return cls(values, floats(tokens), floats(width))
+from vidaccel.kernels.tiles import block_d, load_tile
 
 
 def quantise_keys(k: Tensor, k_offsets: Tensor, clusters: int) -> Int8Keys:
@@ -57,58 +29,90 @@ def quantise_keys(k: Tensor, k_offsets: Tensor, clusters: int) -> Int8Keys:
         raise KernelError(
             f"shift_clusters must be from 1 to {k_offsets.shape[2] - 1}, found {clusters}"
         )
-    batch, heads, tokens, width = k.shape
+    batch, heads, tokens, head_dim = k.shape
     keys = Int8Keys.empty(k)
-    _quantise[(triton.cdiv(tokens, QUANTISE["ROWS"]), batch * heads)](
+    _quantise[(triton.cdiv(tokens, QUANTISE["BLOCK_N"]), batch * heads)](
         k,
         k_offsets,
-        keys.values,
+        keys.codes,
         keys.scale,
         keys.shift,
         tokens,
         k_offsets.shape[2],
         clusters,
-        D=width,
-        DP=triton.next_power_of_2(width),
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d(head_dim),
         **QUANTISE,
     )
     return keys
 
 
-@triton.jit(do_not_specialize=["tokens", "ends", "clusters"])
+@dataclass
+class Int8Keys:
+    """Rounded keys: D + 4 bytes a key and head, where 16-bit ones take 2 D.
+
+    Attributes:
+        codes: [B, H, S, D] int8, sorted by cluster.
+        scale: [B, H, S] fp32; NaN for a key that holds NaN or infinity.
+        shift: [B, H, D] fp32, what was taken from every key.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def empty(cls, k: Tensor) -> Int8Keys:
+        """Allocate for keys [B, H, S, D]."""
+        batch, heads, tokens, head_dim = k.shape
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(batch, heads, *shape, dtype=torch.float32, device=k.device)
+
+        codes = torch.empty(k.shape, dtype=torch.int8, device=k.device)
+        return cls(codes, floats(tokens), floats(head_dim))
+
+
+QUANTISE = {"BLOCK_N": 32, "num_warps": 4}
+_LEAST, _SAMPLES = tl.constexpr(LEAST), tl.constexpr(SAMPLES)
+
+
+@triton.jit(do_not_specialize=["tokens", "num_offsets", "num_clusters"])
 def _quantise(
     k,
     k_offsets,
-    values,
+    codes,
     scale,
     shift,
     tokens,
-    ends,
-    clusters,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ROWS: tl.constexpr,
+    num_offsets,
+    num_clusters,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Some keys of one head."""
-    group = tl.program_id(1).to(tl.int64)
-    k += group * tokens * D
-    count = tl.load(k_offsets + group * ends + clusters)
-    mean = sampled_mean(k, D, k, count, False, D, DP, ROWS)
-    column = tl.arange(0, DP)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (row < tokens)[:, None] & (column < D)[None, :]
-    place = row.to(tl.int64)[:, None] * D + column[None, :]
-    tile = tl.load(k + place, mask=inside, other=0.0)
-    whole, step = to_int8(tile.to(tl.float32) - mean[None, :])
-    tl.store(values + group * tokens * D + place, whole, mask=inside)
-    tl.store(scale + group * tokens + row, step, mask=row < tokens)
+    """Round some keys of one head."""
+    batch_head = tl.program_id(1).to(tl.int64)
+    k += batch_head * tokens * HEAD_DIM
+    num_sampled = tl.load(k_offsets + batch_head * num_offsets + num_clusters)
+    mean = sampled_mean(k, HEAD_DIM, None, num_sampled, HEAD_DIM, BLOCK_D, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < tokens
+    # [BLOCK_N, BLOCK_D]
+    tile = load_tile(k, offs_n.to(tl.int64), HEAD_DIM, offs_d, mask_n, HEAD_DIM)
+    rounded, step = to_int8(tile.to(tl.float32) - mean[None, :])
+    place = offs_n.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
+    mask = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(codes + batch_head * tokens * HEAD_DIM + place, rounded, mask=mask)
+    tl.store(scale + batch_head * tokens + offs_n, step, mask=mask_n)
     if tl.program_id(0) == 0:
-        tl.store(shift + group * D + column, mean, mask=column < D)
+        tl.store(shift + batch_head * HEAD_DIM + offs_d, mean, mask=offs_d < HEAD_DIM)
 
 
 @triton.jit
 def to_int8(x):
-    """Rows [R, C] fp32 as int8 [R, C], and the scale [R] of each.
+    """Round rows [R, C] fp32 to int8 [R, C], with the scale [R] of each; see `reference.to_int8`.
 
     Nothing here may be fused into a multiply-add, so that every chip rounds alike.
     """
@@ -127,26 +131,25 @@ def to_int8(x):
 def sampled_mean(
     x,
     row_stride,
-    order,
-    count,
-    ORDERED: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ROWS: tl.constexpr,
+    sorted_idx,
+    num_sampled,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """See `reference.key_shift`: x and `order` are those of a head, `count` its keys to sample."""
-    column = tl.arange(0, DP)
-    total = tl.zeros([ROWS, DP], tl.float32)
-    for at in tl.static_range(0, _SAMPLES, ROWS):
-        row = (at + tl.arange(0, ROWS)).to(tl.int64) * count // _SAMPLES
-        known = row < count
-        if ORDERED:
-            row = tl.load(order + row, mask=known, other=0).to(tl.int64)
-        tile = tl.load(
-            x + row[:, None] * row_stride + column[None, :],
-            mask=known[:, None] & (column < D)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+    """Return the mean [BLOCK_D] of a sample of the first keys of a head; see `reference.key_shift`.
+
+    Without `sorted_idx` x is sorted already.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in tl.static_range(0, _SAMPLES, BLOCK_N):
+        row = (start + tl.arange(0, BLOCK_N)).to(tl.int64) * num_sampled // _SAMPLES
+        mask_n = row < num_sampled
+        if sorted_idx is not None:
+            row = tl.load(sorted_idx + row, mask=mask_n, other=0).to(tl.int64)
+        # [BLOCK_N, BLOCK_D]
+        tile = load_tile(x, row, row_stride, offs_d, mask_n, HEAD_DIM).to(tl.float32)
         # The shift may be anything, so one key that is not finite must not spoil all.
         total += tl.where(tl.abs(tile) < float("inf"), tile, 0.0) * (1.0 / _SAMPLES)
     return tl.sum(total, 0).to(tl.bfloat16).to(tl.float32)

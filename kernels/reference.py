@@ -396,7 +396,7 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def key_shift(k: Tensor, k_offsets: Tensor, clusters: int | None = None) -> Tensor:
-    """What is taken from every key before rounding: the mean of a sample of the keys.
+    """The vector that is taken from every key before rounding: the mean of a sample of the keys.
 
     Any vector would do, since the softmax does not see what one and the same vector adds to all
     keys; it should only be near their mean. So 64 of them are enough, spread evenly over the
@@ -510,7 +510,7 @@ def attention_recall(
     Args:
         q, k: [B, H, S, D] in their own order.
         q_labels, k_labels: [B, H, S] int32.
-        selection: of query and key clusters.
+        selection: the key clusters that each query cluster keeps.
         scale: factor on the scores.
         rows: [R] int64, the queries to look at.
 

@@ -2,12 +2,13 @@
 
 Two launches. The first scores a block of query clusters and finds, for each row, the score above
 which clusters are taken: 32 rounds of bisection over the bits of a float, instead of a sort. The
-second writes the lists, and from them the schedule of the attention kernel (schedule.py).
+second writes the lists, and from them those of the attention kernel (block_lists.py).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels import reference
+from vidaccel.kernels.block_lists import BLOCK_PARTIAL, LISTS, ROOM, BlockLists, write_block_lists
 from vidaccel.kernels.common import (
     Impl,
     KernelError,
@@ -24,10 +26,7 @@ from vidaccel.kernels.common import (
     check_top_p,
     resolve,
 )
-from vidaccel.kernels.schedule import LISTS, Schedule, list_tiles, write_table
-
-COUNTS = ["rows", "columns", "names_q", "names_k"]
-THRESHOLD = {"ROWS": 16, "SCORES": 32, "COLUMNS": 256, "num_warps": 8}
+from vidaccel.kernels.tiles import block_d, load_tile
 
 
 def select_top_p(
@@ -66,312 +65,316 @@ def select_top_p(
         top_p=top_p,
         min_ratio=min_ratio,
         logits=logits,
-    )[0]
+    )
 
 
 def select(
     q_means: Tensor,
     k_means: Tensor,
     k_offsets: Tensor,
-    names_q: int,
+    num_q_clusters: int,
     *,
     scale: float,
     top_p: float,
     min_ratio: float,
     logits: Tensor | None = None,
-    schedule: Schedule | None = None,
+    lists: BlockLists | None = None,
     q_offsets: Tensor | None = None,
-) -> tuple[Selection, Schedule | None]:
-    """Select, and fill a schedule in the same launch.
+) -> Selection:
+    """Select, and fill the lists of the attention kernel in the same launch: two launches.
 
     Args:
         q_means, k_means: [B, H, Qc, D] and [B, H, Kc, D] fp32.
         k_offsets: [B, H, Kc + 1] int32, or Kc + 3 with text and padding.
-        names_q: Qc, or Qc + 2 with text and padding.
+        num_q_clusters: Qc, or Qc + 2 with text and padding.
         scale, top_p, min_ratio: as in `select_top_p`.
         logits: [B, H, Qc, Kc] fp32 to take instead of the scores; empty clusters are left out.
-        schedule: to fill, with `q_offsets` [B, H, names_q + 1] int32.
+        lists: to fill, with `q_offsets` [B, H, num_q_clusters + 1] int32.
 
-    Returns:
-        the selection and the schedule.
+    Raises:
+        KernelError: a share is outside its range, or the clusters do not fit.
     """
     check_top_p(top_p, min_ratio)
-    batch, heads, rows, width = q_means.shape
-    columns = k_means.shape[2]
-    names_k = k_offsets.shape[2] - 1
-    if names_k not in (columns, columns + 2):
-        raise KernelError(f"{names_k} key labels for {columns} key clusters")
+    batch, heads, num_q_means, head_dim = q_means.shape
+    num_k_means = k_means.shape[2]
+    num_k_clusters = k_offsets.shape[2] - 1
+    if num_k_clusters not in (num_k_means, num_k_means + 2):
+        raise KernelError(f"{num_k_clusters} key labels for {num_k_means} key clusters")
     device = q_means.device
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=torch.int32, device=device)
 
-    scores = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=device)
-    least, taken, tokens = empty(names_q), empty(names_q), empty(names_q)
-    given = logits is not None
-    _threshold[(triton.cdiv(names_q, THRESHOLD["ROWS"]), batch * heads)](
+    sizes = (num_q_means, num_k_means, num_q_clusters, num_k_clusters)
+    scores = torch.empty(batch, heads, num_q_means, num_k_means, dtype=torch.float32, device=device)
+    threshold, num_selected = empty(num_q_clusters), empty(num_q_clusters)
+    selection = Selection(
+        indptr=empty(num_q_clusters + 1),
+        indices=empty(num_q_clusters * num_k_clusters),
+        tokens=empty(num_q_clusters),
+    )
+    _threshold[(triton.cdiv(num_q_clusters, THRESHOLD["BLOCK_M"]), batch * heads)](
         q_means,
         k_means,
         k_offsets,
-        logits if given else scores,
+        logits,
         scores,
-        least,
-        taken,
-        tokens,
+        threshold,
+        num_selected,
+        selection.tokens,
         scale,
         top_p,
-        max(1, math.floor(min_ratio * columns)),
-        rows,
-        columns,
-        names_q,
-        names_k,
-        GIVEN=given,
-        D=width,
-        DP=triton.next_power_of_2(width),
+        max(1, math.floor(min_ratio * num_k_means)),
+        *sizes,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d(head_dim),
         **THRESHOLD,
     )
-    selection = Selection(empty(names_q + 1), empty(names_q * names_k), tokens)
-    plan = schedule or Schedule.none(device)
-    _lists[(names_q, batch * heads)](
+    # Without lists to fill the kernel has none of their arguments.
+    nothing: tuple[tuple[Any, ...], tuple[Any, ...]] = ((None,) * 5, (None,) * 3)
+    tensors, room = nothing if lists is None else (lists.tensors(), lists.room())
+    _lists[(num_q_clusters, batch * heads)](
         scores,
-        least,
-        taken,
+        threshold,
+        num_selected,
         selection.tokens,
         selection.indptr,
         selection.indices,
         k_offsets,
-        k_offsets if q_offsets is None else q_offsets,
-        plan.full,
-        plan.pieces,
-        plan.lengths,
-        plan.table,
-        plan.unseen,
-        plan.full.shape[-1],
-        plan.pieces.shape[-1],
-        plan.table.shape[-1],
-        rows,
-        columns,
-        names_q,
-        names_k,
-        SCHEDULE=schedule is not None,
-        UNSEEN=schedule is not None and schedule.unseen.numel() > 0,
-        ROWS=plan.rows,
-        KEYS=plan.keys,
-        PIECE=plan.piece,
+        q_offsets,
+        *tensors,
+        *room,
+        *sizes,
+        BLOCK_M=None if lists is None else lists.block_m,
+        BLOCK_N=None if lists is None else lists.block_n,
+        BLOCK_PARTIAL=BLOCK_PARTIAL,
         **LISTS,
     )
-    return selection, schedule
+    return selection
 
 
-@triton.jit
-def _key(score):
-    """An unsigned integer with the order of the floats; NaN lands at one of the ends."""
-    bits = score.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+THRESHOLD = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_SCAN": 256, "num_warps": 8}
+SIZES = ["num_q_means", "num_k_means", "num_q_clusters", "num_k_clusters"]
 
 
-@triton.jit(do_not_specialize=["scale", "top_p", "floor", *COUNTS])
+@triton.jit(do_not_specialize=["scale", "top_p", "least", *SIZES])
 def _threshold(
     q_means,
     k_means,
     k_offsets,
     logits,
     scores,
-    least,
-    taken,
+    threshold,
+    num_selected,
     tokens,
     scale,
     top_p,
-    floor,
-    rows,
-    columns,
-    names_q,
-    names_k,
-    GIVEN: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ROWS: tl.constexpr,
-    SCORES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    least,
+    num_q_means,
+    num_k_means,
+    num_q_clusters,
+    num_k_clusters,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SCAN: tl.constexpr,
 ):
-    """For 16 query clusters: scores, the least score that is taken, how many clusters and keys."""
-    group = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
-    width = tl.arange(0, DP)
-    offsets = k_offsets + group * (names_k + 1)
-    here = scores + (group * rows + row[:, None]) * columns
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    broken = tl.zeros([ROWS], tl.int32)
-    if not GIVEN:
-        q = tl.load(
-            q_means + (group * rows + row[:, None]) * D + width[None, :],
-            mask=real[:, None] & (width < D)[None, :],
-            other=0.0,
-        )
-    for at in range(0, columns, SCORES):
-        column = at + tl.arange(0, SCORES)
-        known = column < columns
-        begin = tl.load(offsets + column, mask=known, other=0)
-        size = tl.load(offsets + column + 1, mask=known, other=0) - begin
-        both = real[:, None] & known[None, :]
-        if GIVEN:
-            score = tl.load(
-                logits + (group * rows + row[:, None]) * columns + column[None, :],
-                mask=both,
-                other=0.0,
-            )
-        else:
-            k = tl.load(
-                k_means + (group * columns + column[None, :]) * D + width[:, None],
-                mask=known[None, :] & (width < D)[:, None],
-                other=0.0,
-            )
-            score = tl.dot(q, k, input_precision="ieee") * scale
+    """Score 16 query clusters, and find the least score that is taken, as an ordered integer.
+
+    Also counts the clusters and the keys that each takes; it takes `least` clusters at least.
+    """
+    batch_head = tl.program_id(1).to(tl.int64)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < num_q_means
+    k_offsets += batch_head * (num_k_clusters + 1)
+    score_rows = scores + (batch_head * num_q_means + offs_m[:, None]) * num_k_means
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    has_nan = tl.zeros([BLOCK_M], tl.int32)
+    if logits is None:
+        q_row = batch_head * num_q_means + offs_m
+        # [BLOCK_M, BLOCK_D]
+        q_tile = load_tile(q_means, q_row, HEAD_DIM, offs_d, mask_m, HEAD_DIM)
+    for start in range(0, num_k_means, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < num_k_means
+        # [BLOCK_N]
+        begin = tl.load(k_offsets + offs_n, mask=mask_n, other=0)
+        size = tl.load(k_offsets + offs_n + 1, mask=mask_n, other=0) - begin
+        mask = mask_m[:, None] & mask_n[None, :]
+        # [BLOCK_M, BLOCK_N]
+        if logits is None:
+            k_row = batch_head * num_k_means + offs_n
+            k_tile = load_tile(k_means, k_row, HEAD_DIM, offs_d, mask_n, HEAD_DIM, TRANSPOSED=True)
+            score = tl.dot(q_tile, k_tile, input_precision="ieee") * scale
             score += tl.log(tl.maximum(size, 1).to(tl.float32))[None, :]
+        else:
+            logit_rows = logits + (batch_head * num_q_means + offs_m[:, None]) * num_k_means
+            score = tl.load(logit_rows + offs_n[None, :], mask=mask, other=0.0)
         score = tl.where((size > 0)[None, :], score, float("-inf"))
-        tl.store(here + column[None, :], score, mask=both)
-        broken = tl.maximum(broken, tl.max((both & (score != score)).to(tl.int32), 1))
-        top = tl.maximum(top, tl.max(tl.where(both, score, float("-inf")), 1))
+        tl.store(score_rows + offs_n[None, :], score, mask=mask)
+        has_nan = tl.maximum(has_nan, tl.max((mask & (score != score)).to(tl.int32), 1))
+        m_i = tl.maximum(m_i, tl.max(tl.where(mask, score, float("-inf")), 1))
     tl.debug_barrier()  # the scores are read below by other threads than wrote them
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([ROWS], tl.float32)
-    for at in range(0, columns, COLUMNS):
-        column = at + tl.arange(0, COLUMNS)
-        both = real[:, None] & (column < columns)[None, :]
-        score = tl.load(here + column[None, :], mask=both, other=float("-inf"))
-        total += tl.sum(tl.exp(score - top[:, None]), 1)
+    m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, num_k_means, BLOCK_SCAN):
+        offs_n = start + tl.arange(0, BLOCK_SCAN)
+        mask = mask_m[:, None] & (offs_n < num_k_means)[None, :]
+        # [BLOCK_M, BLOCK_SCAN]
+        score = tl.load(score_rows + offs_n[None, :], mask=mask, other=float("-inf"))
+        l_i += tl.sum(tl.exp(score - m_i[:, None]), 1)
 
     # The largest bound such that the scores from it upwards exceed p and are enough, bit by bit.
-    bound = tl.zeros([ROWS], tl.uint32)
-    bit = tl.full([ROWS], 0x80000000, tl.uint32)
+    bound = tl.zeros([BLOCK_M], tl.uint32)
+    bit = tl.full([BLOCK_M], 0x80000000, tl.uint32)
     for _ in range(0, 32):
         trial = bound | bit
         bit = bit >> 1
-        mass = tl.zeros([ROWS], tl.float32)
-        count = tl.zeros([ROWS], tl.int32)
-        for at in range(0, columns, COLUMNS):
-            column = at + tl.arange(0, COLUMNS)
-            both = real[:, None] & (column < columns)[None, :]
-            score = tl.load(here + column[None, :], mask=both, other=float("-inf"))
-            over = both & (_key(score) >= trial[:, None])
-            mass += tl.sum(tl.where(over, tl.exp(score - top[:, None]), 0.0), 1)
-            count += tl.sum(over.to(tl.int32), 1)
-        bound = tl.where((mass > top_p * total) & (count >= floor), trial, bound)
+        mass = tl.zeros([BLOCK_M], tl.float32)
+        count = tl.zeros([BLOCK_M], tl.int32)
+        for start in range(0, num_k_means, BLOCK_SCAN):
+            offs_n = start + tl.arange(0, BLOCK_SCAN)
+            mask = mask_m[:, None] & (offs_n < num_k_means)[None, :]
+            # [BLOCK_M, BLOCK_SCAN]
+            score = tl.load(score_rows + offs_n[None, :], mask=mask, other=float("-inf"))
+            above = mask & (_ordered(score) >= trial[:, None])
+            mass += tl.sum(tl.where(above, tl.exp(score - m_i[:, None]), 0.0), 1)
+            count += tl.sum(above.to(tl.int32), 1)
+        bound = tl.where((mass > top_p * l_i) & (count >= least), trial, bound)
     # An empty cluster, at -inf, is taken only where everything is.
-    bound = tl.maximum(bound, tl.full([ROWS], 0x00800000, tl.uint32))
-    everything = (top_p >= 1.0) | (broken != 0) | (row == rows)
-    bound = tl.where(everything, tl.zeros([ROWS], tl.uint32), bound)
+    bound = tl.maximum(bound, tl.full([BLOCK_M], 0x00800000, tl.uint32))
+    # The row behind the query clusters is that of text.
+    takes_all = (top_p >= 1.0) | (has_nan != 0) | (offs_m == num_q_means)
+    bound = tl.where(takes_all, tl.zeros([BLOCK_M], tl.uint32), bound)
 
-    count = tl.zeros([ROWS], tl.int32)
-    keys = tl.zeros([ROWS], tl.int32)
-    for at in range(0, columns, COLUMNS):
-        column = at + tl.arange(0, COLUMNS)
-        known = column < columns
-        begin = tl.load(offsets + column, mask=known, other=0)
-        size = tl.load(offsets + column + 1, mask=known, other=0) - begin
-        both = real[:, None] & known[None, :]
-        score = tl.load(here + column[None, :], mask=both, other=float("-inf"))
-        over = known[None, :] & (row <= rows)[:, None] & (_key(score) >= bound[:, None])
-        count += tl.sum(over.to(tl.int32), 1)
-        keys += tl.sum(tl.where(over, size[None, :], 0), 1)
-    if names_k > columns:
-        first = tl.load(offsets + columns)
-        second = tl.load(offsets + columns + 1)
-        end = tl.load(offsets + columns + 2)
-        keys += tl.where(row <= rows, second - first, end - second)
+    count = tl.zeros([BLOCK_M], tl.int32)
+    keys = tl.zeros([BLOCK_M], tl.int32)
+    for start in range(0, num_k_means, BLOCK_SCAN):
+        offs_n = start + tl.arange(0, BLOCK_SCAN)
+        mask_n = offs_n < num_k_means
+        # [BLOCK_SCAN]
+        begin = tl.load(k_offsets + offs_n, mask=mask_n, other=0)
+        size = tl.load(k_offsets + offs_n + 1, mask=mask_n, other=0) - begin
+        mask = mask_m[:, None] & mask_n[None, :]
+        # [BLOCK_M, BLOCK_SCAN]
+        score = tl.load(score_rows + offs_n[None, :], mask=mask, other=float("-inf"))
+        above = _ordered(score) >= bound[:, None]
+        above = mask_n[None, :] & (offs_m <= num_q_means)[:, None] & above
+        count += tl.sum(above.to(tl.int32), 1)
+        keys += tl.sum(tl.where(above, size[None, :], 0), 1)
+    if num_k_clusters > num_k_means:
+        # All rows but that of padding take text, and padding takes itself.
+        text_begin = tl.load(k_offsets + num_k_means)
+        text_end = tl.load(k_offsets + num_k_means + 1)
+        padding_end = tl.load(k_offsets + num_k_means + 2)
+        is_padding = offs_m > num_q_means
+        keys += tl.where(is_padding, padding_end - text_end, text_end - text_begin)
         count += 1
-    mine = row < names_q
-    out = group * names_q + row
-    tl.store(least + out, bound.to(tl.int32, bitcast=True), mask=mine)
-    tl.store(taken + out, count, mask=mine)
-    tl.store(tokens + out, keys, mask=mine)
+    mask_out = offs_m < num_q_clusters
+    out = batch_head * num_q_clusters + offs_m
+    tl.store(threshold + out, bound.to(tl.int32, bitcast=True), mask=mask_out)
+    tl.store(num_selected + out, count, mask=mask_out)
+    tl.store(tokens + out, keys, mask=mask_out)
 
 
-@triton.jit(do_not_specialize=["full_room", "piece_room", "table_room", *COUNTS])
+@triton.jit(do_not_specialize=[*ROOM, *SIZES])
 def _lists(
     scores,
-    least,
-    taken,
+    threshold,
+    num_selected,
     tokens,
     indptr,
     indices,
     k_offsets,
     q_offsets,
-    full,
-    pieces,
-    lengths,
-    table,
-    unseen,
-    full_room,
-    piece_room,
-    table_room,
-    rows,
-    columns,
-    names_q,
-    names_k,
-    SCHEDULE: tl.constexpr,
-    UNSEEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    PIECE: tl.constexpr,
+    full_blocks,
+    partial_blocks,
+    num_blocks,
+    q_tiles,
+    use_mean,
+    max_full_blocks,
+    max_partial_blocks,
+    max_q_tiles,
+    num_q_means,
+    num_k_means,
+    num_q_clusters,
+    num_k_clusters,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_PARTIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The list of one query cluster, and its part of the schedule."""
-    row = tl.program_id(0)
-    group = tl.program_id(1).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
+    """Write the selection of one query cluster, and what the attention kernel makes of it."""
+    q_cluster = tl.program_id(0)
+    batch_head = tl.program_id(1).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
     begin = 0
-    for at in range(0, row, BLOCK):
-        other = at + lane
-        begin += tl.sum(tl.load(taken + group * names_q + other, mask=other < row, other=0), 0)
-    count = tl.load(taken + group * names_q + row)
-    tl.store(indptr + group * (names_q + 1) + row, begin)
-    if row == names_q - 1:
-        tl.store(indptr + group * (names_q + 1) + names_q, begin + count)
-    mine = indices + group * names_q * names_k + begin
-    bound = tl.load(least + group * names_q + row).to(tl.uint32, bitcast=True)
-    place = 0
-    for at in range(0, names_k, BLOCK):
-        column = at + lane
-        known = column < columns
+    for start in range(0, q_cluster, BLOCK):
+        other = start + offs
+        # [BLOCK]
+        before = tl.load(
+            num_selected + batch_head * num_q_clusters + other, mask=other < q_cluster, other=0
+        )
+        begin += tl.sum(before, 0)
+    count = tl.load(num_selected + batch_head * num_q_clusters + q_cluster)
+    tl.store(indptr + batch_head * (num_q_clusters + 1) + q_cluster, begin)
+    if q_cluster == num_q_clusters - 1:
+        tl.store(indptr + batch_head * (num_q_clusters + 1) + num_q_clusters, begin + count)
+    selected = indices + batch_head * num_q_clusters * num_k_clusters + begin
+    bound = tl.load(threshold + batch_head * num_q_clusters + q_cluster).to(tl.uint32, bitcast=True)
+    num_written = 0
+    for start in range(0, num_k_clusters, BLOCK):
+        k_cluster = start + offs
+        mask = k_cluster < num_k_means
+        # [BLOCK]
         score = tl.load(
-            scores + (group * rows + row) * columns + column,
-            mask=known & (row < rows),
+            scores + (batch_head * num_q_means + q_cluster) * num_k_means + k_cluster,
+            mask=mask & (q_cluster < num_q_means),
             other=float("-inf"),
         )
-        take = known & (row <= rows) & (_key(score) >= bound)
-        take = take | ((column == columns) & (names_k > columns) & (row <= rows))
-        take = take | ((column == columns + 1) & (names_k > columns) & (row == rows + 1))
+        take = mask & (q_cluster <= num_q_means) & (_ordered(score) >= bound)
+        # All but padding see text, and padding sees itself.
+        has_text = num_k_clusters > num_k_means
+        take = take | ((k_cluster == num_k_means) & has_text & (q_cluster <= num_q_means))
+        take = take | ((k_cluster == num_k_means + 1) & has_text & (q_cluster == num_q_means + 1))
         step = take.to(tl.int32)
-        tl.store(mine + place + tl.cumsum(step, 0) - step, column, mask=take)
-        if UNSEEN:
+        tl.store(selected + num_written + tl.cumsum(step, 0) - step, k_cluster, mask=take)
+        if use_mean is not None:
             tl.store(
-                unseen + (group * names_q + row) * columns + column,
-                tl.where(take | (row >= rows), 0, 1).to(tl.int8),
-                mask=known,
+                use_mean + (batch_head * num_q_clusters + q_cluster) * num_k_means + k_cluster,
+                tl.where(take | (q_cluster >= num_q_means), 0, 1).to(tl.int8),
+                mask=mask,
             )
-        place += tl.sum(step, 0)
-    if SCHEDULE:
+        num_written += tl.sum(step, 0)
+    if full_blocks is not None:
         tl.debug_barrier()  # the list is read below by other threads than wrote it
-        list_tiles(
-            mine,
+        write_block_lists(
+            selected,
             count,
-            k_offsets + group * (names_k + 1),
-            full + (group * names_q + row) * full_room,
-            pieces + (group * names_q + row) * piece_room,
-            lengths + (group * names_q + row) * 2,
-            KEYS,
-            PIECE,
+            k_offsets + batch_head * (num_k_clusters + 1),
+            tokens + batch_head * num_q_clusters,
+            q_offsets + batch_head * (num_q_clusters + 1),
+            full_blocks,
+            partial_blocks,
+            num_blocks,
+            q_tiles,
+            max_full_blocks,
+            max_partial_blocks,
+            max_q_tiles,
+            q_cluster,
+            batch_head,
+            num_q_clusters,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_PARTIAL,
             BLOCK,
         )
-        write_table(
-            tokens + group * names_q,
-            q_offsets + group * (names_q + 1),
-            table + group * 2 * table_room,
-            row,
-            names_q,
-            table_room,
-            ROWS,
-            BLOCK,
-        )
+
+
+@triton.jit
+def _ordered(score):
+    """Return an unsigned integer with the order of the floats; NaN lands at one of the ends."""
+    bits = score.to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)

@@ -8,8 +8,6 @@ sorting changes nothing else: attention does not know the order of its keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,147 +20,9 @@ from vidaccel.kernels.common import (
     check_clusters,
     check_layout,
     check_like,
-    check_top_p,
     resolve,
 )
-
-
-@dataclass(frozen=True)
-class SemanticConfig:
-    """How to cluster and what to select.
-
-    Attributes:
-        query_clusters, key_clusters: number of clusters of the video tokens.
-        top_p: attention mass that the selected key clusters of a query cluster exceed, in (0, 1].
-        min_ratio: share of the key clusters that is selected at least, in [0, 1].
-        iters: k-means rounds when there are centroids from an earlier call.
-        init_iters: k-means rounds when there are none.
-        recluster_every: calls between two clusterings; in between, labels are kept.
-        reselect_every: calls between two selections. A new clustering always selects anew.
-        per_query_mass: select by the mean over each query's own mass, not by query centroids.
-        compensate: let each cluster that is not selected count as one key, its mean.
-        query_metric: cluster keys by how far apart queries see them.
-        int8_qk: scores from queries and keys in 8 bits.
-        scale: factor on the scores, 1/sqrt(D) if left out.
-
-    Raises:
-        KernelError: a value is outside its range.
-    """
-
-    query_clusters: int
-    key_clusters: int
-    top_p: float = 0.9
-    min_ratio: float = 0.10
-    iters: int = 2
-    init_iters: int = 10
-    recluster_every: int = 1
-    reselect_every: int = 1
-    per_query_mass: bool = False
-    compensate: bool = False
-    query_metric: bool = False
-    int8_qk: bool = False
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        check_top_p(self.top_p, self.min_ratio)
-        for name in ("query_clusters", "key_clusters", "recluster_every", "reselect_every"):
-            if getattr(self, name) < 1:
-                raise KernelError(f"{name} must be 1 or more, found {getattr(self, name)}")
-        for name in ("iters", "init_iters"):
-            if getattr(self, name) < 0:
-                raise KernelError(f"{name} must be 0 or more, found {getattr(self, name)}")
-
-
-@dataclass
-class Clustering:
-    """One side, queries or keys, sorted by cluster.
-
-    Attributes:
-        centroids: [B, H, K, D] fp32, in the metric that the tokens were clustered in.
-        labels: [B, H, S] int32; K marks text, K + 1 padding.
-        order: [B, H, S] int32, place -> token.
-        offsets: [B, H, K + 1 or K + 3] int32.
-    """
-
-    centroids: Tensor
-    labels: Tensor
-    order: Tensor
-    offsets: Tensor
-
-    @property
-    def counts(self) -> Tensor:
-        """[B, H, K or K + 2] int32, tokens per label."""
-        return self.offsets.diff()
-
-
-@dataclass
-class SemanticState:
-    """What one attention layer (and guidance branch) keeps from call to call.
-
-    Attributes:
-        calls: how often it was used since it was made or reset.
-        query, key: the latest clustering.
-        selection: the latest selection.
-        lap: is told the name of each phase of a call as it ends; None: nobody asks.
-    """
-
-    calls: int = 0
-    query: Clustering | None = None
-    key: Clustering | None = None
-    selection: Selection | None = None
-    lap: Callable[[str], None] | None = None
-
-    def ended(self, phase: str) -> None:
-        """Tell whoever asks that a phase has ended."""
-        if self.lap is not None:
-            self.lap(phase)
-
-    def reset(self) -> None:
-        """Forget everything: the next call starts from tokens."""
-        self.calls, self.query, self.key, self.selection = 0, None, None, None
-
-    def cluster(
-        self,
-        q: Tensor,
-        k: Tensor,
-        config: SemanticConfig,
-        *,
-        video: tuple[int, int] | None = None,
-        text_mask: Tensor | None = None,
-        impl: Impl = "auto",
-    ) -> None:
-        """Cluster only, without attention: prepares centroids during dense steps.
-
-        Takes what `semantic_attention` takes; nothing is selected and `calls` stays.
-        """
-        chosen = resolve(impl, q, k)
-        video, text_mask = _text(q, video=video, text_mask=text_mask)
-        if not fits(self, q, config):
-            self.reset()
-        if chosen == "triton":
-            from vidaccel.kernels.fused import cluster
-
-            cluster(q, k, self, config, video, text_mask)
-        else:
-            _cluster(q, k, self, config, video, text_mask)
-        self.selection = None
-        self.ended("clustering")
-
-    def density(self) -> Tensor:
-        """Computed share of all query-key pairs in the latest call: [B, H] fp32."""
-        if self.selection is None or self.query is None or self.key is None:
-            raise KernelError("nothing was selected yet")
-        pairs = (self.selection.tokens.double() * self.query.offsets.diff().double()).sum(-1)
-        return (pairs / (self.query.labels.shape[2] * self.key.labels.shape[2])).float()
-
-    def empty_clusters(self) -> tuple[Tensor, Tensor]:
-        """Query and key clusters without tokens in the latest clustering: [B, H] int64 each."""
-        if self.query is None or self.key is None:
-            raise KernelError("nothing was clustered yet")
-        found = []
-        for side in (self.query, self.key):
-            found.append((side.counts[..., : side.centroids.shape[2]] == 0).sum(-1))
-        return found[0], found[1]
+from vidaccel.kernels.state import Clustering, SemanticConfig, SemanticState
 
 
 def semantic_attention(
@@ -183,7 +43,7 @@ def semantic_attention(
 
     Args:
         q, k, v: [B, H, S, D], after norms and rotary embedding.
-        state: of this layer and branch; changed in place. A change of shape resets it.
+        state: what this layer and branch keeps; changed in place. A change of shape resets it.
         config: how to cluster and what to select.
         video: first and last + 1 of the video tokens; all tokens if left out.
         text_mask: [B, S - video] bool, true for text and false for padding, in the order of the
@@ -202,100 +62,71 @@ def semantic_attention(
         check_like(name, x, "q", q, 0, 1, 2, 3)
         if x.dtype != q.dtype:
             raise KernelError(f"{name} has dtype {x.dtype}, but q {q.dtype}")
-    video, text_mask = _text(q, video=video, text_mask=text_mask)
+    video, text_mask = _checked_text(q, video, text_mask)
     tokens = video[1] - video[0]
     check_clusters(config.query_clusters, tokens, "query")
     check_clusters(config.key_clusters, tokens, "key")
-    if not fits(state, q, config):
+    if not state.fits(q, config):
         state.reset()
     if chosen == "triton":
-        from vidaccel.kernels.fused import attend as fused_attend
+        # Triton need not be there for the reference.
+        from vidaccel.kernels.semantic_attention_triton import semantic_attention_triton
 
-        out = fused_attend(q, k, v, state, config, video, text_mask)
+        out = semantic_attention_triton(q, k, v, state, config, video, text_mask)
     else:
-        out = _attend(q, k, v, state, config, video, text_mask)
+        out = _semantic_attention_reference(q, k, v, state, config, video, text_mask)
     state.calls += 1
     return out
 
 
-def _text(
-    q: Tensor, video: tuple[int, int] | None = None, text_mask: Tensor | None = None
-) -> tuple[tuple[int, int], Tensor | None]:
-    """The checked range of the video tokens, and the text mask."""
-    size = q.shape[2]
-    first, last = video or (0, size)
-    if not 0 <= first < last <= size:
-        raise KernelError(f"the video tokens {first} to {last} do not lie within {size} tokens")
-    rest = size - (last - first)
-    if text_mask is not None and (
-        text_mask.dtype != torch.bool or text_mask.shape != (q.shape[0], rest)
-    ):
-        raise KernelError(
-            f"text_mask must be bool [{q.shape[0]}, {rest}], "
-            f"found {text_mask.dtype} {list(text_mask.shape)}"
-        )
-    return (first, last), text_mask if rest else None
-
-
-def fits(state: SemanticState, q: Tensor, config: SemanticConfig) -> bool:
-    """Whether what the state holds belongs to tensors and cluster counts like these."""
-    if state.query is None or state.key is None:
-        return True
-    batch, heads, size, width = q.shape
-    return (
-        state.query.centroids.shape == (batch, heads, config.query_clusters, width)
-        and state.key.centroids.shape == (batch, heads, config.key_clusters, width)
-        and state.query.labels.shape[2] == size
-        and state.query.labels.device == q.device
-    )
-
-
-def _cluster(
+def cluster_tokens(
     q: Tensor,
     k: Tensor,
     state: SemanticState,
     config: SemanticConfig,
-    video: tuple[int, int],
-    text_mask: Tensor | None,
+    *,
+    video: tuple[int, int] | None = None,
+    text_mask: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> None:
-    """Cluster and sort both sides."""
-    metric = None
-    if config.query_metric:
-        metric = reference.query_metric(q[:, :, slice(*video)])
-    for side, x, count, factor in (
-        ("query", q, config.query_clusters, None),
-        ("key", k, config.key_clusters, metric),
+    """Cluster only, without attention: prepares centroids during dense steps.
+
+    Takes what `semantic_attention` takes; nothing is selected and `state.calls` stays.
+    """
+    chosen = resolve(impl, q, k)
+    video, text_mask = _checked_text(q, video, text_mask)
+    if not state.fits(q, config):
+        state.reset()
+    if chosen == "triton":
+        from vidaccel.kernels.semantic_attention_triton import cluster_triton
+
+        cluster_triton(q, k, state, config, video, text_mask)
+    else:
+        _cluster_reference(q, k, state, config, video, text_mask)
+    state.selection = None
+    state.end_phase("clustering")
+
+
+def _checked_text(
+    q: Tensor, video: tuple[int, int] | None, text_mask: Tensor | None
+) -> tuple[tuple[int, int], Tensor | None]:
+    """Return the checked range of the video tokens, and the text mask."""
+    tokens = q.shape[2]
+    first, last = video or (0, tokens)
+    if not 0 <= first < last <= tokens:
+        raise KernelError(f"the video tokens {first} to {last} do not lie within {tokens} tokens")
+    num_text = tokens - (last - first)
+    if text_mask is not None and (
+        text_mask.dtype != torch.bool or text_mask.shape != (q.shape[0], num_text)
     ):
-        before: Clustering | None = getattr(state, side)
-        x = x[:, :, slice(*video)]
-        if factor is not None:
-            x = (x.to(factor.dtype) @ factor).to(x.dtype)
-        if before is None:
-            start, iters = reference.initial_centroids(x, count), config.init_iters
-        else:
-            start, iters = before.centroids, config.iters
-        centroids, labels, _ = reference.kmeans(x, start, iters)
-        names = count
-        if video != (0, q.shape[2]):
-            names = count + 2
-            labels = _with_text(labels, count, video, q.shape[2], text_mask)
-        order, offsets = reference.sort_by_label(labels, names)
-        setattr(state, side, Clustering(centroids, labels, order, offsets))
+        raise KernelError(
+            f"text_mask must be bool [{q.shape[0]}, {num_text}], "
+            f"found {text_mask.dtype} {list(text_mask.shape)}"
+        )
+    return (first, last), text_mask if num_text else None
 
 
-def _with_text(
-    labels: Tensor, count: int, video: tuple[int, int], size: int, text_mask: Tensor | None
-) -> Tensor:
-    """Labels of all tokens: `count` for text and `count + 1` for padding around the video."""
-    batch, heads, _ = labels.shape
-    rest = torch.full((batch, size - (video[1] - video[0])), count, device=labels.device)
-    if text_mask is not None:
-        rest = torch.where(text_mask, count, count + 1)
-    around = rest.int()[:, None, :].expand(batch, heads, -1)
-    return torch.cat([around[..., : video[0]], labels, around[..., video[0] :]], -1)
-
-
-def _attend(
+def _semantic_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -304,23 +135,26 @@ def _attend(
     video: tuple[int, int],
     text_mask: Tensor | None,
 ) -> Tensor:
+    """Run `semantic_attention` in torch: the twin of semantic_attention_triton.py."""
     scale = config.scale if config.scale is not None else 1 / math.sqrt(q.shape[3])
     if state.key is None or state.calls % config.recluster_every == 0:
-        _cluster(q, k, state, config, video, text_mask)
+        _cluster_reference(q, k, state, config, video, text_mask)
         state.selection = None
     query, key = state.query, state.key
     assert query is not None and key is not None
-    columns = config.key_clusters
+    selects = state.selection is None or state.calls % config.reselect_every == 0
     k_means = v_means = None
-    if state.selection is None or state.calls % config.reselect_every == 0 or config.compensate:
-        k_means = reference.cluster_means(k, key.labels, columns)
-    if config.compensate:
-        v_means = reference.cluster_means(v, key.labels, columns)
-    k, v = reference.permute(k, key.order), reference.permute(v, key.order)
-    state.ended("clustering")
-    if state.selection is None or state.calls % config.reselect_every == 0:
-        state.selection = _select(q, query, key, k_means, config, scale, video)
-    state.ended("selection")
+    if selects or config.compensation:
+        k_means = reference.cluster_means(k, key.labels, config.key_clusters)
+    if config.compensation:
+        v_means = reference.cluster_means(v, key.labels, config.key_clusters)
+    k, v = reference.permute(k, key.sorted_idx), reference.permute(v, key.sorted_idx)
+    state.end_phase("clustering")
+    if selects:
+        assert k_means is not None
+        state.selection = _select_reference(q, query, key, k_means, config, scale)
+    assert state.selection is not None
+    state.end_phase("selection")
     out, _ = reference.block_sparse_attention(
         q,
         k,
@@ -329,33 +163,76 @@ def _attend(
         key.offsets,
         state.selection,
         scale=scale,
-        q_order=query.order,
-        k_means=k_means if config.compensate else None,
+        q_order=query.sorted_idx,
+        k_means=k_means if config.compensation else None,
         v_means=v_means,
         compensated_rows=config.query_clusters,
         int8_qk=config.int8_qk,
-        shift_clusters=columns,
+        shift_clusters=config.key_clusters,
     )
-    state.ended("attention")
+    state.end_phase("attention")
     return out
 
 
-def _select(
+def _cluster_reference(
+    q: Tensor,
+    k: Tensor,
+    state: SemanticState,
+    config: SemanticConfig,
+    video: tuple[int, int],
+    text_mask: Tensor | None,
+) -> None:
+    """Cluster and sort both sides."""
+    q_video, k_video = q[:, :, slice(*video)], k[:, :, slice(*video)]
+    if config.query_metric:
+        factor = reference.query_metric(q_video)
+        k_video = (k_video.to(factor.dtype) @ factor).to(k_video.dtype)
+    found = []
+    for before, x, count in (
+        (state.query, q_video, config.query_clusters),
+        (state.key, k_video, config.key_clusters),
+    ):
+        if before is None:
+            start, iters = reference.initial_centroids(x, count), config.init_iters
+        else:
+            start, iters = before.centroids, config.kmeans_iters
+        centroids, labels, _ = reference.kmeans(x, start, iters)
+        num_labels = count
+        if video != (0, q.shape[2]):
+            num_labels = count + 2
+            labels = _label_text(labels, count, video, q.shape[2], text_mask)
+        sorted_idx, offsets = reference.sort_by_label(labels, num_labels)
+        found.append(Clustering(centroids, labels, sorted_idx, offsets))
+    state.query, state.key = found
+
+
+def _label_text(
+    labels: Tensor, count: int, video: tuple[int, int], tokens: int, text_mask: Tensor | None
+) -> Tensor:
+    """Return the labels of all tokens: `count` for text and `count + 1` for padding."""
+    batch, heads, _ = labels.shape
+    rest = torch.full((batch, tokens - (video[1] - video[0])), count, device=labels.device)
+    if text_mask is not None:
+        rest = torch.where(text_mask, count, count + 1)
+    around = rest.int()[:, None, :].expand(batch, heads, -1)
+    return torch.cat([around[..., : video[0]], labels, around[..., video[0] :]], -1)
+
+
+def _select_reference(
     q: Tensor,
     query: Clustering,
     key: Clustering,
-    k_means: Tensor | None,
+    k_means: Tensor,
     config: SemanticConfig,
     scale: float,
-    video: tuple[int, int],
 ) -> Selection:
-    assert k_means is not None
-    rows, columns = config.query_clusters, config.key_clusters
-    counts = key.counts[..., :columns]
+    """Select key clusters of the video, and add text and padding."""
+    num_q_means = config.query_clusters
+    counts = key.counts[..., : config.key_clusters]
     mass = None
-    q_means = reference.cluster_means(q, query.labels, rows)
-    if config.per_query_mass:
-        mass = reference.query_mass(q, query.labels, rows, k_means, counts, scale)
+    q_means = reference.cluster_means(q, query.labels, num_q_means)
+    if config.mass_averaging:
+        mass = reference.query_mass(q, query.labels, num_q_means, k_means, counts, scale)
     selection = reference.select_top_p(
         q_means,
         k_means,
@@ -365,13 +242,13 @@ def _select(
         min_ratio=config.min_ratio,
         mass=mass,
     )
-    if query.counts.shape[2] == rows:
+    if query.counts.shape[2] == num_q_means:
         return selection
-    return reference.selection_from_mask(with_text(selection.mask()), key.counts)
+    return reference.selection_from_mask(_mask_with_text(selection.mask()), key.counts)
 
 
-def with_text(mask: Tensor) -> Tensor:
-    """A mask of video clusters, with a row and column more for text and for padding.
+def _mask_with_text(mask: Tensor) -> Tensor:
+    """Return a mask of video clusters with a row and column more for text and for padding.
 
     Args:
         mask: [B, H, Qc, Kc].
@@ -385,8 +262,3 @@ def with_text(mask: Tensor) -> Tensor:
     wide[:, :, -2, :-1] = True
     wide[:, :, -1, -1] = True
     return wide
-
-
-def with_top_p(config: SemanticConfig, top_p: float) -> SemanticConfig:
-    """The same config at another share of mass."""
-    return replace(config, top_p=top_p)

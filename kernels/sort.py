@@ -12,11 +12,6 @@ from torch import Tensor
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import Impl, KernelError, check_integers, resolve
 
-CHUNK = 256
-SCAN = {"CHUNKS": 16, "LABELS": 256, "num_warps": 8}
-RANK = {"CHUNK": CHUNK, "PART": 32, "num_warps": 4}
-HISTOGRAM = {"CHUNK": CHUNK, "num_warps": 4}
-
 
 def sort_by_label(labels: Tensor, num_labels: int, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """See `reference.sort_by_label`, which this equals exactly."""
@@ -26,198 +21,192 @@ def sort_by_label(labels: Tensor, num_labels: int, *, impl: Impl = "auto") -> tu
     if num_labels < 1 or labels.shape[2] < 1:
         raise KernelError(f"{num_labels} labels of {labels.shape[2]} tokens cannot be sorted")
     batch, heads, tokens = labels.shape
-    order = Order.empty(batch * heads, tokens, [num_labels], labels.device)
-    order.shape = (batch, heads)
-    order.label = labels.contiguous().view(-1)
-    order.histogram.zero_()
+    found = SortedLabels.empty(batch, heads, tokens, [num_labels], labels.device)
+    found.labels = labels.contiguous().view(-1)
+    found.histogram.zero_()
     _histogram[(triton.cdiv(tokens, CHUNK), batch * heads)](
-        order.label, order.histogram, tokens, num_labels, **HISTOGRAM
+        found.labels, found.histogram, tokens, num_labels, **HISTOGRAM
     )
-    rank_and_scan(order)
-    return order.orders(0), order.offsets(0)
+    found.sort()
+    return found.side_sorted_idx(0), found.side_offsets(0)
 
 
 @dataclass
-class Order:
+class SortedLabels:
     """Labels of one or two sides with their sorted order, in flat buffers; see kmeans.py.
 
     Attributes:
-        batch_heads: B * H.
-        tokens: S.
-        counts: number of labels of each side, N.
-        label: int32, [B, H, S] of each side.
-        order: int32, [B, H, S] of each side: place -> token.
-        offset: int32, [B, H, N + 1] of each side.
-        histogram: int32, [B, H, chunks, N] of each side; after the scan, what comes before.
-        shape: (B, H).
+        batch, heads, tokens: B, H and S, the same on each side.
+        num_labels: number of labels of each side, N.
+        labels: int32, [B, H, S] of each side.
+        sorted_idx: int32, [B, H, S] of each side: place in sorted order -> token.
+        offsets: int32, [B, H, N + 1] of each side: where each label begins.
+        histogram: int32, [B, H, chunks, N] of each side: counts of the labels in each chunk of
+            tokens; after `sort`, the counts of the chunks before.
     """
 
-    batch_heads: int
+    batch: int
+    heads: int
     tokens: int
-    counts: list[int]
-    label: Tensor
-    order: Tensor
-    offset: Tensor
+    num_labels: list[int]
+    labels: Tensor
+    sorted_idx: Tensor
+    offsets: Tensor
     histogram: Tensor
-    shape: tuple[int, int] = (0, 0)
 
     @classmethod
-    def empty(cls, batch_heads: int, tokens: int, counts: list[int], device: torch.device) -> Order:
-        """Buffers with nothing in them."""
+    def empty(
+        cls, batch: int, heads: int, tokens: int, num_labels: list[int], device: torch.device
+    ) -> SortedLabels:
+        """Allocate buffers, with nothing in them."""
 
         def flat(size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.int32, device=device)
+            return torch.empty(batch * heads * size, dtype=torch.int32, device=device)
 
-        rows = len(counts) * batch_heads * tokens
-        chunks = triton.cdiv(tokens, CHUNK)
         return cls(
-            batch_heads,
+            batch,
+            heads,
             tokens,
-            counts,
-            flat(rows),
-            flat(rows),
-            flat(batch_heads * sum(count + 1 for count in counts)),
-            flat(batch_heads * chunks * sum(counts)),
+            num_labels,
+            labels=flat(len(num_labels) * tokens),
+            sorted_idx=flat(len(num_labels) * tokens),
+            offsets=flat(sum(count + 1 for count in num_labels)),
+            histogram=flat(triton.cdiv(tokens, CHUNK) * sum(num_labels)),
         )
 
-    @classmethod
-    def of(cls, orders: list[Tensor], offsets: list[Tensor]) -> Order:
-        """What sorted sides already have: order [B, H, S] and offsets [B, H, N + 1] of each."""
-        first = orders[0]
-        nothing = first.new_empty(1)
-        return cls(
-            first.shape[0] * first.shape[1],
-            first.shape[2],
-            [offset.shape[2] - 1 for offset in offsets],
-            nothing,
-            torch.cat([order.reshape(-1) for order in orders]) if orders[1:] else first.view(-1),
-            torch.cat([o.reshape(-1) for o in offsets]) if offsets[1:] else offsets[0].view(-1),
-            nothing,
-            (first.shape[0], first.shape[1]),
+    def side_labels(self, side: int) -> Tensor:
+        """Return the labels of a side: [B, H, S]."""
+        return self.labels.view(-1, self.batch, self.heads, self.tokens)[side]
+
+    def side_sorted_idx(self, side: int) -> Tensor:
+        """Return the sorted order of a side: [B, H, S]."""
+        return self.sorted_idx.view(-1, self.batch, self.heads, self.tokens)[side]
+
+    def side_offsets(self, side: int) -> Tensor:
+        """Return where the labels of a side begin: [B, H, N + 1]."""
+        size = self.num_labels[side] + 1
+        begin = sum(count + 1 for count in self.num_labels[:side]) * self.batch * self.heads
+        part = self.offsets[begin : begin + size * self.batch * self.heads]
+        return part.view(self.batch, self.heads, size)
+
+    def sort(self) -> None:
+        """Fill offsets and sorted_idx from labels and their histograms: two launches."""
+        side_heads = self.batch * self.heads * len(self.num_labels)
+        chunks = triton.cdiv(self.tokens, CHUNK)
+        sizes = (self.batch * self.heads, chunks, self.num_labels[0], self.num_labels[-1])
+        _scan[(side_heads,)](self.histogram, self.offsets, *sizes, **SCAN)
+        _rank[(chunks, side_heads)](
+            self.labels,
+            self.histogram,
+            self.offsets,
+            self.sorted_idx,
+            self.tokens,
+            *sizes,
+            **RANK,
         )
 
-    def labels(self, side: int) -> Tensor:
-        """[B, H, S] of a side."""
-        return self.label.view(-1, *self.shape, self.tokens)[side]
 
-    def orders(self, side: int) -> Tensor:
-        """[B, H, S] of a side."""
-        return self.order.view(-1, *self.shape, self.tokens)[side]
-
-    def offsets(self, side: int) -> Tensor:
-        """[B, H, N + 1] of a side."""
-        begin = sum(count + 1 for count in self.counts[:side]) * self.batch_heads
-        size = (self.counts[side] + 1) * self.batch_heads
-        return self.offset[begin : begin + size].view(*self.shape, self.counts[side] + 1)
+CHUNK = 256  # tokens whose labels are counted together
+HISTOGRAM = {"CHUNK": CHUNK, "num_warps": 4}
+SCAN = {"BLOCK_CHUNKS": 16, "BLOCK_LABELS": 256, "num_warps": 8}
+RANK = {"CHUNK": CHUNK, "BLOCK_N": 32, "num_warps": 4}
 
 
-def rank_and_scan(order: Order) -> None:
-    """Fill offsets and order from labels and their histograms: two launches."""
-    groups = order.batch_heads * len(order.counts)
-    chunks = triton.cdiv(order.tokens, CHUNK)
-    sizes = (order.batch_heads, chunks, order.counts[0], order.counts[-1])
-    _scan[(groups,)](order.histogram, order.offset, *sizes, **SCAN)
-    _rank[(chunks, groups)](
-        order.label,
-        order.histogram,
-        order.offset,
-        order.order,
-        order.tokens,
-        *sizes,
-        **RANK,
-    )
-
-
-@triton.jit(do_not_specialize=["tokens", "names"])
-def _histogram(label, histogram, tokens, names, CHUNK: tl.constexpr):
-    """Counts of the labels of one chunk."""
+@triton.jit(do_not_specialize=["tokens", "num_labels"])
+def _histogram(labels, histogram, tokens, num_labels, CHUNK: tl.constexpr):
+    """Count the labels of one chunk."""
     chunk = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
-    row = chunk * CHUNK + tl.arange(0, CHUNK)
-    mine = row < tokens
-    found = tl.load(label + group * tokens + row, mask=mine, other=0)
+    batch_head = tl.program_id(1).to(tl.int64)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    mask_m = token < tokens
+    # [CHUNK]
+    label = tl.load(labels + batch_head * tokens + token, mask=mask_m, other=0)
     chunks = tl.cdiv(tokens, CHUNK)
     tl.atomic_add(
-        histogram + (group * chunks + chunk) * names + found,
+        histogram + (batch_head * chunks + chunk) * num_labels + label,
         tl.full([CHUNK], 1, tl.int32),
-        mask=mine & (found >= 0) & (found < names),
+        mask=mask_m & (label >= 0) & (label < num_labels),
         sem="relaxed",
     )
 
 
-@triton.jit
-def _base(group, batch_heads, names0, names1, per_name, per_group):
-    """Where a group's part of a flat buffer of [names * per_name + per_group] begins."""
-    size0 = names0.to(tl.int64) * per_name + per_group
-    size1 = names1.to(tl.int64) * per_name + per_group
-    before = tl.minimum(group, batch_heads).to(tl.int64)
-    after = tl.maximum(group - batch_heads, 0).to(tl.int64)
-    return before * size0 + after * size1
-
-
-@triton.jit(do_not_specialize=["batch_heads", "chunks", "names0", "names1"])
+@triton.jit(do_not_specialize=["batch_heads", "chunks", "num_labels0", "num_labels1"])
 def _scan(
     histogram,
-    offset,
+    offsets,
     batch_heads,
     chunks,
-    names0,
-    names1,
-    CHUNKS: tl.constexpr,
-    LABELS: tl.constexpr,
+    num_labels0,
+    num_labels1,
+    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr,
 ):
     """Turn counts into what comes before, along the chunks of a label, then along labels."""
-    group = tl.program_id(0)
-    names = tl.where(group >= batch_heads, names1, names0)
-    counts = histogram + _base(group, batch_heads, names0, names1, chunks, 0)
-    offsets = offset + _base(group, batch_heads, names0, names1, 1, 1)
-    label = tl.arange(0, LABELS)
-    step = tl.arange(0, CHUNKS)
+    side_head = tl.program_id(0)
+    num_labels = tl.where(side_head >= batch_heads, num_labels1, num_labels0)
+    histogram += _side_base(side_head, batch_heads, num_labels0, num_labels1, chunks, 0)
+    offsets += _side_base(side_head, batch_heads, num_labels0, num_labels1, 1, 1)
+    offs_l = tl.arange(0, BLOCK_LABELS)
+    offs_c = tl.arange(0, BLOCK_CHUNKS)
     before = 0
-    for name in range(0, names, LABELS):
-        known = name + label < names
-        total = tl.zeros([LABELS], tl.int32)
-        for at in range(0, chunks, CHUNKS):
-            mask = (at + step < chunks)[:, None] & known[None, :]
-            place = counts + (at + step)[:, None].to(tl.int64) * names + (name + label)[None, :]
-            count = tl.load(place, mask=mask, other=0)
-            tl.store(place, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+    for start in range(0, num_labels, BLOCK_LABELS):
+        label = start + offs_l
+        mask_l = label < num_labels
+        total = tl.zeros([BLOCK_LABELS], tl.int32)
+        for chunk in range(0, chunks, BLOCK_CHUNKS):
+            mask = (chunk + offs_c < chunks)[:, None] & mask_l[None, :]
+            ptrs = histogram + (chunk + offs_c)[:, None].to(tl.int64) * num_labels + label[None, :]
+            # [BLOCK_CHUNKS, BLOCK_LABELS]
+            count = tl.load(ptrs, mask=mask, other=0)
+            tl.store(ptrs, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
             total += tl.sum(count, 0)
-        tl.store(offsets + name + label, before + tl.cumsum(total, 0) - total, mask=known)
+        tl.store(offsets + start + offs_l, before + tl.cumsum(total, 0) - total, mask=mask_l)
         before += tl.sum(total, 0)
-    tl.store(offsets + names, before)
+    tl.store(offsets + num_labels, before)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch_heads", "chunks", "names0", "names1"])
+@triton.jit(do_not_specialize=["tokens", "batch_heads", "chunks", "num_labels0", "num_labels1"])
 def _rank(
-    label,
+    labels,
     histogram,
-    offset,
-    order,
+    offsets,
+    sorted_idx,
     tokens,
     batch_heads,
     chunks,
-    names0,
-    names1,
+    num_labels0,
+    num_labels1,
     CHUNK: tl.constexpr,
-    PART: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Place of every token of a chunk: label, earlier chunks, then earlier tokens of the chunk."""
+    """Place every token of a chunk: by label, earlier chunks, then earlier tokens of the chunk."""
     chunk = tl.program_id(0)
-    group = tl.program_id(1)
-    names = tl.where(group >= batch_heads, names1, names0)
-    counts = histogram + _base(group, batch_heads, names0, names1, chunks, 0)
-    offsets = offset + _base(group, batch_heads, names0, names1, 1, 1)
-    labels = label + group.to(tl.int64) * tokens
-    row = chunk * CHUNK + tl.arange(0, CHUNK)
-    mine = row < tokens
-    found = tl.load(labels + row, mask=mine, other=-1)
-    mine = mine & (found >= 0) & (found < names)
-    place = tl.load(offsets + found, mask=mine, other=0)
-    place += tl.load(counts + chunk.to(tl.int64) * names + found, mask=mine, other=0)
-    for part in range(0, CHUNK, PART):
-        other = chunk * CHUNK + part + tl.arange(0, PART)
+    side_head = tl.program_id(1)
+    num_labels = tl.where(side_head >= batch_heads, num_labels1, num_labels0)
+    histogram += _side_base(side_head, batch_heads, num_labels0, num_labels1, chunks, 0)
+    offsets += _side_base(side_head, batch_heads, num_labels0, num_labels1, 1, 1)
+    labels += side_head.to(tl.int64) * tokens
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    mask_m = token < tokens
+    # [CHUNK]
+    label = tl.load(labels + token, mask=mask_m, other=-1)
+    mask_m = mask_m & (label >= 0) & (label < num_labels)
+    place = tl.load(offsets + label, mask=mask_m, other=0)
+    place += tl.load(histogram + chunk.to(tl.int64) * num_labels + label, mask=mask_m, other=0)
+    for first in range(0, CHUNK, BLOCK_N):
+        other = chunk * CHUNK + first + tl.arange(0, BLOCK_N)
+        # [BLOCK_N]
         other_label = tl.load(labels + other, mask=other < tokens, other=-2)
-        same = (found[:, None] == other_label[None, :]) & (other[None, :] < row[:, None])
-        place += tl.sum(same.to(tl.int32), 1)
-    tl.store(order + group.to(tl.int64) * tokens + place, row, mask=mine)
+        earlier = (label[:, None] == other_label[None, :]) & (other[None, :] < token[:, None])
+        place += tl.sum(earlier.to(tl.int32), 1)
+    tl.store(sorted_idx + side_head.to(tl.int64) * tokens + place, token, mask=mask_m)
+
+
+@triton.jit
+def _side_base(side_head, batch_heads, num_labels0, num_labels1, per_label, per_head):
+    """Return where one head of a side begins in a buffer of [per_label * labels + per_head]."""
+    size0 = num_labels0.to(tl.int64) * per_label + per_head
+    size1 = num_labels1.to(tl.int64) * per_label + per_head
+    before0 = tl.minimum(side_head, batch_heads).to(tl.int64)
+    before1 = tl.maximum(side_head - batch_heads, 0).to(tl.int64)
+    return before0 * size0 + before1 * size1

@@ -5,7 +5,8 @@ import math
 import torch
 
 from vidaccel.bench.sparse_methods import fixed_blocks, random_clusters
-from vidaccel.kernels.semantic_attention import SemanticConfig, SemanticState, semantic_attention
+from vidaccel.kernels.semantic_attention import semantic_attention
+from vidaccel.kernels.state import SemanticConfig, SemanticState
 
 
 def test_what_svg2_is_compared_with():
@@ -20,7 +21,7 @@ def test_what_svg2_is_compared_with():
     config = SemanticConfig(5, 9, top_p=0.5, min_ratio=0.0)
     blocks, blind, ours = SemanticState(), SemanticState(), SemanticState()
     fixed_blocks(q, k, v, blocks, config, **text)
-    assert blocks.query.order[0, 0].tolist() == list(range(90)), "blocks do not permute"
+    assert blocks.query.sorted_idx[0, 0].tolist() == list(range(90)), "blocks do not permute"
     assert blocks.key.counts[0, 0].tolist() == [10] * 9
     random_clusters(q, k, v, blind, config, **text)
     semantic_attention(q, k, v, ours, config, **text)

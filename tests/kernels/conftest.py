@@ -50,7 +50,7 @@ if not torch.cuda.is_available():
     interpreter.InterpreterBuilder.create_dot = _bfloat16_dot
     interpreter.InterpreterBuilder.cast_impl = _rounding_cast
 
-from vidaccel.kernels import fused, permute  # noqa: E402, F401
+from vidaccel.kernels import permute, semantic_attention_triton  # noqa: E402, F401
 
 os.environ.pop("TRITON_INTERPRET", None)
 

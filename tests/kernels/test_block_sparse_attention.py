@@ -31,15 +31,15 @@ def test_the_reference_is_masked_attention():
     torch.testing.assert_close(out.float()[some], flex[some], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_kernel_is_as_exact_as_dense_attention(width, dtype, device):
-    arguments, mask = case(width, dtype)
+def test_the_kernel_is_as_exact_as_dense_attention(head_dim, dtype, device):
+    arguments, mask = case(head_dim, dtype)
     q, k, v, q_ends, k_ends, selection = arguments
     exact, exact_lse = reference.block_sparse_attention(
-        q.double(), k.double(), v.double(), q_ends, k_ends, selection, scale=width**-0.5
+        q.double(), k.double(), v.double(), q_ends, k_ends, selection, scale=head_dim**-0.5
     )
-    out, lse = block_sparse_attention(*to(arguments, device), scale=width**-0.5, impl="triton")
+    out, lse = block_sparse_attention(*to(arguments, device), scale=head_dim**-0.5, impl="triton")
     assert out.dtype == dtype and lse.dtype == torch.float32
     seen = element_mask(q_ends, k_ends, mask)
     dense = scaled_dot_product_attention(q, k, v, attn_mask=seen).nan_to_num(0.0)

@@ -6,7 +6,7 @@ from sklearn.cluster import KMeans
 
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import KernelError
-from vidaccel.kernels.kmeans import Rounds, kmeans
+from vidaccel.kernels.kmeans import Lloyd, kmeans
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,9 +54,9 @@ def test_an_empty_cluster_stays_and_first_centroids_differ():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "clusters", "width"), [(70, 35, 80), (33, 33, 96)])
-def test_the_kernels_equal_the_reference(dtype, tokens, clusters, width, device):
-    x = points(2, 1, tokens, width, dtype=dtype).to(device)
+@pytest.mark.parametrize(("tokens", "clusters", "head_dim"), [(70, 35, 80), (33, 33, 96)])
+def test_the_kernels_equal_the_reference(dtype, tokens, clusters, head_dim, device):
+    x = points(2, 1, tokens, head_dim, dtype=dtype).to(device)
     start = reference.initial_centroids(x, clusters)
     start[:, :, 3] = 100.0  # far from everything
     centroids, labels, counts = kmeans(x, start, 1, impl="triton")
@@ -132,6 +132,6 @@ def test_bad_input_raises():
 
 def test_buffers_are_flat_per_side():
     x = points(1, 2, 30, 64)
-    rounds = Rounds.start([x, x], [x[:, :, :3], x[:, :, :5]])
-    assert rounds.centroids(0).shape == (1, 2, 3, 64)
-    assert torch.equal(rounds.centroids(1), x[:, :, :5])
+    lloyd = Lloyd.start([x, x], [x[:, :, :3], x[:, :, :5]])
+    assert lloyd.side_centroids(0).shape == (1, 2, 3, 64)
+    assert torch.equal(lloyd.side_centroids(1), x[:, :, :5])

@@ -57,11 +57,11 @@ def test_the_shift_is_near_the_mean_and_sees_no_padding():
     torch.testing.assert_close(one, k[:, :, 5].bfloat16().double())
 
 
-@pytest.mark.parametrize("width", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_kernel_rounds_like_the_reference(width, dtype, device):
+def test_the_kernel_rounds_like_the_reference(head_dim, dtype, device):
     torch.manual_seed(0)
-    k = torch.randn(2, 2, 75, width).to(dtype)
+    k = torch.randn(2, 2, 75, head_dim).to(dtype)
     k[0, 1, 9, 4] = math.inf
     k[1, 0, 70, 1] = math.nan
     k[1, 1, 3] = 0.0
@@ -76,21 +76,25 @@ def test_the_kernel_rounds_like_the_reference(width, dtype, device):
     assert torch.equal(keys.scale.cpu().isnan(), scale[..., 0].isnan())
     assert keys.scale.isnan().sum() == 2
     sound = ~scale[..., 0].isnan()
-    assert torch.equal(keys.values.cpu()[sound].float(), whole[sound])
+    assert torch.equal(keys.codes.cpu()[sound].float(), whole[sound])
     assert torch.equal(keys.scale.cpu()[sound], scale[..., 0][sound])
 
 
-@pytest.mark.parametrize("width", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_attention_equals_the_reference(width, dtype, device):
-    arguments, mask = case(width, dtype)
+def test_attention_equals_the_reference(head_dim, dtype, device):
+    arguments, mask = case(head_dim, dtype)
     q, k, v, q_ends, k_ends, selection = arguments
     k = shifted(k)
     arguments = (q, k, v, q_ends, k_ends, selection)
     wide = (q.float(), k.float(), v.float(), q_ends, k_ends, selection)
-    exact, exact_lse = reference.block_sparse_attention(*wide, scale=width**-0.5, **INT8)
-    found = block_sparse_attention(*to(arguments, device), scale=width**-0.5, impl="triton", **INT8)
-    again = block_sparse_attention(*to(arguments, device), scale=width**-0.5, impl="triton", **INT8)
+    exact, exact_lse = reference.block_sparse_attention(*wide, scale=head_dim**-0.5, **INT8)
+    found = block_sparse_attention(
+        *to(arguments, device), scale=head_dim**-0.5, impl="triton", **INT8
+    )
+    again = block_sparse_attention(
+        *to(arguments, device), scale=head_dim**-0.5, impl="triton", **INT8
+    )
     assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
     out, lse = (x.cpu() for x in found)
     assert out.dtype == dtype and lse.dtype == torch.float32

@@ -12,10 +12,10 @@ from vidaccel.kernels.select import select_top_p
 SCALE = 0.3
 
 
-def case(rows=5, columns=41, batch=2, heads=1, width=64):
+def case(rows=5, columns=41, batch=2, heads=1, head_dim=64):
     draw = torch.Generator().manual_seed(0)
-    q = torch.randn(batch, heads, rows, width, generator=draw)
-    k = torch.randn(batch, heads, columns, width, generator=draw)
+    q = torch.randn(batch, heads, rows, head_dim, generator=draw)
+    k = torch.randn(batch, heads, columns, head_dim, generator=draw)
     counts = torch.randint(0, 9, (batch, heads, columns), generator=draw).int()
     return q, k, counts
 

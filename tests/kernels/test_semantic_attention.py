@@ -6,15 +6,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import KernelError, density
-from vidaccel.kernels.semantic_attention import SemanticConfig, SemanticState, semantic_attention
+from vidaccel.kernels.semantic_attention import cluster_tokens, semantic_attention
+from vidaccel.kernels.state import SemanticConfig, SemanticState
 
 # What makes no launch on a GPU, and the poison of the tests.
 VIEWS = {"empty", "empty_like", "view", "slice", "select", "detach", "_unsafe_view", "fill_"}
 
 
-def tokens(batch=1, heads=1, size=80, width=64, seed=0, dtype=torch.float32):
+def tokens(batch=1, heads=1, size=80, head_dim=64, seed=0, dtype=torch.float32):
     draw = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, heads, size, width, generator=draw).to(dtype) for _ in range(3)]
+    return [torch.randn(batch, heads, size, head_dim, generator=draw).to(dtype) for _ in range(3)]
 
 
 def masked_dense(q, k, v, video, text_mask):
@@ -72,15 +73,15 @@ def test_padding_is_isolated_and_text_is_seen(impl, video, int8, device):
     "options",
     [
         {},
-        {"per_query_mass": True},
-        {"compensate": True},
+        {"mass_averaging": True},
+        {"compensation": True},
         {"query_metric": True},
-        {"iters": 0},
+        {"kmeans_iters": 0},
         {"recluster_every": 2},
-        {"recluster_every": 2, "reselect_every": 2, "compensate": True},
+        {"recluster_every": 2, "reselect_every": 2, "compensation": True},
         {"int8_qk": True},
-        {"int8_qk": True, "query_metric": True, "compensate": True, "per_query_mass": True},
-        {"int8_qk": True, "recluster_every": 2, "compensate": True},
+        {"int8_qk": True, "query_metric": True, "compensation": True, "mass_averaging": True},
+        {"int8_qk": True, "recluster_every": 2, "compensation": True},
     ],
     ids=str,
 )
@@ -88,7 +89,7 @@ def test_triton_equals_the_reference_over_calls(options, device):
     q, k, v = (x.to(device) for x in tokens())
     mask = torch.tensor([[True] * 9 + [False] * 7], device=device)
     config = SemanticConfig(
-        **{"query_clusters": 3, "key_clusters": 7, "top_p": 0.5, "init_iters": 1, "iters": 1}
+        **{"query_clusters": 3, "key_clusters": 7, "top_p": 0.5, "init_iters": 1, "kmeans_iters": 1}
         | options
     )
     ours, theirs = SemanticState(), SemanticState()
@@ -97,7 +98,7 @@ def test_triton_equals_the_reference_over_calls(options, device):
         out = semantic_attention(q + call, k, v, ours, config, **text, impl="triton")
         expected = semantic_attention(q + call, k, v, theirs, config, **text, impl="reference")
         assert torch.equal(ours.query.labels, theirs.query.labels)
-        assert torch.equal(ours.key.order, theirs.key.order)
+        assert torch.equal(ours.key.sorted_idx, theirs.key.sorted_idx)
         assert torch.equal(ours.selection.mask(), theirs.selection.mask())
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
     assert 0 < ours.density().item() < 1
@@ -122,9 +123,9 @@ def test_two_runs_are_bit_equal_and_batch_items_are_alone(int8, device):
 def test_the_end_of_each_phase_is_told(impl, device):
     q, k, v = (x.to(device) for x in tokens(size=32))
     seen: list[str] = []
-    state = SemanticState(lap=seen.append)
-    config = SemanticConfig(2, 4, init_iters=1, iters=1)
-    state.cluster(q, k, config, impl=impl)
+    state = SemanticState(on_phase_end=seen.append)
+    config = SemanticConfig(2, 4, init_iters=1, kmeans_iters=1)
+    cluster_tokens(q, k, state, config, impl=impl)
     assert seen == ["clustering"]
     semantic_attention(q, k, v, state, config, impl=impl)
     assert seen[1:] == ["clustering", "selection", "attention"]
@@ -171,12 +172,12 @@ def test_options_reduce_the_error():
         return ((out - dense).norm() / dense.norm()).item()
 
     plain = error()
-    assert error(compensate=True) < 0.6 * plain
-    assert error(per_query_mass=True) < plain
+    assert error(compensation=True) < 0.6 * plain
+    assert error(mass_averaging=True) < plain
 
 
 def test_the_query_metric_is_the_variation_of_scores():
-    q, k, _ = tokens(size=500, width=16)
+    q, k, _ = tokens(size=500, head_dim=16)
     q, k = q.double(), k.double()
     factor = reference.query_metric(q, ridge=0.0)
     moved = (k[:, :, :1] - k[:, :, 1:20]) @ factor
@@ -201,16 +202,20 @@ def test_a_state_follows_the_shape_and_can_be_reset():
 
 def test_clustering_alone_prepares_the_next_call():
     q, k, v = tokens()
-    config = SemanticConfig(4, 6, init_iters=3, iters=0)
+    config = SemanticConfig(4, 6, init_iters=3, kmeans_iters=0)
     warm, cold = SemanticState(), SemanticState()
-    warm.cluster(q, k, config)
+    cluster_tokens(q, k, warm, config)
     assert warm.calls == 0 and warm.selection is None
     semantic_attention(q, k, v, warm, config)
     semantic_attention(q, k, v, cold, config)
     torch.testing.assert_close(warm.query.centroids, cold.query.centroids)
-    assert sum(empty.sum() for empty in warm.empty_clusters()) >= 0
-    share = density(warm.selection, warm.query.counts, 80)
-    torch.testing.assert_close(share, warm.density())
+    share = density(warm.selection.tokens, warm.query.counts, 80)
+    torch.testing.assert_close(share.float(), warm.density())
+    for empty, side in zip(warm.empty_clusters(), (warm.query, warm.key), strict=True):
+        assert empty.item() == side.centroids.shape[2] - len(side.labels.unique())
+    same = torch.ones_like(q)
+    cluster_tokens(same, same, warm, config)
+    assert [empty.item() for empty in warm.empty_clusters()] == [3, 5]
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -221,8 +226,8 @@ def test_a_layer_takes_at_most_12_launches(int8, monkeypatch, device):
     from vidaccel.kernels import block_sparse_attention, kmeans, quantise, select, sort
 
     seen, inside = [], []
-    names = ("_prepare", "_assign", "_update", "_scan", "_rank", "_threshold", "_lists", "_attend")
-    names += ("_quantise",)
+    names = ("_prepare", "_assign", "_update", "_update_and_sort", "_scan", "_rank", "_threshold")
+    names += ("_lists", "_attend", "_quantise")
 
     class Watch(TorchDispatchMode):
         """Notes what torch would launch; the interpreter's own work does not count."""
@@ -247,7 +252,10 @@ def test_a_layer_takes_at_most_12_launches(int8, monkeypatch, device):
             return launch
 
     q, k, v = (x.to(device) for x in tokens(size=40))
-    state, config = SemanticState(), SemanticConfig(2, 3, init_iters=1, iters=2, int8_qk=int8)
+    state, config = (
+        SemanticState(),
+        SemanticConfig(2, 3, init_iters=1, kmeans_iters=2, int8_qk=int8),
+    )
     semantic_attention(q, k, v, state, config, impl="triton")
     for module in (block_sparse_attention, kmeans, quantise, select, sort):
         for name in names:
@@ -278,6 +286,6 @@ def test_bad_input_raises(impl):
         run(q, k, v, video=(0, 9))
     with pytest.raises(KernelError, match=r"text_mask must be bool \[1, 2\]"):
         run(q, k, v, video=(0, 6), text_mask=torch.ones(1, 3).bool())
-    for wrong in ({"top_p": 0}, {"min_ratio": 2}, {"iters": -1}, {"recluster_every": 0}):
+    for wrong in ({"top_p": 0}, {"min_ratio": 2}, {"kmeans_iters": -1}, {"recluster_every": 0}):
         with pytest.raises(KernelError, match=f"{next(iter(wrong))} must be"):
             SemanticConfig(4, 6, **wrong)

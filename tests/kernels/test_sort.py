@@ -27,9 +27,9 @@ def test_sorting_is_stable_and_complete(tokens, count, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [64, 80, 96, 128])
-def test_permuting_is_exact_both_ways(dtype, width, device):
-    x = torch.randn(2, 70, 1, width).to(dtype).transpose(1, 2).to(device)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_permuting_is_exact_both_ways(dtype, head_dim, device):
+    x = torch.randn(2, 70, 1, head_dim).to(dtype).transpose(1, 2).to(device)
     order = torch.stack([torch.randperm(70), torch.randperm(70)])[:, None].int().to(device)
     moved = permute(x, order, impl="triton")
     assert torch.equal(moved, reference.permute(x, order))

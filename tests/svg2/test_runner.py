@@ -629,9 +629,9 @@ def test_phases_are_told_in_order_and_a_layer_that_clusters_while_dense_has_both
     seen: list[str] = []
 
     def look(q, k, v, state, config, **text):
-        tell, state.lap = state.lap, seen.append
+        tell, state.on_phase_end = state.on_phase_end, seen.append
         out = semantic_attention(q, k, v, state, config, **text)
-        state.lap = tell
+        state.on_phase_end = tell
         return out
 
     engines_of(case.pipe)["transformer"].attention.method = look

@@ -16,11 +16,11 @@ def offsets(sizes, batch=2):
     return pad(both.cumsum(-1), (1, 0)).int()
 
 
-def case(width=64, dtype=torch.float32, q_sizes=(0, 5, 1, 20), k_sizes=RAGGED, seed=0, batch=2):
+def case(head_dim=64, dtype=torch.float32, q_sizes=(0, 5, 1, 20), k_sizes=RAGGED, seed=0, batch=2):
     torch.manual_seed(seed)
-    q = torch.randn(batch, 1, sum(q_sizes), width).to(dtype)
-    k = torch.randn(batch, 1, sum(k_sizes), width).to(dtype)
-    v = torch.randn(batch, 1, sum(k_sizes), width).to(dtype)
+    q = torch.randn(batch, 1, sum(q_sizes), head_dim).to(dtype)
+    k = torch.randn(batch, 1, sum(k_sizes), head_dim).to(dtype)
+    v = torch.randn(batch, 1, sum(k_sizes), head_dim).to(dtype)
     mask = torch.rand(batch, 1, len(q_sizes), len(k_sizes)) < 0.5
     ends_q, ends_k = offsets(q_sizes, batch), offsets(k_sizes, batch)
     selection = reference.selection_from_mask(mask, ends_k.diff())

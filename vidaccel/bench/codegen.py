@@ -1,4 +1,4 @@
-"""What the compiler makes of every shipped kernel, for chips that need not be here.
+"""Shows what the compiler makes of every shipped kernel, for chips that need not be here.
 
 Registers, spills and shared memory come from the resource report of the machine code, the
 instruction mix of the inner loop from its disassembly. The share of peak is a *prediction*: it
@@ -14,21 +14,35 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vidaccel.environment import environment
 from vidaccel.errors import VidaccelError
 
-CHIPS = (80, 90, 100, 120)
 
-# Largest shared memory of a block in bytes, shared memory and registers of a multiprocessor, and
-# the dense 16-bit floating-point operations of its tensor cores per cycle.
-_LIMITS = {
-    80: (166_912, 167_936, 65_536, 2048),
-    90: (232_448, 233_472, 65_536, 4096),
-    100: (232_448, 233_472, 65_536, 8192),
-    120: (101_376, 102_400, 65_536, 1024),
+class _Chip(NamedTuple):
+    """Limits of a chip.
+
+    Attributes:
+        block_shared: largest shared memory of a block in bytes.
+        shared: shared memory of a multiprocessor in bytes.
+        registers: registers of a multiprocessor.
+        operations: 16-bit floating-point operations of its tensor cores per cycle.
+    """
+
+    block_shared: int
+    shared: int
+    registers: int
+    operations: int
+
+
+_CHIPS = {
+    80: _Chip(166_912, 167_936, 65_536, 2048),
+    90: _Chip(232_448, 233_472, 65_536, 4096),
+    100: _Chip(232_448, 233_472, 65_536, 8192),
+    120: _Chip(101_376, 102_400, 65_536, 1024),
 }
+CHIPS = tuple(_CHIPS)
 # The matrix instructions that a chip's tensor cores are fast with, of 16-bit numbers and of int8,
 # which do twice as many operations on all of these.
 _FAST = {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "UTCIMMA")}
@@ -89,13 +103,13 @@ def codegen(
 
 
 def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """What must not be in shipped code, in words; nothing if all is well."""
+    """Tell in words what must not be in shipped code; nothing if all is well."""
     found = []
     for row in rows:
         name = f"{row['name']} on sm_{row['chip']}"
         if row["spills"]:
             found.append(f"{name} spills registers: {row['spills']} instructions")
-        if row["shared_bytes"] > _LIMITS[row["chip"]][0]:
+        if row["shared_bytes"] > _CHIPS[row["chip"]].block_shared:
             found.append(f"{name} needs {row['shared_bytes']} bytes of shared memory")
         if row["matrix"] and row["dtype"] != "fp32":
             expected = _FAST.get(row["chip"], ("HMMA", "IMMA"))
@@ -107,7 +121,7 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def codegen_table(result: dict[str, Any]) -> str:
-    """The result of `codegen` for people: matrix kernels with their loops, then the rest."""
+    """Show the result of `codegen`: a line per kernel, with the loops of matrix kernels."""
     lines = [
         f"{'kernel':28} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>7} {'blocks':>6}  "
         f"{'matrix':15} {'tensor':>6} {'exp':>4} {'fp32':>5} {'int':>4} {'other':>5}  predicted"
@@ -134,16 +148,17 @@ def codegen_table(result: dict[str, Any]) -> str:
 
 
 def _row(config: Any, chip: int, compiled: Any) -> dict[str, Any]:
+    """Return the row of one compiled config."""
     usage, text = _disassembled(compiled.asm["cubin"])
     code = instructions(text)
     names = [name for _, name, _ in code]
     loop = inner_loop(code) if config.matrix else []
     warps = config.num_warps
-    block, total, registers, _ = _LIMITS[chip]
+    limits = _CHIPS[chip]
     shared = int(compiled.metadata.shared)
-    by_registers = registers // (-(-usage["REG"] // 8) * 8 * 32 * warps)
-    fits = min(by_registers, total // (shared + 1024), 64 // warps)
-    mix = _mix(loop)
+    # Registers are handed out by eights, to 32 threads of each warp.
+    by_registers = limits.registers // (-(-usage["REG"] // 8) * 8 * 32 * warps)
+    blocks = min(by_registers, limits.shared // (shared + 1024), 64 // warps)
     return {
         "name": config.name,
         "kernel": config.kernel,
@@ -158,17 +173,17 @@ def _row(config: Any, chip: int, compiled: Any) -> dict[str, Any]:
         "stack_bytes": usage["STACK"],
         "spills": sum(name.split(".")[0] in ("LDL", "STL") for name in names),
         "shared_bytes": shared,
-        "blocks_per_multiprocessor": fits if shared <= block else 0,
+        "blocks_per_multiprocessor": blocks if shared <= limits.block_shared else 0,
         "matrix_instructions": sorted(
             {found.group(1) for name in names if (found := _MATRIX.match(name))}
         ),
-        "loop": mix,
-        "predicted": _predicted(config, chip, loop, fits) if loop else None,
+        "loop": _mix(loop),
+        "predicted": _predicted(config, chip, loop, blocks) if loop else None,
     }
 
 
 def _disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
-    """The resource report and the disassembly of a kernel."""
+    """Return the resource report and the disassembly of a kernel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -186,13 +201,13 @@ def _disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
 
 
 def instructions(text: str) -> list[tuple[int, str, str]]:
-    """(address, name, operands) of each instruction of a disassembly."""
+    """Return (address, name, operands) of each instruction of a disassembly."""
     pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
     return [(int(a, 16), name, rest.strip()) for a, name, rest in pattern.findall(text)]
 
 
 def inner_loop(code: list[tuple[int, str, str]]) -> list[str]:
-    """Names of the instructions of the first innermost loop with matrix instructions."""
+    """Return the instructions of the first innermost loop with matrix instructions, by name."""
     loops = []
     for address, name, rest in code:
         target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
@@ -212,7 +227,7 @@ def inner_loop(code: list[tuple[int, str, str]]) -> list[str]:
 
 
 def _mix(loop: list[str]) -> dict[str, int]:
-    """How many instructions of each group."""
+    """Count the instructions of each group."""
     mix: Counter[str] = Counter()
     for name in loop:
         base = name.split(".")[0]
@@ -222,7 +237,7 @@ def _mix(loop: list[str]) -> dict[str, int]:
 
 
 def _predicted(config: Any, chip: int, loop: list[str], blocks: int) -> dict[str, float]:
-    """Cycles of one multiprocessor per turn of the loop, and the tensor cores' share of them.
+    """Predict the cycles of a turn of the loop, and the tensor cores' share of them.
 
     A scheduler issues one instruction per cycle to each of 4 quarters, and a quarter answers
     4 exponentials per cycle; on sm_80 its integers become floats in the same unit. Products of
@@ -231,14 +246,11 @@ def _predicted(config: Any, chip: int, loop: list[str], blocks: int) -> dict[str
     needs several blocks or warp groups per multiprocessor; "serial" that nothing overlaps.
     """
     constants = config.constants
-    rows, width = constants["ROWS"], constants["DP"]
-    if "KEYS" in constants:
-        columns, products = constants["KEYS"], 1.5 if constants.get("INT8") else 2
-    else:
-        columns, products = constants["CLUSTERS"], 1
+    block_d = constants["BLOCK_D"]
+    tile = constants["BLOCK_M"] * constants["BLOCK_N"] * block_d
     # A loop unrolled by the compiler does several turns.
-    tensor = products * 2 * rows * columns * width / _LIMITS[chip][3]
-    useful = (config.head_dim or width) / width
+    tensor = config.products * 2 * tile / _CHIPS[chip].operations
+    useful = (config.head_dim or block_d) / block_d
     mix = _mix(loop)
     per_quarter = config.num_warps / 4
     issue = per_quarter * (len(loop) - mix.get("tensor", 0))

@@ -1,4 +1,4 @@
-"""Every kernel in every config that is shipped, as the compiler wants to see it without a GPU."""
+"""Every kernel in every config that is shipped, described so that it compiles without a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from typing import Any
 import torch
 import triton
 
-from vidaccel.kernels import block_sparse_attention as attention
-from vidaccel.kernels import fused, kmeans, permute, quantise, schedule, select, sort
+from vidaccel.kernels import (
+    block_lists,
+    block_sparse_attention,
+    kmeans,
+    permute,
+    quantise,
+    query_mass,
+    select,
+    sort,
+)
 from vidaccel.kernels.common import HEAD_DIMS
+from vidaccel.kernels.tiles import block_d
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -23,13 +32,14 @@ class Shipped:
     Attributes:
         kernel: name of the kernel.
         head_dim: D; None where it does not matter.
-        dtype: of q, k and v; None where it does not matter.
+        dtype: the dtype of q, k and v; None where it does not matter.
         function: the Triton function.
         signature: argument -> type.
-        constants: argument -> value known when compiling.
+        constants: argument -> value known when compiling; None for a pointer that is left out.
         aligned: arguments that are known to be divisible by 16, as strides and addresses are.
         num_warps, num_stages: as launched.
-        matrix: whether its time goes into matrix products.
+        products: matrix products per tile of the inner loop, counted as those of 16-bit numbers:
+            those of int8 take half the time; 0 where the time goes into something else.
     """
 
     kernel: str
@@ -41,11 +51,16 @@ class Shipped:
     aligned: frozenset[str]
     num_warps: int = 4
     num_stages: int = 3
-    matrix: bool = False
+    products: float = 0
+
+    @property
+    def matrix(self) -> bool:
+        """Tell whether its time goes into matrix products."""
+        return self.products > 0
 
     @property
     def name(self) -> str:
-        """Such as "attend d128 bf16"."""
+        """Kernel, head size and dtype, such as "attend d128 bf16"."""
         parts = [self.kernel]
         parts += [f"d{self.head_dim}"] if self.head_dim else []
         return " ".join(parts + ([self.dtype] if self.dtype else []))
@@ -73,107 +88,107 @@ class Shipped:
 
 
 def shipped(chip: int) -> Iterator[Shipped]:
-    """All that runs on a chip of this compute capability, such as 90."""
+    """List all that runs on a chip of this compute capability, such as 90."""
     for dtype in _TYPES:
-        for width in HEAD_DIMS:
-            yield from _attend(width, dtype, chip)
-            yield from _clustering(width, dtype)
-    for width in HEAD_DIMS:
-        yield _made(
-            "threshold",
-            select._threshold,
-            width,
-            pointers=dict.fromkeys(("least", "taken", "tokens", "k_offsets"), "i32"),
-            default="fp32",
-            floats=("scale", "top_p"),
-            config={"GIVEN": False, **select.THRESHOLD},
-        )
-    tiles = {"ROWS": 128, "KEYS": 64, "PIECE": schedule.PIECE}
-    lists = {"SCHEDULE": True, "UNSEEN": False, **tiles, **select.LISTS}
-    types = {"scores": "fp32", "unseen": "i8"}
-    yield _made("lists", select._lists, pointers=types, default="i32", config=lists)
-    again = {"UNSEEN": True, **tiles, **select.LISTS}
-    yield _made("schedule", schedule._from_selection, pointers=types, default="i32", config=again)
-    yield _made("scan", sort._scan, default="i32", config=sort.SCAN)
-    yield _made("rank", sort._rank, default="i32", config=sort.RANK)
-    yield _made("histogram", sort._histogram, default="i32", config=sort.HISTOGRAM)
+        for head_dim in HEAD_DIMS:
+            yield from _attention(head_dim, dtype, chip)
+            yield from _clustering(head_dim, dtype)
+    yield from _selection()
+    yield _shipped("scan", sort._scan, sort.SCAN, default="i32")
+    yield _shipped("rank", sort._rank, sort.RANK, default="i32")
+    yield _shipped("histogram", sort._histogram, sort.HISTOGRAM, default="i32")
 
 
-def _attend(width: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped]:
-    ints = ("order", "q_offsets", "k_offsets", "full", "pieces", "lengths", "table")
-    types = dict.fromkeys(ints, "i32") | {"lse": "fp32", "unseen": "i8"}
-    types |= dict.fromkeys(("k_scale", "k_shift"), "fp32")
-    main, int8 = (attention.attention_config(width, dtype, chip, int8) for int8 in (False, True))
-    means = attention.means_config(width, dtype, main["ROWS"])
-    both = {"PIECE": schedule.PIECE}
-    for name, function, config in (
-        ("attend", attention._attend, {"INT8": False, **both, **main}),
-        ("attend_int8", attention._attend, {"INT8": True, **both, **int8}),
-        ("add_means", attention._add_means, means),
+def _attention(head_dim: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped]:
+    """List the kernels whose time goes into the products of attention."""
+    lists = ("sorted_idx", "q_offsets", "k_offsets", "full_blocks", "partial_blocks")
+    types = dict.fromkeys((*lists, "num_blocks", "q_tiles"), "i32")
+    types |= dict.fromkeys(("lse", "k_scale", "k_shift"), "fp32") | {"use_mean": "i8"}
+    module = block_sparse_attention
+    exact, int8 = (
+        {"INT8": int8_qk, "BLOCK_PARTIAL": block_lists.BLOCK_PARTIAL}
+        | module.attention_config(head_dim, dtype, chip, int8_qk)
+        for int8_qk in (False, True)
+    )
+    exact |= {"k_scale": None, "k_shift": None}
+    means = module.means_config(dtype, exact["BLOCK_M"])
+    mass = query_mass.mass_config(head_dim, dtype)
+    for name, function, config, pointers, products in (
+        ("attend", module._attend, exact, types, 2),
+        ("attend_int8", module._attend, int8, types | {"k": "i8"}, 1.5),
+        ("add_means", module._add_means, means, types, 2),
+        ("mass", query_mass._mass, mass, types | {"out": "fp32"}, 1),
     ):
-        yield _made(
-            name,
-            function,
-            width,
-            dtype,
-            pointers=types | ({"k": "i8"} if name == "attend_int8" else {}),
-            floats=("scale",),
-            config={"ORDERED": True, **config},
-            matrix=True,
+        yield _shipped(
+            name, function, config, head_dim, dtype, pointers=pointers, products=products
         )
-    yield _made(
-        "mass",
-        fused._mass,
-        width,
-        dtype,
-        pointers=dict.fromkeys(("order", "q_offsets", "k_offsets"), "i32") | {"out": "fp32"},
-        floats=("scale",),
-        config=fused.mass_config(width, dtype),
-        matrix=True,
+
+
+def _clustering(head_dim: int, dtype: torch.dtype) -> Iterator[Shipped]:
+    """List the kernels of k-means, and those that move and round rows."""
+    floats = ("first0", "first1", "centroids", "means", "half_norms", "v_means")
+    types = dict.fromkeys((*floats, "k_scale", "k_shift", "scale", "shift"), "fp32")
+    ints = ("labels", "histogram", "sorted_idx", "offsets", "k_offsets")
+    types |= dict.fromkeys(ints, "i32") | {"text_mask": "i8"}
+    rounded = types | {"k_sorted": "i8", "codes": "i8"}
+    assign = {"CHUNK": sort.CHUNK, **kmeans.assign_config(dtype)}
+    exact, int8 = (
+        {"INT8": int8_qk, **kmeans.update_and_sort_config(head_dim, int8_qk)}
+        for int8_qk in (False, True)
+    )
+    exact |= {"k_scale": None, "k_shift": None}
+    for name, function, config, pointers in (
+        ("assign", kmeans._assign, assign, types),
+        ("prepare", kmeans._prepare, kmeans.PREPARE, types),
+        ("update", kmeans._update, kmeans.update_config(head_dim), types),
+        ("update_sort", kmeans._update_and_sort, exact, types),
+        ("update_sort_int8", kmeans._update_and_sort, int8, rounded),
+        ("quantise", quantise._quantise, quantise.QUANTISE, rounded),
+        ("move", permute._move, {"SCATTER": True, **permute.MOVE}, types),
+    ):
+        products = 1 if name == "assign" else 0
+        yield _shipped(
+            name, function, config, head_dim, dtype, pointers=pointers, products=products
+        )
+
+
+def _selection() -> Iterator[Shipped]:
+    """List the kernels that select key clusters and list them for attention."""
+    types = dict.fromkeys(("threshold", "num_selected", "tokens", "k_offsets"), "i32")
+    for head_dim in HEAD_DIMS:
+        config = {"logits": None, **select.THRESHOLD}
+        yield _shipped(
+            "threshold", select._threshold, config, head_dim, pointers=types, default="fp32"
+        )
+    tiles = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_PARTIAL": block_lists.BLOCK_PARTIAL}
+    config = {**tiles, **block_lists.LISTS}
+    types = {"scores": "fp32", "use_mean": "i8"}
+    yield _shipped(
+        "lists", select._lists, {"use_mean": None, **config}, pointers=types, default="i32"
+    )
+    yield _shipped(
+        "block_lists", block_lists._from_selection, config, pointers=types, default="i32"
     )
 
 
-def _clustering(width: int, dtype: torch.dtype) -> Iterator[Shipped]:
-    types = dict.fromkeys(("first0", "first1", "means", "half", "v_means"), "fp32")
-    types |= dict.fromkeys(("x1_scale", "x1_shift", "scale", "shift"), "fp32")
-    types |= dict.fromkeys(("histogram", "order", "offset", "label", "k_offsets"), "i32")
-    types |= {"text_mask": "i8"}
-    assign = {"MASKED": True, "CHUNK": sort.CHUNK, **kmeans.assign_config(dtype)}
-    update = {"PERMUTE": True, "ROUND": True}
-    int8 = {"x1_out": "i8", "values": "i8"}
-    for name, function, config, more in (
-        ("assign", kmeans._assign, assign, {}),
-        ("prepare", kmeans._prepare, kmeans.PREPARE, {}),
-        ("update", kmeans._update, {"INT8": False, **update, **kmeans.update_config(width)}, {}),
-        (
-            "update_int8",
-            kmeans._update,
-            {"INT8": True, **update, **kmeans.update_config(width, True)},
-            int8,
-        ),
-        ("quantise", quantise._quantise, quantise.QUANTISE, int8),
-        ("move", permute._move, {"SCATTER": True, **permute.MOVE}, {}),
-    ):
-        matrix = name == "assign"
-        pointers = types | more
-        yield _made(name, function, width, dtype, pointers=pointers, config=config, matrix=matrix)
-
-
-def _made(
+def _shipped(
     kernel: str,
     function: Any,
-    width: int | None = None,
+    config: dict[str, Any],
+    head_dim: int | None = None,
     dtype: torch.dtype | None = None,
     *,
-    config: dict[str, Any],
     pointers: dict[str, str] | None = None,
     default: str | None = None,
-    floats: tuple[str, ...] = (),
-    matrix: bool = False,
+    products: float = 0,
 ) -> Shipped:
-    """Types from names: strides end in _stride, other numbers are those not specialised on."""
-    if width is not None:
-        config = config | {"D": width, "DP": kmeans.padded(width)}
+    """Describe one config: types follow from names.
+
+    Strides end in _stride, factors are those of _FLOATS, other numbers are those that are not
+    specialised on, and all else is a pointer.
+    """
+    if head_dim is not None:
+        config = config | {"HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim)}
     launch = {name: config[name] for name in ("num_warps", "num_stages") if name in config}
     constants = {name: value for name, value in config.items() if name not in launch}
     main = default or _TYPES[dtype or torch.bfloat16]
@@ -181,24 +196,25 @@ def _made(
     for name in function.arg_names:
         if name in constants:
             continue
-        if name in floats:
-            signature[name] = "fp32"
+        if name in function.do_not_specialize:
+            signature[name] = "fp32" if name in _FLOATS else "i32"
         elif "stride" in name:
             signature[name] = "i32"
             aligned.add(name)
-        elif name in function.do_not_specialize:
-            signature[name] = "i32"
         else:
             signature[name] = "*" + (pointers or {}).get(name, main)
             aligned.add(name)
     return Shipped(
         kernel,
-        width,
+        head_dim,
         _TYPES[dtype] if dtype else None,
         function,
         signature,
         constants,
         frozenset(aligned),
-        matrix=matrix,
+        products=products,
         **launch,
     )
+
+
+_FLOATS = ("scale", "qk_scale_log2", "top_p")

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from vidaccel.bench.kernel_checks import check
 from vidaccel.environment import environment
 from vidaccel.errors import VidaccelError
-
-
-class CheckError(VidaccelError):
-    """A kernel gave a wrong result, so that its speed means nothing."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +21,13 @@ class Shape:
     """The self-attention of one model.
 
     Attributes:
-        heads, tokens, width: H, S and D, batch 1.
+        heads, tokens, head_dim: H, S and D, batch 1.
         query_clusters, key_clusters: as published for the model, or by token count.
     """
 
     heads: int
     tokens: int
-    width: int
+    head_dim: int
     query_clusters: int
     key_clusters: int
 
@@ -49,7 +46,11 @@ _PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def require_gpu() -> None:
-    """Raises: VidaccelError: there is no CUDA GPU, or no Triton."""
+    """Refuse to go on without a CUDA GPU and Triton.
+
+    Raises:
+        VidaccelError: one of them is not there.
+    """
     if not torch.cuda.is_available():
         raise VidaccelError(
             "bench kernels measures on a CUDA GPU, and there is none here; "
@@ -114,7 +115,7 @@ def kernels(
 
 
 def kernels_table(result: dict[str, Any]) -> str:
-    """The result of `kernels` for people."""
+    """Show the result of `kernels`: a line per measurement."""
     lines = [_line(row) for row in result["rows"]] + [""]
     for layer in result["layers"]:
         lines.append(
@@ -130,8 +131,9 @@ def kernels_table(result: dict[str, Any]) -> str:
 def _measured(
     name: str, shape: Shape, method: str, density: float, milliseconds: float
 ) -> dict[str, Any]:
-    pairs = 4 * shape.heads * shape.tokens**2 * shape.width * density
-    rate = pairs / milliseconds / 1e9
+    """Return the row of one measurement."""
+    operations = 4 * shape.heads * shape.tokens**2 * shape.head_dim * density
+    rate = operations / milliseconds / 1e9
     card = torch.cuda.get_device_name()
     peak = next((value for part, value in _PEAKS.items() if part in card), None)
     return {
@@ -145,6 +147,7 @@ def _measured(
 
 
 def _line(row: dict[str, Any]) -> str:
+    """Show one measurement."""
     share = row["share_of_datasheet_peak"]
     return (
         f"{row['shape']:24} {row['method']:32} density {row['density']:4.2f} "
@@ -154,27 +157,27 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _time(run: Callable[[], object], milliseconds: int) -> float:
-    """Median time of a call in milliseconds, measured with device events."""
+    """Return the median time of a call in milliseconds, measured with device events."""
     from triton.testing import do_bench
 
     return float(do_bench(run, warmup=50, rep=milliseconds, return_mode="median"))
 
 
 def _video_like(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Random tokens around random centres, so that clustering finds something."""
+    """Draw random tokens around random centres, so that clustering finds something."""
     torch.manual_seed(0)
-    size = (1, shape.heads, shape.tokens, shape.width)
+    size = (1, shape.heads, shape.tokens, shape.head_dim)
     out = []
     for _ in range(3):
-        centres = torch.randn(shape.heads, 256, shape.width, device="cuda", dtype=dtype)
+        centres = torch.randn(shape.heads, 256, shape.head_dim, device="cuda", dtype=dtype)
         which = torch.randint(0, 256, (shape.heads, shape.tokens, 1), device="cuda")
-        x = centres.gather(1, which.expand(-1, -1, shape.width)).view(size)
+        x = centres.gather(1, which.expand(-1, -1, shape.head_dim)).view(size)
         out.append(x + 0.5 * torch.randn(size, device="cuda", dtype=dtype))
     return out[0], out[1], out[2]
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, milliseconds: int) -> dict[str, float]:
-    """Time of every dense attention that torch has here."""
+    """Time every dense attention that torch has here: name -> milliseconds."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     times = {}
@@ -195,7 +198,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, milliseconds: int) -> dict[str, floa
 
 
 def _ragged(count: int, tokens: int, heads: int) -> Tensor:
-    """Offsets of `count` clusters of different sizes: [1, heads, count + 1] int32."""
+    """Return offsets of `count` clusters of different sizes: [1, heads, count + 1] int32."""
     weight = torch.rand(1, heads, count, device="cuda") + 0.3
     ends = (weight.cumsum(-1) / weight.sum(-1, keepdim=True) * tokens).round().int()
     ends[..., -1] = tokens
@@ -205,28 +208,28 @@ def _ragged(count: int, tokens: int, heads: int) -> Tensor:
 def _sparse(
     shape: Shape, q: Tensor, k: Tensor, v: Tensor, density: float, milliseconds: int
 ) -> dict[str, tuple[float, float]]:
-    """Time of each sparse method on one random selection: method -> density, milliseconds."""
+    """Time each sparse method on one random selection: method -> density, milliseconds."""
     from vidaccel.kernels import reference
     from vidaccel.kernels.block_sparse_attention import block_sparse_attention
     from vidaccel.kernels.common import density as computed
 
-    q_ends = _ragged(shape.query_clusters, shape.tokens, shape.heads)
-    k_ends = _ragged(shape.key_clusters, shape.tokens, shape.heads)
+    q_offsets = _ragged(shape.query_clusters, shape.tokens, shape.heads)
+    k_offsets = _ragged(shape.key_clusters, shape.tokens, shape.heads)
     size = (1, shape.heads, shape.query_clusters, shape.key_clusters)
     mask = torch.rand(size, device="cuda") < density
-    selection = reference.selection_from_mask(mask, k_ends.diff())
-    share = computed(selection, q_ends.diff(), shape.tokens).mean().item()
-    scale = shape.width**-0.5
+    selection = reference.selection_from_mask(mask, k_offsets.diff())
+    share = computed(selection.tokens, q_offsets.diff(), shape.tokens).mean().item()
+    scale = shape.head_dim**-0.5
 
     times = {}
     for name, int8 in (("vidaccel", False), ("vidaccel int8, rounding counted", True)):
 
-        def ours(int8: bool = int8) -> Tensor:
-            lists = (q_ends, k_ends, selection)
+        def ours(int8: bool = int8) -> object:
+            lists = (q_offsets, k_offsets, selection)
             return block_sparse_attention(q, k, v, *lists, scale=scale, int8_qk=int8)[0]
 
         times[name] = (share, _time(ours, milliseconds))
-    times |= _flashinfer(q, k, v, q_ends, k_ends, mask, share, milliseconds)
+    times |= _flashinfer(q, k, v, q_offsets, k_offsets, mask, share, milliseconds)
     times |= _flex(q, k, v, density, milliseconds)
     return times
 
@@ -234,14 +237,14 @@ def _sparse(
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, density: float, milliseconds: int
 ) -> dict[str, tuple[float, float]]:
-    """flex_attention with fixed blocks of 128 at the same density: it has no ragged ones."""
+    """Time flex_attention with fixed blocks of 128 at the same density: it has no ragged ones."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     blocks = math.ceil(q.shape[2] / 128)
     mask = torch.rand(1, q.shape[1], blocks, blocks, device="cuda") < density
     mask[..., 0] = True
     count = mask.sum(-1).int()
-    index = mask.int().argsort(-1, descending=True, stable=True).int()
+    index = mask.int().argsort(dim=-1, descending=True, stable=True).int()
     try:
         made = BlockMask.from_kv_blocks(
             torch.zeros_like(count), torch.zeros_like(index), count, index, BLOCK_SIZE=128
@@ -252,7 +255,7 @@ def _flex(
             return compiled(q, k, v, block_mask=made)
 
         run()
-    except Exception as error:  # a peer that does not run here is left out, and said so
+    except Exception as error:  # what does not run here is left out, and said so
         return {f"flex: {type(error).__name__}": (math.nan, math.nan)}
     share = (count.sum() / mask.numel()).item()
     return {"flex_attention 128x128": (share, _time(run, milliseconds))}
@@ -262,25 +265,25 @@ def _flashinfer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_ends: Tensor,
-    k_ends: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
     mask: Tensor,
     share: float,
     milliseconds: int,
 ) -> dict[str, tuple[float, float]]:
-    """FlashInfer's variable-block wrapper, planning counted, where it is installed."""
+    """Time FlashInfer's variable-block wrapper, planning counted, where it is installed."""
     try:
         from flashinfer.sparse import VariableBlockSparseAttentionWrapper
     except ImportError:
         return {}
-    heads, width = q.shape[1], q.shape[3]
+    heads, head_dim = q.shape[1], q.shape[3]
     wrapper = VariableBlockSparseAttentionWrapper(
         torch.empty(128 * 2**20, dtype=torch.uint8, device="cuda")
     )
-    rows, columns = q_ends[0].diff(), k_ends[0].diff()
+    rows, columns = q_offsets[0].diff(), k_offsets[0].diff()
 
     def run() -> Any:
-        wrapper.plan(mask[0], rows, columns, heads, heads, width, q_data_type=q.dtype)
+        wrapper.plan(mask[0], rows, columns, heads, heads, head_dim, q_data_type=q.dtype)
         return wrapper.run(q[0], k[0], v[0])
 
     run()
@@ -290,21 +293,18 @@ def _flashinfer(
 def _layer(
     shape: Shape, q: Tensor, k: Tensor, v: Tensor, milliseconds: int, int8_qk: bool
 ) -> dict[str, Any]:
-    """A whole layer in its steady state, and what of it is not attention."""
-    from vidaccel.kernels.block_sparse_attention import attend, new_schedule
+    """Time a whole layer in its steady state, and what of it is not attention."""
+    from vidaccel.kernels.block_lists import fill_block_lists
+    from vidaccel.kernels.block_sparse_attention import attend, empty_block_lists
     from vidaccel.kernels.quantise import quantise_keys
-    from vidaccel.kernels.schedule import schedule_of
-    from vidaccel.kernels.semantic_attention import (
-        SemanticConfig,
-        SemanticState,
-        semantic_attention,
-    )
+    from vidaccel.kernels.semantic_attention import semantic_attention
+    from vidaccel.kernels.state import SemanticConfig, SemanticState
 
     config = SemanticConfig(shape.query_clusters, shape.key_clusters, int8_qk=int8_qk)
     state = SemanticState()
     semantic_attention(q, k, v, state, config)
 
-    def layer() -> Tensor:
+    def layer() -> object:
         return semantic_attention(q, k, v, state, config)
 
     torch.cuda.synchronize()
@@ -326,14 +326,14 @@ def _layer(
     total = _time(layer, milliseconds)
     query, key, selection = state.query, state.key, state.selection
     assert query is not None and key is not None and selection is not None
-    names = (selection.num_queries, selection.num_keys)
-    schedule = new_schedule(q, shape.tokens, *names, None, int8_qk)
-    schedule_of(selection, query.offsets, key.offsets, schedule, selection.num_queries)
+    num_clusters = (selection.num_queries, selection.num_keys)
+    lists = empty_block_lists(q, shape.tokens, *num_clusters, num_means=None, int8_qk=int8_qk)
+    fill_block_lists(lists, selection, query.offsets, key.offsets, selection.num_queries)
     keys = quantise_keys(k, key.offsets, shape.key_clusters) if int8_qk else k
     alone = _time(
         lambda: attend(
-            q, keys, v, query.offsets, key.offsets, schedule,
-            scale=shape.width**-0.5, q_order=query.order,
+            q, keys, v, query.offsets, key.offsets, lists,
+            scale=shape.head_dim**-0.5, sorted_idx=query.sorted_idx,
         ),
         milliseconds,
     )  # fmt: skip
@@ -346,85 +346,3 @@ def _layer(
         "launches": launches,
         "scratch_bytes": scratch,
     }
-
-
-def check(dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, float]]:
-    """Every kernel against its reference in float64, on fresh random input.
-
-    Raises:
-        CheckError: an error is over its limit, or two runs differ.
-    """
-    from vidaccel.kernels import kmeans, permute, reference, select, sort
-    from vidaccel.kernels import semantic_attention as semantic
-    from vidaccel.kernels.block_sparse_attention import block_sparse_attention
-
-    found: dict[str, dict[str, float]] = {}
-
-    def note(name: str, error: Tensor | float, limit: float) -> None:
-        value = float(error)
-        found[name] = {"error": value, "limit": limit}
-        if not value <= limit:
-            raise CheckError(f"{name} is wrong: error {value:.2e}, at most {limit:.2e} allowed")
-
-    for width in (64, 80, 96, 128):
-        q, k, v = (
-            torch.randn(2, 3, 1111, width, device="cuda", dtype=dtype) for _ in range(3)
-        )  # fmt: skip
-        x, start = q, reference.initial_centroids(q, 70)
-        centroids, labels, _ = kmeans.kmeans(x, start, 2)
-        again = kmeans.kmeans(x, start, 2)
-        note(f"k-means twice, D {width}", (again[0] - centroids).abs().max(), 0.0)
-        moved = reference.cluster_means(x.double(), labels, 70, start)
-        note(f"k-means means, D {width}", (centroids - moved).abs().max(), 1e-4)
-        _, assigned, _ = kmeans.kmeans(x, start, 0)
-        distance = torch.cdist(x.double(), start.to(dtype).double())
-        picked = distance.gather(3, assigned.long()[..., None])[..., 0]
-        note(f"k-means labels, D {width}", (picked - distance.amin(-1)).max(), 1e-3)
-        order, ends = sort.sort_by_label(labels, 70)
-        expected = reference.sort_by_label(labels, 70)
-        note(f"sort, D {width}", (order != expected[0]).sum() + (ends != expected[1]).sum(), 0.0)
-        there = permute.permute(x, order)
-        note(f"permute, D {width}", (there - reference.permute(x, order)).abs().max(), 0.0)
-        note(f"unpermute, D {width}", (permute.unpermute(there, order) - x).abs().max(), 0.0)
-        arguments = {"scale": width**-0.5, "top_p": 0.7, "min_ratio": 0.1}
-        k_means, k_labels, k_counts = kmeans.kmeans(k, reference.initial_centroids(k, 90), 2)
-        chosen = select.select_top_p(centroids, k_means, k_counts, **arguments)
-        wanted = reference.select_top_p(centroids.double(), k_means.double(), k_counts, **arguments)
-        differ = (chosen.mask() != wanted.mask()).float().mean()
-        note(f"selection, D {width}", differ, 1e-3)
-        k_order, k_ends = sort.sort_by_label(k_labels, 90)
-        sorted_k, sorted_v = permute.permute(k, k_order), permute.permute(v, k_order)
-        lists = (sorted_k, sorted_v, ends, k_ends, chosen)
-        out, lse = block_sparse_attention(q, *lists, scale=width**-0.5, q_order=order)
-        wide = [x.double() if x.is_floating_point() else x for x in (q, sorted_k, sorted_v)]
-        exact, exact_lse = reference.block_sparse_attention(
-            *wide, *lists[2:], scale=width**-0.5, q_order=order
-        )
-        norm = (out.double() - exact).norm() / exact.norm()
-        note(f"sparse attention, D {width}", norm, 1e-2)
-        note(f"log-sum-exp, D {width}", (lse - exact_lse).abs().max(), 2e-3)
-        rounded = {"scale": width**-0.5, "q_order": order, "int8_qk": True}
-        eight, eight_lse = block_sparse_attention(q, *lists, **rounded)
-        # In float64 a number half-way between two whole ones could be rounded to the other.
-        single = [x.float() for x in (q, sorted_k, sorted_v)]
-        twin, twin_lse = reference.block_sparse_attention(*single, *lists[2:], **rounded)
-        norm = (eight.double() - twin).norm() / twin.norm()
-        note(f"sparse attention in int8, D {width}", norm, 1e-2)
-        note(f"log-sum-exp in int8, D {width}", (eight_lse - twin_lse).abs().max(), 2e-3)
-        norm = (eight.double() - exact).norm() / exact.norm()
-        note(f"int8 against exact scores, D {width}", norm, 3e-2)
-        means = {
-            "k_means": reference.cluster_means(k, k_labels, 90),
-            "v_means": reference.cluster_means(v, k_labels, 90),
-        }
-        arguments = {"scale": width**-0.5, "q_order": order, **means}
-        out, _ = block_sparse_attention(q, *lists, **arguments)
-        exact, _ = reference.block_sparse_attention(*wide, *lists[2:], **arguments)
-        norm = (out.double() - exact).norm() / exact.norm()
-        note(f"compensation, D {width}", norm, 2e-2)
-        config = semantic.SemanticConfig(30, 60, top_p=1.0)
-        full = semantic.semantic_attention(q, k, v, semantic.SemanticState(), config)
-        dense = scaled_dot_product_attention(q.double(), k.double(), v.double())
-        own = (scaled_dot_product_attention(q, k, v).double() - dense).abs().max().item()
-        note(f"everything selected, D {width}", (full.double() - dense).abs().max(), 2 * own)
-    return found

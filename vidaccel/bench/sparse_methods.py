@@ -11,12 +11,8 @@ from typing import Any
 import torch
 
 from vidaccel.kernels import reference
-from vidaccel.kernels.semantic_attention import (
-    Clustering,
-    SemanticConfig,
-    SemanticState,
-    semantic_attention,
-)
+from vidaccel.kernels.semantic_attention import semantic_attention
+from vidaccel.kernels.state import Clustering, SemanticConfig, SemanticState
 from vidaccel.svg2.settings import SVG2
 
 
@@ -82,13 +78,13 @@ def _attend(
     """Attend to the selected clusters; [B, H, S, D] in and out."""
     out: torch.Tensor = reference.block_sparse_attention(
         q,
-        reference.permute(k, state.key.order),
-        reference.permute(v, state.key.order),
+        reference.permute(k, state.key.sorted_idx),
+        reference.permute(v, state.key.sorted_idx),
         state.query.offsets,
         state.key.offsets,
         state.selection,
         scale=scale,
-        q_order=state.query.order,
+        q_order=state.query.sorted_idx,
     )[0]
     return out
 

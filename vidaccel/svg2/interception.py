@@ -19,13 +19,11 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import (
-    _templated_context_parallel_attention,
-    dispatch_attention_fn,
-)
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 from torch.nn import functional
 
+from vidaccel.engine.compat import templated_context_parallel_attention
 from vidaccel.errors import AttentionError
 
 # query, key, value, each [B, S, H, D]; the mask; the scale, None for D^-0.5; what the model would
@@ -56,7 +54,7 @@ def under(attend: Attend) -> Iterator[None]:
 
 
 class Interception:
-    """The processors of some self-attention modules, while they lead here.
+    """Keeps the processors of some self-attention modules while others, which lead here, stand in.
 
     Args:
         modules: the self-attention modules.
@@ -80,7 +78,7 @@ class Interception:
             if present is self._routed.get(index):
                 _routed_class(type(self._stock[index]))  # brings its globals up to date
                 continue
-            routed = object.__new__(_routed_class(type(present)))
+            routed: Any = object.__new__(_routed_class(type(present)))
             # Shared, not copied: a backend that is set from now on is set for both.
             routed.__dict__ = vars(present)
             self._stock[index], self._routed[index] = present, routed
@@ -113,9 +111,9 @@ _ROUTED: dict[type, type] = {}
 
 
 def _routed_class(stock: type) -> type:
-    """The subclass of a processor class whose attention calls lead here."""
+    """Return the subclass of a processor class whose attention calls lead here."""
     stock = next((known for known, routed in _ROUTED.items() if routed is stock), stock)
-    call = getattr(stock, "__call__", None)  # noqa: B004
+    call: Any = getattr(stock, "__call__", None)  # noqa: B004
     copied = _rerouted(call) if isinstance(call, FunctionType) else None
     if copied is None:
         raise AttentionError(
@@ -135,7 +133,7 @@ def _routed_class(stock: type) -> type:
 
 
 def _rerouted(call: FunctionType) -> dict[str, Any] | None:
-    """The globals of a processor's `__call__` with its attention replaced; None: it has none."""
+    """Return the globals of a `__call__` with its attention replaced; None if it has none."""
     copied = dict(call.__globals__)
     # torch.compile takes a dict with a name for that module's own and would not see this one;
     # relative imports inside the function need __package__ alone.
@@ -151,7 +149,7 @@ def _rerouted(call: FunctionType) -> dict[str, Any] | None:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Names that a function and those defined in it look up."""
+    """Return the names that a function and those defined in it look up."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -173,7 +171,7 @@ def _dispatch(
     backend: Any = None,
     parallel_config: Any = None,
 ) -> torch.Tensor:
-    """In the place of Diffusers' `dispatch_attention_fn`; tensors are [B, S, H, D]."""
+    """Stand in for Diffusers' `dispatch_attention_fn`; tensors are [B, S, H, D]."""
     if attention_kwargs or not _is_plain(attn_mask):
         raise AttentionError(
             "this call of attention has a block mask or arguments of its own, which sparse "
@@ -187,7 +185,8 @@ def _dispatch(
                 "blocks as they are, or pass attention=None"
             )
         name = "" if backend is None else str(getattr(backend, "value", backend))
-        return _self_attention(query, key, value, *how, name)
+        result: torch.Tensor = _self_attention(query, key, value, *how, name)
+        return result
     if parallel_config is not None and parallel_config.context_parallel_config.ring_degree == 1:
         # Ulysses: tensors are [B, S / ranks, H, D] here, and [B, S, H / ranks, D] in the function
         # that is handed over. All tokens of some heads are what a head's clusters need; with ring
@@ -197,10 +196,11 @@ def _dispatch(
         ) -> torch.Tensor:
             return _dispatch(query, key, value, mask, *how[1:], backend=backend)
 
-        return _templated_context_parallel_attention(
+        out: torch.Tensor = templated_context_parallel_attention(
             query, key, value, *how,
             forward_op=whole, backward_op=None, _parallel_config=parallel_config,
         )  # fmt: skip
+        return out
     dense = partial(
         dispatch_attention_fn,
         query,
@@ -223,18 +223,19 @@ def _scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """In the place of torch's function of this name; tensors are [B, H, S, D]."""
+    """Stand in for torch's function of this name; tensors are [B, H, S, D]."""
     how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if torch.compiler.is_compiling():
-        return _self_attention(*turned, *how, _TORCH).transpose(1, 2)
+        result: torch.Tensor = _self_attention(q, k, v, *how, _TORCH)
+        return result.transpose(1, 2)
 
     def dense() -> torch.Tensor:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         ).transpose(1, 2)
 
-    return _attend(*turned, *how[:-1], dense).transpose(1, 2)
+    return _attend(q, k, v, *how[:-1], dense).transpose(1, 2)
 
 
 # As a backend of the operator: torch's function, without Diffusers' dispatcher.
@@ -256,11 +257,11 @@ def _self_attention(
     enable_gqa: bool,
     backend: str,
 ) -> torch.Tensor:
-    """Self-attention inside a compiled block; tensors are [B, S, H, D], the result contiguous."""
+    """Attend inside a compiled block; tensors are [B, S, H, D], the result contiguous."""
     how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == _TORCH:
-        turned = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-        result = _scaled_dot_product_attention(*turned, *how).transpose(1, 2)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        result = _scaled_dot_product_attention(q, k, v, *how).transpose(1, 2)
     else:
         result = _dispatch(query, key, value, *how, backend=backend or None)
     return result.contiguous()  # the strides that the compiler was told
@@ -299,7 +300,7 @@ def _is_plain(mask: Any) -> bool:
 
 
 def _functions() -> ModuleType:
-    """torch.nn.functional with its attention leading here."""
+    """Return torch.nn.functional with its attention leading here."""
     functions = ModuleType(functional.__name__)
     vars(functions).update(vars(functional))
     setattr(functions, _SDPA, _scaled_dot_product_attention)

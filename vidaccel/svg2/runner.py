@@ -1,14 +1,13 @@
-"""Runs SVG2 on one transformer: which layers and steps are sparse, their clusters, their account.
+"""Runs SVG2 on one transformer: decides which layers and steps are sparse, and keeps clusters.
 
 The engine says which call, branch, step and block is running; everything else is decided here, per
 layer and guidance branch. Nothing here waits for the device: what is counted is added up there and
 read when a report is asked for.
 """
 
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -24,18 +23,19 @@ from vidaccel.engine.timing import Stopwatch
 from vidaccel.errors import AttentionError
 from vidaccel.hosts.spec import HostSpec
 from vidaccel.kernels.reference import attention_recall
-from vidaccel.kernels.semantic_attention import (
-    Clustering,
-    SemanticConfig,
-    SemanticState,
-    semantic_attention,
-)
+from vidaccel.kernels.semantic_attention import cluster_tokens, semantic_attention
+from vidaccel.kernels.state import Clustering, SemanticConfig, SemanticState
 from vidaccel.svg2.interception import Interception, under
 from vidaccel.svg2.settings import SVG2
+from vidaccel.svg2.stats import SparsityStats
 
 # Computes the attention of a sparse call as `semantic_attention` does; another one is put in its
 # place to compare methods.
 Method = Callable[..., torch.Tensor]
+
+# The settings that the kernels take as they are.
+_SHARED_FIELDS = {f.name for f in fields(SemanticConfig)} & {f.name for f in fields(SVG2)}
+_SHARED_FIELDS -= {"query_clusters", "key_clusters"}
 
 # Why a call of attention was dense.
 FIRST_STEPS, FIRST_LAYERS = "first steps", "first layers"
@@ -45,10 +45,11 @@ JOINT = "text and video tokens spread over processes"
 
 
 def why_dense(transformer: nn.Module, host: HostSpec) -> str:
-    """Why the self-attention of a transformer cannot be made sparse; empty when it can."""
+    """Return why the self-attention of a transformer cannot be made sparse; empty when it can."""
     if host.attention is None:
         return host.attention_note or "its row names no self-attention"
-    if transformer.config.get("attention_type") == "nabla":
+    config: Any = transformer.config
+    if config.get("attention_type") == "nabla":
         return "its own sparse attention (NABLA) is on"
     try:
         Interception(_modules(transformer, host))
@@ -59,12 +60,12 @@ def why_dense(transformer: nn.Module, host: HostSpec) -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a sequence consists of.
+    """The video and text tokens of a sequence.
 
     Attributes:
-        total: tokens.
-        start, stop: where the video is among them; all others are text.
-        text_mask: [B, text] bool, false for padding; None: there is none.
+        total: number of tokens.
+        start, stop: first and last + 1 of the video tokens; all others are text.
+        text_mask: [B, text] bool, false for padding; None where there is none.
     """
 
     total: int
@@ -78,7 +79,7 @@ class Tokens:
         return self.stop - self.start
 
     def with_mask(self, valid: torch.Tensor) -> "Tokens":
-        """The same with the padding of a [B, total] bool mask."""
+        """Return the same with the padding of a [B, total] bool mask."""
         text = torch.cat([valid[:, : self.start], valid[:, self.stop :]], 1)
         return replace(self, text_mask=text)
 
@@ -89,7 +90,7 @@ class SparseAttention(AttentionHook):
     Args:
         transformer: an instance of the class that `host` describes.
         host: its row of the table.
-        config: the settings.
+        config: the settings of the user.
         gpu_only: leave attention dense where it does not run on a GPU.
         method: what computes a sparse call.
 
@@ -115,10 +116,10 @@ class SparseAttention(AttentionHook):
         self._interception = Interception(_modules(transformer, host))
         self._depths, self._depth = _depths(transformer, host)
         self._layers: dict[tuple[int, str, int], _Layer] = {}
-        self._account = Account()
+        self._stats = SparsityStats()
         # Of the running call:
         self._context = CallContext(0, 1, "", False)
-        self._spread = ""  # why it cannot be sparse in context parallel
+        self._parallel_reason = ""  # why it cannot be sparse in its sequence-parallel mode
         self._settings = config
 
     def attach(self) -> None:
@@ -133,7 +134,7 @@ class SparseAttention(AttentionHook):
 
     def restart(self) -> None:
         self.forget()
-        self._account.settle()
+        self._stats.finalize()
         # Loading adapters and fusing projections put other processors in.
         self._interception.install()
 
@@ -144,15 +145,15 @@ class SparseAttention(AttentionHook):
         refreshes: bool,
         parallel_mode: SequenceParallelMode | None = None,
     ) -> None:
-        """A call begins; raises AttentionError where its tokens are spread as none can be."""
-        self._spread = ""
+        """A call begins; raises AttentionError where its parallel mode allows no sparsity."""
+        self._parallel_reason = ""
         if parallel_mode == "ring":
-            self._spread = RING
+            self._parallel_reason = RING
         elif parallel_mode is not None and len(self._host.tokens) > 1:
-            self._spread = JOINT
-        if self._spread and not self._gpu_only:
+            self._parallel_reason = JOINT
+        if self._parallel_reason and not self._gpu_only:
             raise AttentionError(
-                f"attention cannot be made sparse here: {self._spread}; use "
+                f"attention cannot be made sparse here: {self._parallel_reason}; use "
                 "ContextParallelConfig(ulysses_degree=...) on a model without text in its "
                 "self-attention, or pass attention=None"
             )
@@ -168,7 +169,7 @@ class SparseAttention(AttentionHook):
         return under(partial(self._attend, _RunningBlock(position, video_tokens)))
 
     def end(self) -> None:
-        self._account.gather()
+        self._stats.gather()
 
     def _attend(
         self,
@@ -181,39 +182,41 @@ class SparseAttention(AttentionHook):
         dense: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
         """One call of self-attention; tensors are [B, S, H, D]."""
-        # Mochi calls for each sample of its batch, and each has clusters of its own.
+        # Mochi calls once for each sample of its batch, and each has clusters of its own.
         sample, block.calls = block.calls, block.calls + 1
         tokens = self._tokens(block, query, mask)
-        reason = self._why_dense(block, query, tokens)
+        reason = self._dense_reason(block, query, tokens)
         if reason:
-            self._account.dense[reason] += 1
+            self._stats.dense[reason] += 1
         warming = reason == FIRST_STEPS and self.config.cluster_while_dense
-        watch = self._account.watch(query.device) if self.config.timed else None
+        watch = self._stats.watch(query.device) if self.config.timed else None
         if tokens is None or (reason and not warming):
             return _timed(dense, watch)
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
         layer = self._layer((block.position, self._context.branch, sample), q, tokens)
         config = self._kernel_config(tokens.video, scale)
         text = {"video": (tokens.start, tokens.stop), "text_mask": tokens.text_mask}
-        layer.state.lap = None if watch is None else watch.lap
+        layer.state.on_phase_end = None if watch is None else watch.lap
         if warming:
-            layer.state.cluster(q, k, config, **text)
+            cluster_tokens(q, k, layer.state, config, **text)
             layer.trim(self.config, q.dtype)
             return _timed(dense, watch)
         if layer.top_p != config.top_p:
             layer.state.selection, layer.top_p = None, config.top_p
         out = self.method(q, k, v, layer.state, config, **text)
-        self._account.add(
+        self._stats.add(
             block.position, layer.state, self._recall(q, k, layer.state, tokens, config)
         )
         layer.trim(self.config, q.dtype)
         return out.transpose(1, 2)
 
-    def _why_dense(self, block: "_RunningBlock", query: torch.Tensor, tokens: Tokens | None) -> str:
+    def _dense_reason(
+        self, block: "_RunningBlock", query: torch.Tensor, tokens: Tokens | None
+    ) -> str:
         if self.config.is_dense_layer(self._depths[block.position], self._depth):
             return FIRST_LAYERS
-        if self._spread:
-            return self._spread
+        if self._parallel_reason:
+            return self._parallel_reason
         if tokens is None:
             return MASK
         if tokens.video < self.config.min_tokens:
@@ -226,7 +229,7 @@ class SparseAttention(AttentionHook):
     def _tokens(
         self, block: "_RunningBlock", query: torch.Tensor, mask: torch.Tensor | None
     ) -> Tokens | None:
-        """What the sequence consists of; None when its mask says more than can be honoured."""
+        """Tell video from text; None when the mask says more than can be honoured."""
         total = query.shape[1]
         if self._host.tokens == ("video",):
             return Tokens(total, 0, total) if mask is None else None
@@ -247,21 +250,11 @@ class SparseAttention(AttentionHook):
         return layer
 
     def _kernel_config(self, video_tokens: int, scale: float | None) -> SemanticConfig:
-        chosen = self._settings
-        query_clusters, key_clusters = chosen.clusters(video_tokens)
+        query_clusters, key_clusters = self._settings.clusters(video_tokens)
         return SemanticConfig(
+            **{name: getattr(self._settings, name) for name in _SHARED_FIELDS},
             query_clusters=query_clusters,
             key_clusters=key_clusters,
-            top_p=chosen.top_p,
-            min_ratio=chosen.min_ratio,
-            iters=chosen.kmeans_iters,
-            init_iters=chosen.init_iters,
-            recluster_every=chosen.recluster_every,
-            reselect_every=chosen.reselect_every,
-            per_query_mass=chosen.mass_averaging,
-            compensate=chosen.compensation,
-            query_metric=chosen.query_metric,
-            int8_qk=chosen.int8_qk,
             scale=scale,
         )
 
@@ -273,12 +266,15 @@ class SparseAttention(AttentionHook):
         tokens: Tokens,
         config: SemanticConfig,
     ) -> torch.Tensor | None:
-        """Mean kept share of the attention mass of rows spread over the video."""
+        """Measure the mean share of the attention mass that rows all over the video keep."""
         count = min(self.config.recall_rows, tokens.video)
         if not count:
             return None
         rows = tokens.start + torch.arange(count, device=q.device) * tokens.video // count
-        return attention_recall(
+        assert state.query is not None
+        assert state.key is not None
+        assert state.selection is not None
+        recall: torch.Tensor = attention_recall(
             q,
             k,
             state.query.labels,
@@ -286,7 +282,8 @@ class SparseAttention(AttentionHook):
             state.selection,
             scale=config.scale or q.shape[3] ** -0.5,
             rows=rows,
-        ).mean()
+        )
+        return recall.mean()
 
     @property
     def bytes_held(self) -> int:
@@ -294,12 +291,12 @@ class SparseAttention(AttentionHook):
         return sum(layer.bytes_held for layer in self._layers.values())
 
     def report(self) -> AttentionReport:
-        return self._account.report(str(self.config), self.bytes_held)
+        return self._stats.report(str(self.config), self.bytes_held)
 
 
 @dataclass
 class _RunningBlock:
-    """One run of a block: its place, and how often it has called for attention."""
+    """One run of a block: its position, and how often it has called for attention."""
 
     position: int
     video_tokens: int
@@ -308,12 +305,12 @@ class _RunningBlock:
 
 @dataclass
 class _Layer:
-    """What one layer of one guidance branch keeps from step to step.
+    """Clusters that one layer of one guidance branch keeps from step to step.
 
     Attributes:
-        shape: of what it was made for; another one needs another layer.
+        shape: sizes, dtype and device that it was made for; others need another layer.
         state: clusters and selection.
-        top_p: that the selection was made with.
+        top_p: the share of mass that the selection was made with.
     """
 
     shape: tuple[Any, ...]
@@ -344,98 +341,8 @@ class _Layer:
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-@dataclass
-class Account:
-    """Counts what was sparse, and how sparse it was.
-
-    Attributes:
-        dense: dense calls, by reason.
-    """
-
-    dense: Counter[str] = field(default_factory=Counter)
-    # Of the running call: layer, keys selected by and size of each query cluster, size of each
-    # key cluster, recall.
-    _new: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = field(
-        default_factory=list
-    )
-    # Layers, and for each: density, share of empty query and of empty key clusters, recall.
-    _gathered: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
-    _watches: list[Stopwatch] = field(default_factory=list)
-    _seconds: Counter[str] = field(default_factory=Counter)
-    # By layer: calls, then the sums of these four.
-    _sums: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
-
-    def add(self, layer: int, state: SemanticState, recall: torch.Tensor | None) -> None:
-        """Count one sparse call in."""
-        tokens = state.selection.tokens
-        self._new.append((layer, tokens, state.query.counts, state.key.counts, recall))
-
-    def watch(self, device: torch.device) -> Stopwatch:
-        """Start to time one call."""
-        self._watches.append(Stopwatch(device))
-        return self._watches[-1]
-
-    def gather(self) -> None:
-        """Reduce what was added to a few numbers: a few launches for all layers together."""
-        alike = defaultdict(list)
-        for entry in self._new:
-            alike[tuple(x.shape for x in entry[1:4])].append(entry)
-        self._new = []
-        for entries in alike.values():
-            layers, *columns = zip(*entries, strict=True)
-            chosen, q_counts, k_counts = (torch.stack(column) for column in columns[:3])
-            pairs = (chosen.double() * q_counts.double()).sum(-1)
-            table = [
-                (pairs / q_counts.sum(-1) / k_counts.sum(-1)).mean((1, 2)),
-                (q_counts == 0).double().mean((1, 2, 3)),
-                (k_counts == 0).double().mean((1, 2, 3)),
-            ]
-            if columns[3][0] is not None:
-                table.append(torch.stack(columns[3]).double())
-            self._gathered.append((list(layers), torch.stack(table, 1)))
-
-    def settle(self) -> None:
-        """Add everything up on the host; waits for the device."""
-        self.gather()
-        for layers, table in self._gathered:
-            for layer, row in zip(layers, table.tolist(), strict=True):
-                for column, value in enumerate((1.0, *row)):
-                    self._sums[layer][column] += value
-        self._gathered = []
-        for watch in self._watches:
-            for phase, seconds in watch.seconds():
-                self._seconds[phase] += seconds
-        self._watches = []
-
-    def report(self, settings: str, bytes_held: int) -> AttentionReport:
-        """The sums as they stand."""
-        self.settle()
-        totals = [sum(column) for column in zip(*self._sums.values(), strict=True)] or [0.0] * 5
-        calls, dense = totals[0], sum(self.dense.values())
-
-        def mean(column: int) -> float | None:
-            return totals[column] / calls if calls else None
-
-        return AttentionReport(
-            settings=settings,
-            sparse_calls=int(calls),
-            dense_calls=dict(self.dense),
-            density=mean(1),
-            density_with_dense=(totals[1] + dense) / (calls + dense) if calls + dense else None,
-            empty_query_clusters=mean(2),
-            empty_key_clusters=mean(3),
-            recall=mean(4) or None,
-            seconds=dict(self._seconds),
-            layers={
-                layer: {"density": sums[1] / sums[0], "recall": sums[4] / sums[0] or None}
-                for layer, sums in sorted(self._sums.items())
-            },
-            bytes_held=bytes_held,
-        )
-
-
 def _timed(dense: Callable[[], torch.Tensor], watch: Stopwatch | None) -> torch.Tensor:
-    """Dense attention, noted on the watch."""
+    """Run dense attention, and note it on the watch."""
     out = dense()
     if watch is not None:
         watch.lap("dense")
@@ -443,12 +350,13 @@ def _timed(dense: Callable[[], torch.Tensor], watch: Stopwatch | None) -> torch.
 
 
 def _modules(transformer: nn.Module, host: HostSpec) -> list[nn.Module]:
-    """The self-attention modules, in the order in which the blocks run.
+    """Return the self-attention modules, in the order in which the blocks run.
 
     Raises:
         AttentionError: a block has none at the path of the row.
     """
-    blocks = [block for spec in host.blocks for block in transformer.get_submodule(spec.name)]
+    stacks: list[Any] = [transformer.get_submodule(spec.name) for spec in host.blocks]
+    blocks = [block for stack in stacks for block in stack]
     try:
         return [block.get_submodule(host.attention) for block in blocks]
     except AttributeError as error:
@@ -456,7 +364,7 @@ def _modules(transformer: nn.Module, host: HostSpec) -> list[nn.Module]:
 
 
 def _depths(transformer: nn.Module, host: HostSpec) -> tuple[list[int], int]:
-    """How deep each block lies, in running order, and how deep the whole stack is.
+    """Return the depth of each block, in running order, and that of the whole stack.
 
     Blocks that run beside the main ones, such as those that make control hints, count for
     themselves.
@@ -464,7 +372,8 @@ def _depths(transformer: nn.Module, host: HostSpec) -> tuple[list[int], int]:
     depths: list[int] = []
     main = 0
     for spec in host.blocks:
-        count = len(transformer.get_submodule(spec.name))
+        stack: Any = transformer.get_submodule(spec.name)
+        count = len(stack)
         beside = spec.returns != host.blocks[-1].returns
         depths += range(count) if beside else range(main, main + count)
         main += 0 if beside else count

@@ -2,7 +2,7 @@
 
 Queries and keys of a video's self-attention are grouped by k-means, each query group attends only
 to the key groups that hold most of its attention mass, and everything else is left out
-(Sparse VideoGen2, NeurIPS 2025). This module holds what can be chosen; `sparse.py` runs it.
+(Sparse VideoGen2, NeurIPS 2025). This module holds what can be chosen; runner.py runs it.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from vidaccel.errors import AttentionError
 
 @dataclass(frozen=True, kw_only=True)
 class SVG2:
-    """How self-attention is made sparse.
+    """Settings of sparse self-attention.
 
     Attributes:
         top_p: share of the estimated attention mass that each query cluster keeps, in (0, 1]; at 1
@@ -29,8 +29,8 @@ class SVG2:
         init_iters: iterations the first time, from centroids taken from the tokens.
         cluster_while_dense: cluster during the dense first steps too, so that the first sparse
             step finds centroids that have settled.
-        recluster_every, reselect_every: of the executed sparse steps of a layer, those that
-            cluster again, and those that select again; between them the last ones are used.
+        recluster_every, reselect_every: executed sparse steps of a layer from one clustering to
+            the next, and from one selection to the next; between them the last ones are used.
         mass_averaging: select by the attention mass of each query averaged over its cluster,
             instead of by the mass at the cluster's centroid (PARK).
         compensation: let the key clusters that are not selected take part as if all of their keys
@@ -103,7 +103,7 @@ class SVG2:
 
     @classmethod
     def faithful(cls, model: str) -> "SVG2":
-        """The settings that the authors publish for one model and resolution.
+        """Return the settings that the authors publish for one model and resolution.
 
         Everything that this project adds is off. Two things differ from their program, on
         purpose: guidance branches do not share centroids, and each generation starts afresh.
@@ -139,11 +139,11 @@ class SVG2:
 
     @staticmethod
     def published() -> tuple[str, ...]:
-        """The models that `faithful` knows."""
+        """Return the models that `faithful` knows."""
         return tuple(_PUBLISHED)
 
     def clusters(self, tokens: int) -> tuple[int, int]:
-        """Query and key clusters for a video of so many tokens; never more than tokens.
+        """Return query and key clusters for a video of so many tokens; never more than tokens.
 
         A query cluster should fill a tile of the attention kernel (64 rows or more); key clusters
         may be smaller, since adjacent selected ones are read as one run.
@@ -153,19 +153,19 @@ class SVG2:
         return min(query, tokens), min(key, tokens)
 
     def is_dense_step(self, step: int, num_inference_steps: int) -> bool:
-        """Whether every layer is dense in this step of the schedule."""
+        """Tell whether every layer is dense in this step of the schedule."""
         return step < _count(self.dense_steps, num_inference_steps)
 
     def is_dense_layer(self, depth: int, layers: int) -> bool:
-        """Whether the layer at this depth is dense in every step."""
+        """Tell whether the layer at this depth is dense in every step."""
         return depth < _count(self.dense_layers, layers)
 
     def at_refresh(self) -> "SVG2":
-        """The settings of a step whose result a cache keeps."""
+        """Return the settings of a step whose result a cache keeps."""
         return self if self.refresh_top_p is None else replace(self, top_p=self.refresh_top_p)
 
     def __str__(self) -> str:
-        """The values that differ from the defaults, after `top_p`."""
+        """Show the values that differ from the defaults, after `top_p`."""
         changed = [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in fields(self)
@@ -186,7 +186,7 @@ _PUBLISHED = {
 
 
 def _count(value: float | int, total: int) -> int:
-    """A share of `total`, rounded down, or a number as it is."""
+    """Return a share of `total`, rounded down, or a number as it is."""
     # The tolerance keeps 0.29 * 100 from being 28.
     return value if isinstance(value, int) else int(value * total + 1e-9)
 

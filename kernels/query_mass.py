@@ -1,0 +1,168 @@
+"""The attention mass of query clusters on key clusters, averaged over their queries: one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidaccel.kernels.tiles import block_d, load_tile
+
+
+def query_mass_logits(
+    q: Tensor,
+    sorted_idx: Tensor,
+    q_offsets: Tensor,
+    k_means: Tensor,
+    k_offsets: Tensor,
+    num_q_means: int,
+    scale: float,
+) -> Tensor:
+    """Return the logarithm of `reference.query_mass`: [B, H, Qc, Kc] fp32.
+
+    Args:
+        q: [B, H, S, D] in its own order.
+        sorted_idx, q_offsets: its clustering, [B, H, S] and [B, H, Qc + 1] int32, or Qc + 3.
+        k_means: [B, H, Kc, D] fp32.
+        k_offsets: [B, H, Kc + 1] int32, or Kc + 3.
+        num_q_means: number of query clusters without text and padding, Qc.
+        scale: factor on the scores.
+    """
+    batch, heads, tokens, head_dim = q.shape
+    num_k_means = k_means.shape[2]
+    out = torch.empty(batch, heads, num_q_means, num_k_means, dtype=torch.float32, device=q.device)
+    _mass[(num_q_means, batch * heads)](
+        q,
+        *q.stride()[:3],
+        sorted_idx,
+        q_offsets,
+        k_means.to(q.dtype).contiguous(),
+        k_offsets,
+        out,
+        scale,
+        heads,
+        tokens,
+        num_q_means,
+        num_k_means,
+        q_offsets.shape[2] - 1,
+        k_offsets.shape[2] - 1,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d(head_dim),
+        **mass_config(head_dim, q.dtype),
+    )
+    return out
+
+
+def mass_config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return the tiles of the kernel: queries, key clusters, warps.
+
+    At head size 64 the larger tiles and 8 warps nearly fit a step of the register count, to which
+    the compiler then holds the kernel, and spills.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if head_dim == 64 else 8}
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if head_dim == 64 else 64, "num_warps": 4}
+
+
+SIZES = ["heads", "tokens", "num_q_means", "num_k_means", "num_q_clusters", "num_k_clusters"]
+
+
+@triton.jit(do_not_specialize=["scale", *SIZES])
+def _mass(
+    q,
+    batch_stride,
+    head_stride,
+    row_stride,
+    sorted_idx,
+    q_offsets,
+    k_means,
+    k_offsets,
+    out,
+    scale,
+    heads,
+    tokens,
+    num_q_means,
+    num_k_means,
+    num_q_clusters,
+    num_k_clusters,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Average, over one query cluster, the softmax of each query over key clusters."""
+    q_cluster = tl.program_id(0)
+    batch_head = tl.program_id(1).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    begin = tl.load(q_offsets + batch_head * (num_q_clusters + 1) + q_cluster)
+    end = tl.load(q_offsets + batch_head * (num_q_clusters + 1) + q_cluster + 1)
+    out += (batch_head * num_q_means + q_cluster) * num_k_means
+    k_means += batch_head * num_k_means * HEAD_DIM
+    k_offsets += batch_head * (num_k_clusters + 1)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = tl.arange(0, BLOCK_N)
+    for start in range(0, num_k_means, BLOCK_N):
+        mask_n = start + offs_n < num_k_means
+        tl.store(out + start + offs_n, tl.zeros([BLOCK_N], tl.float32), mask=mask_n)
+    for start_m in range(begin, end, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < end
+        q_idx = tl.load(sorted_idx + batch_head * tokens + offs_m, mask=mask_m, other=0)
+        q_idx = q_idx.to(tl.int64)
+        # [BLOCK_M, BLOCK_D]
+        q_base = q + batch * batch_stride + head * head_stride
+        q_tile = load_tile(q_base, q_idx, tl.cast(row_stride, tl.int64), offs_d, mask_m, HEAD_DIM)
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, num_k_means, BLOCK_N):
+            # [BLOCK_M, BLOCK_N]
+            scores = _mean_scores(
+                q_tile, k_means, k_offsets, start, num_k_means, scale, offs_d, HEAD_DIM, BLOCK_N
+            )
+            m_new = tl.maximum(m_i, tl.max(scores, 1))
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
+            m_i = m_new
+        shift = tl.where(m_i == float("-inf"), 0.0, m_i)
+        share = tl.where(mask_m, 1.0 / l_i, 0.0)
+        for start in range(0, num_k_means, BLOCK_N):
+            # [BLOCK_M, BLOCK_N]
+            scores = _mean_scores(
+                q_tile, k_means, k_offsets, start, num_k_means, scale, offs_d, HEAD_DIM, BLOCK_N
+            )
+            p = tl.exp(scores - shift[:, None]) * share[:, None]
+            mask_n = start + offs_n < num_k_means
+            before = tl.load(out + start + offs_n, mask=mask_n, other=0.0)
+            tl.store(out + start + offs_n, before + tl.sum(p, 0), mask=mask_n)
+    tl.debug_barrier()
+    count = tl.maximum(end - begin, 1).to(tl.float32)
+    for start in range(0, num_k_means, BLOCK_N):
+        mask_n = start + offs_n < num_k_means
+        mass = tl.load(out + start + offs_n, mask=mask_n, other=0.0)
+        tl.store(out + start + offs_n, tl.log(mass / count), mask=mask_n)
+
+
+@triton.jit
+def _mean_scores(
+    q_tile,
+    k_means,
+    k_offsets,
+    start,
+    num_k_means,
+    scale,
+    offs_d,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Return scores of a tile of queries and some key clusters, weighted by size."""
+    offs_n = start + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_k_means
+    # [BLOCK_N]
+    begin = tl.load(k_offsets + offs_n, mask=mask_n, other=0)
+    size = tl.load(k_offsets + offs_n + 1, mask=mask_n, other=0) - begin
+    # [BLOCK_D, BLOCK_N]
+    k_tile = load_tile(k_means, offs_n, HEAD_DIM, offs_d, size > 0, HEAD_DIM, TRANSPOSED=True)
+    scores = tl.dot(q_tile, k_tile, input_precision="ieee") * scale
+    scores += tl.log(tl.maximum(size, 1).to(tl.float32))[None, :]
+    return tl.where((size > 0)[None, :], scores, float("-inf"))

@@ -1,0 +1,142 @@
+"""Checks every kernel on a CUDA GPU against its reference in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vidaccel.errors import VidaccelError
+from vidaccel.kernels.common import HEAD_DIMS
+
+
+class CheckError(VidaccelError):
+    """A kernel gave a wrong result, so that its speed means nothing."""
+
+
+def check(dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, float]]:
+    """Hold every kernel against its reference in float64, on fresh random input.
+
+    Returns:
+        The name of each check -> its "error" and "limit".
+
+    Raises:
+        CheckError: an error is over its limit, or two runs differ.
+    """
+    checks = _Checks()
+    for head_dim in HEAD_DIMS:
+        q, k, v = (torch.randn(2, 3, 1111, head_dim, device="cuda", dtype=dtype) for _ in range(3))
+        checks.suffix = f", D {head_dim}"
+        _check_clustering(checks, q, k, v)
+        _check_semantic_attention(checks, q, k, v)
+    return checks.found
+
+
+@dataclass
+class _Checks:
+    """The checks so far.
+
+    Attributes:
+        found: name -> error and limit.
+        suffix: end of the names of the next ones.
+    """
+
+    found: dict[str, dict[str, float]] = field(default_factory=dict)
+    suffix: str = ""
+
+    def note(self, name: str, error: Tensor | float, limit: float) -> None:
+        """Keep an error; raises CheckError where it is over its limit."""
+        name, value = name + self.suffix, float(error)
+        self.found[name] = {"error": value, "limit": limit}
+        if not value <= limit:
+            raise CheckError(f"{name} is wrong: error {value:.2e}, at most {limit:.2e} allowed")
+
+
+def _check_clustering(checks: _Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check k-means, sorting, permuting and selection, and attention with what they give."""
+    from vidaccel.kernels import kmeans, permute, reference, select, sort
+
+    start = reference.initial_centroids(q, 70)
+    centroids, labels, _ = kmeans.kmeans(q, start, 2)
+    again = kmeans.kmeans(q, start, 2)
+    checks.note("k-means twice", (again[0] - centroids).abs().max(), 0.0)
+    moved = reference.cluster_means(q.double(), labels, 70, start)
+    checks.note("k-means means", (centroids - moved).abs().max(), 1e-4)
+    _, assigned, _ = kmeans.kmeans(q, start, 0)
+    distance = torch.cdist(q.double(), start.to(q.dtype).double())
+    picked = distance.gather(3, assigned.long()[..., None])[..., 0]
+    checks.note("k-means labels", (picked - distance.amin(-1)).max(), 1e-3)
+    q_idx, q_offsets = sort.sort_by_label(labels, 70)
+    expected = reference.sort_by_label(labels, 70)
+    differ = (q_idx != expected[0]).sum() + (q_offsets != expected[1]).sum()
+    checks.note("sort", differ, 0.0)
+    there = permute.permute(q, q_idx)
+    checks.note("permute", (there - reference.permute(q, q_idx)).abs().max(), 0.0)
+    checks.note("unpermute", (permute.unpermute(there, q_idx) - q).abs().max(), 0.0)
+
+    options = {"scale": q.shape[3] ** -0.5, "top_p": 0.7, "min_ratio": 0.1}
+    k_centroids, k_labels, k_counts = kmeans.kmeans(k, reference.initial_centroids(k, 90), 2)
+    selection = select.select_top_p(centroids, k_centroids, k_counts, **options)
+    wanted = reference.select_top_p(centroids.double(), k_centroids.double(), k_counts, **options)
+    differ = (selection.mask() != wanted.mask()).float().mean()
+    checks.note("selection", differ, 1e-3)
+    k_idx, k_offsets = sort.sort_by_label(k_labels, 90)
+    sorted_k, sorted_v = permute.permute(k, k_idx), permute.permute(v, k_idx)
+    means = {
+        "k_means": reference.cluster_means(k, k_labels, 90),
+        "v_means": reference.cluster_means(v, k_labels, 90),
+    }
+    lists = (q_offsets, k_offsets, selection)
+    _check_attention(checks, (q, sorted_k, sorted_v), lists, q_idx, means)
+
+
+def _check_attention(
+    checks: _Checks,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    lists: tuple[Any, ...],
+    q_idx: Tensor,
+    means: dict[str, Tensor],
+) -> None:
+    """Check sparse attention: exact, with scores in int8, and with the means of clusters."""
+    from vidaccel.kernels import reference
+    from vidaccel.kernels.block_sparse_attention import block_sparse_attention
+
+    options: dict[str, Any] = {"scale": tensors[0].shape[3] ** -0.5, "q_order": q_idx}
+    out, lse = block_sparse_attention(*tensors, *lists, **options)
+    wide = [x.double() for x in tensors]
+    exact, exact_lse = reference.block_sparse_attention(*wide, *lists, **options)
+    checks.note("sparse attention", _distance(out, exact), 1e-2)
+    checks.note("log-sum-exp", (lse - exact_lse).abs().max(), 2e-3)
+
+    rounded = options | {"int8_qk": True}
+    eight, eight_lse = block_sparse_attention(*tensors, *lists, **rounded)
+    # In float64 a number half-way between two whole ones could be rounded to the other.
+    single = [x.float() for x in tensors]
+    twin, twin_lse = reference.block_sparse_attention(*single, *lists, **rounded)
+    checks.note("sparse attention in int8", _distance(eight, twin), 1e-2)
+    checks.note("log-sum-exp in int8", (eight_lse - twin_lse).abs().max(), 2e-3)
+    checks.note("int8 against exact scores", _distance(eight, exact), 3e-2)
+
+    out, _ = block_sparse_attention(*tensors, *lists, **options, **means)
+    exact, _ = reference.block_sparse_attention(*wide, *lists, **options, **means)
+    checks.note("compensation", _distance(out, exact), 2e-2)
+
+
+def _check_semantic_attention(checks: _Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check that attention with every cluster selected is dense attention."""
+    from vidaccel.kernels.semantic_attention import semantic_attention
+    from vidaccel.kernels.state import SemanticConfig, SemanticState
+
+    full = semantic_attention(q, k, v, SemanticState(), SemanticConfig(30, 60, top_p=1.0))
+    dense = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    own = (scaled_dot_product_attention(q, k, v).double() - dense).abs().max().item()
+    checks.note("everything selected", (full.double() - dense).abs().max(), 2 * own)
+
+
+def _distance(x: Tensor, exact: Tensor) -> Tensor:
+    """Return the norm of the difference, as a share of the norm."""
+    difference: Tensor = (x.double() - exact).norm() / exact.norm()
+    return difference

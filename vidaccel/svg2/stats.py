@@ -1,0 +1,148 @@
+"""Counts what sparse attention did, without waiting for the device until somebody asks."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from vidaccel.engine.report import AttentionReport
+from vidaccel.engine.timing import Stopwatch
+from vidaccel.kernels.common import density
+from vidaccel.kernels.state import SemanticState
+
+
+class _Call(NamedTuple):
+    """One sparse call.
+
+    Attributes:
+        layer: position of the block.
+        selected_keys: [B, H, Qc] keys that each query cluster attends to.
+        q_counts, k_counts: [B, H, Qc] and [B, H, Kc] tokens of each cluster.
+        recall: scalar; None where it is not measured.
+    """
+
+    layer: int
+    selected_keys: torch.Tensor
+    q_counts: torch.Tensor
+    k_counts: torch.Tensor
+    recall: torch.Tensor | None
+
+
+@dataclass
+class _Sums:
+    """Sums over the sparse calls of a layer, or of all."""
+
+    calls: int = 0
+    density: float = 0.0
+    empty_query_clusters: float = 0.0
+    empty_key_clusters: float = 0.0
+    recall: float = 0.0
+
+    def add(
+        self,
+        density: float,
+        empty_query_clusters: float,
+        empty_key_clusters: float,
+        recall: float = 0.0,
+        calls: int = 1,
+    ) -> None:
+        """Add a call, or the sums of several."""
+        self.calls += calls
+        self.density += density
+        self.empty_query_clusters += empty_query_clusters
+        self.empty_key_clusters += empty_key_clusters
+        self.recall += recall
+
+
+@dataclass
+class SparsityStats:
+    """Counts what was sparse, and how sparse it was.
+
+    Attributes:
+        dense: dense calls, by reason.
+    """
+
+    dense: Counter[str] = field(default_factory=Counter)
+    _calls: list[_Call] = field(default_factory=list)  # of the running call of the transformer
+    # Layers, and for each: density, share of empty query and of empty key clusters, recall.
+    _gathered: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
+    _watches: list[Stopwatch] = field(default_factory=list)
+    _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _layers: dict[int, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
+
+    def add(self, layer: int, state: SemanticState, recall: torch.Tensor | None) -> None:
+        """Count one sparse call in."""
+        assert state.selection is not None
+        assert state.query is not None
+        assert state.key is not None
+        tokens = state.selection.tokens
+        self._calls.append(_Call(layer, tokens, state.query.counts, state.key.counts, recall))
+
+    def watch(self, device: torch.device) -> Stopwatch:
+        """Start to time one call."""
+        self._watches.append(Stopwatch(device))
+        return self._watches[-1]
+
+    def gather(self) -> None:
+        """Reduce what was added to a few numbers: a few launches for all layers together."""
+        alike = defaultdict(list)
+        for call in self._calls:
+            alike[call.selected_keys.shape, call.k_counts.shape].append(call)
+        self._calls = []
+        for calls in alike.values():
+            q_counts = torch.stack([call.q_counts for call in calls])
+            k_counts = torch.stack([call.k_counts for call in calls])
+            selected_keys = torch.stack([call.selected_keys for call in calls])
+            columns = [
+                density(selected_keys, q_counts, k_counts.sum(-1)).mean((1, 2)),
+                (q_counts == 0).double().mean((1, 2, 3)),
+                (k_counts == 0).double().mean((1, 2, 3)),
+            ]
+            recalls = [call.recall for call in calls if call.recall is not None]
+            if recalls:
+                columns.append(torch.stack(recalls).double())
+            self._gathered.append(([call.layer for call in calls], torch.stack(columns, 1)))
+
+    def finalize(self) -> None:
+        """Add everything up on the host; waits for the device."""
+        self.gather()
+        for layers, table in self._gathered:
+            for layer, row in zip(layers, table.tolist(), strict=True):
+                self._layers[layer].add(*row)
+        self._gathered = []
+        for watch in self._watches:
+            for phase, seconds in watch.seconds():
+                self._seconds[phase] += seconds
+        self._watches = []
+
+    def report(self, settings: str, bytes_held: int) -> AttentionReport:
+        """Return the means as they stand; waits for the device."""
+        self.finalize()
+        total = _Sums()
+        for sums in self._layers.values():
+            total.add(**vars(sums))
+        calls, dense = total.calls, sum(self.dense.values())
+
+        def mean(value: float) -> float | None:
+            return value / calls if calls else None
+
+        return AttentionReport(
+            settings=settings,
+            sparse_calls=calls,
+            dense_calls=dict(self.dense),
+            density=mean(total.density),
+            density_with_dense=(total.density + dense) / (calls + dense) if calls + dense else None,
+            empty_query_clusters=mean(total.empty_query_clusters),
+            empty_key_clusters=mean(total.empty_key_clusters),
+            recall=mean(total.recall) or None,
+            seconds=dict(self._seconds),
+            layers={
+                layer: {
+                    "density": sums.density / sums.calls,
+                    "recall": sums.recall / sums.calls or None,
+                }
+                for layer, sums in sorted(self._layers.items())
+            },
+            bytes_held=bytes_held,
+        )
