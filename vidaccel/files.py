@@ -54,6 +54,20 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def json_text(value: Any) -> str:
-    """Return a value as JSON, sorted and indented, without infinities."""
-    return json.dumps(finite(value), indent=2, sort_keys=True) + "\n"
+def json_text(value: Any, *, one_line: str | None = None) -> str:
+    """Return a value as JSON, sorted and indented, without infinities.
+
+    Args:
+        value: what JSON can hold.
+        one_line: name of a list in it whose many items take a line each.
+    """
+    value = finite(value)
+    items: list[str] = []
+    if one_line is not None and value[one_line]:
+        items = [json.dumps(item, sort_keys=True) for item in value[one_line]]
+        value = {**value, one_line: []}
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    if not items:
+        return text
+    lines = ",\n    ".join(items)
+    return text.replace(f'\n  "{one_line}": []', f'\n  "{one_line}": [\n    {lines}\n  ]')

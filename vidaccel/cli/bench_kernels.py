@@ -107,6 +107,6 @@ def _codegen(arguments: argparse.Namespace) -> None:
         raise VidaccelError(f"--chips takes some of 80,90,100,120, found {arguments.chips!r}")
     result = codegen(chips, wanted=lambda shipped: arguments.kernels in shipped.name)
     print_result(codegen_table(result), arguments.json)
-    write_json(result, arguments.json)
+    write_json(result, arguments.json, one_line="rows")
     if result["problems"]:
         raise VidaccelError(f"{len(result['problems'])} problems in generated code")

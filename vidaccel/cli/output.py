@@ -28,11 +28,14 @@ def print_written(paths: Iterable[Path]) -> None:
         print(f"wrote {path}", file=sys.stderr)
 
 
-def write_json(result: dict[str, Any], path: Path | None) -> None:
-    """Write a result, sorted and indented; on stdout for the path "-", nowhere for None."""
+def write_json(result: dict[str, Any], path: Path | None, *, one_line: str | None = None) -> None:
+    """Write a result, sorted and indented; on stdout for the path "-", nowhere for None.
+
+    The items of the list that `one_line` names take a line each.
+    """
     if path is None:
         return
-    text = files.json_text(result)
+    text = files.json_text(result, one_line=one_line)
     if _is_screen(path):
         print(text, end="")
     else:
