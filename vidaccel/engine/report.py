@@ -13,7 +13,7 @@ class AttentionReport:
     """The account of sparse attention in one transformer since `accelerate`.
 
     Attributes:
-        settings: of the sparse attention, or why there is none.
+        settings: the settings of the sparse attention, or why there is none.
         sparse_calls: calls of self-attention that were sparse.
         dense_calls: those that were not, by reason.
         density: mean share of the query-key pairs that the sparse calls computed.

@@ -43,7 +43,7 @@ class RunningCall:
         probe_residual: what the probe blocks have added to it [B, S / probe_stride, C].
         difference: relative change of `probe_residual`, a scalar tensor.
         entry: the streams at the first middle block.
-        residuals: of this step when it is computed, one tensor per head or stream.
+        residuals: what a computed step adds, one tensor per head or stream.
         residuals_applied: how many of those that are kept a reused step has put in.
     """
 
