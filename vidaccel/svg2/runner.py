@@ -31,7 +31,7 @@ from vidaccel.svg2.stats import SparsityStats
 
 # Computes the attention of a sparse call as `semantic_attention` does; another one is put in its
 # place to compare methods.
-Method = Callable[..., torch.Tensor]
+AttentionMethod = Callable[..., torch.Tensor]
 
 # The settings that the kernels take as they are.
 _SHARED_FIELDS = {f.name for f in fields(SemanticConfig)} & {f.name for f in fields(SVG2)}
@@ -105,7 +105,7 @@ class SparseAttention(AttentionHook):
         config: SVG2,
         *,
         gpu_only: bool = False,
-        method: Method = semantic_attention,
+        method: AttentionMethod = semantic_attention,
     ) -> None:
         if reason := why_dense(transformer, host):
             raise AttentionError(
