@@ -55,6 +55,46 @@ def test_auto_takes_a_shipped_policy_that_fits():
     assert "evenly spaced" in other.origin
 
 
+@pytest.mark.parametrize(
+    ("layers", "heads", "width", "model"),
+    [
+        (30, 12, 8960, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        (40, 40, 13824, "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+        (40, 40, 8960, None),
+    ],
+)
+def test_auto_tells_a_copy_in_a_folder_by_its_config(layers, heads, width, model):
+    config = {"num_layers": layers, "num_attention_heads": heads, "ffn_dim": width}
+    config |= {"attention_head_dim": 128, "in_channels": 16, "out_channels": 16}
+    local = run_settings(
+        num_inference_steps=50,
+        model_id=None,
+        config=config,
+        pipeline="WanPipeline",
+        experts=1,
+    )
+    origin = plan_of("auto", local).origin
+    if model is None:
+        assert "evenly spaced" in origin
+    else:
+        assert origin.startswith(model.replace("/", "--"))
+        assert origin.endswith(f"; model taken for {model} by its class and config alone")
+    for changes in ({"experts": 2}, {"config": config | {"in_channels": 36}}):
+        assert "evenly spaced" in plan_of("auto", replace(local, **changes)).origin
+
+
+def test_a_policy_that_tells_too_little_says_so():
+    origin = plan_of(parse(valid()), run_settings(model_id=None)).origin
+    assert origin.startswith("model not checked beyond its class")
+    moved = Resolver(parse(valid()), allow_transfer=True).plan(
+        run_settings(
+            model_id=None, num_inference_steps=9, sigmas=tuple(1 - i / 10 for i in range(9))
+        )
+    )
+    assert "not validated; model not checked beyond its class" in moved.origin
+    assert plan_of(parse(valid()), run_settings()).origin == ""
+
+
 def test_unknown_preset_is_refused():
     with pytest.raises(PlanError, match="'quality', 'balanced', 'fast', found 'turbo'"):
         Resolver("auto", preset="turbo")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from vidaccel.hosts.spec import HostSpec
 from vidaccel.plans.plan import FEW_STEPS, PRESETS, Plan, RunSettings
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.shipped import load_shipped
+from vidaccel.plans.store import shipped_as
 from vidaccel.svg2.settings import SVG2
 
 # How much of the threshold of a model's row each preset allows.
@@ -52,6 +53,8 @@ class Resolver:
         preset: "quality", "balanced" or "fast": a speedup of 2, 3 or 5, as far as a policy goes.
         allow_transfer: carry a policy that was given over to another number of steps, scheduler or
             noise grid of the same model; without it such a run is refused.
+        wish: the arguments of `CachePolicy.plan` that pick the plan of a policy, in the place of
+            the preset; with "auto", of the one that comes with vidaccel and fits the run.
 
     Attributes:
         cache: the block cache that was asked for by name, if any.
@@ -68,10 +71,11 @@ class Resolver:
         preset: Preset = "balanced",
         *,
         allow_transfer: bool = False,
+        wish: Mapping[str, Any] | None = None,
     ) -> None:
         if preset not in PRESETS:
             raise PlanError(f"preset is one of {', '.join(map(repr, PRESETS))}, found {preset!r}")
-        self.policy, self._plan_for = _planner(policy, preset, allow_transfer)
+        self.policy, self._plan_for = _planner(policy, preset, allow_transfer, wish or {})
         if cache is not None and cache != "auto" and not isinstance(cache, DBCache):
             raise PlanError(f"cache is 'auto', None or a DBCache, found {type(cache).__name__}")
         self.cache = cache if isinstance(cache, DBCache) else None
@@ -171,19 +175,32 @@ def policy_from_text(text: str, *, files: bool = True) -> str | list[int] | None
     )
 
 
-def _planner(policy: Policy, preset: str, allow_transfer: bool) -> tuple[str, _Planner]:
+def _planner(
+    policy: Policy, preset: str, allow_transfer: bool, wish: Mapping[str, Any]
+) -> tuple[str, _Planner]:
     """Return the name of a policy in reports, and what gives its plan for a run."""
-    if policy is None:
-        return "every step", lambda run: Plan.every(1, run.num_inference_steps)
-    if isinstance(policy, Plan):
-        return str(policy), lambda run: _fitting(policy, run.num_inference_steps)
+
+    def choose(known: CachePolicy) -> Plan:
+        return known.plan(**wish) if wish else known.preset(preset)
+
     if isinstance(policy, CachePolicy):
-        return _of_policy(policy, "given", preset, allow_transfer)
+        return _of_policies([policy], "given", choose, allow_transfer)
     if isinstance(policy, os.PathLike) or (
         isinstance(policy, str) and ("/" in policy or policy.endswith(".json"))
     ):
         name = os.fspath(policy)
-        return _of_policy(CachePolicy.from_pretrained(policy), name, preset, allow_transfer)
+        return _of_policies(_named(policy), name, choose, allow_transfer)
+    if wish:
+        if isinstance(policy, str) and policy == "auto":
+            return "auto", lambda run: _wished(run, choose)
+        raise PolicyError(
+            f"{', '.join(wish)}: only a policy has a plan for that, found "
+            f"{'every step' if policy is None else repr(policy)}; name a policy, or take auto"
+        )
+    if policy is None:
+        return "every step", lambda run: Plan.every(1, run.num_inference_steps)
+    if isinstance(policy, Plan):
+        return str(policy), lambda run: _fitting(policy, run.num_inference_steps)
     if isinstance(policy, str):
         if policy == "auto":
             return "auto", lambda run: _known(run, preset)
@@ -202,13 +219,31 @@ def _planner(policy: Policy, preset: str, allow_transfer: bool) -> tuple[str, _P
     )
 
 
-def _of_policy(
-    policy: CachePolicy, name: str, preset: str, allow_transfer: bool
+def _named(policy: str | os.PathLike[str]) -> list[CachePolicy]:
+    """Read the policy of that name, or all that are shipped for the model of that name."""
+    shipped = {} if os.path.exists(policy) else shipped_as(os.fspath(policy))
+    if len(shipped) > 1:
+        return [CachePolicy.load(path) for path in shipped.values()]
+    return [CachePolicy.from_pretrained(policy)]
+
+
+def _of_policies(
+    policies: Sequence[CachePolicy],
+    name: str,
+    choose: Callable[[CachePolicy], Plan],
+    allow_transfer: bool,
 ) -> tuple[str, _Planner]:
-    plan = policy.preset(preset)
+    """Plan a run by the one of the policies that is nearest to it in its number of steps."""
+    # What the only policy has no plan for is refused before any run.
+    told = f"policy {name}" + (f": {choose(policies[0])}" if len(policies) == 1 else "")
 
     def plan_for(run: RunSettings) -> Plan:
         """The plan for this run; raises PolicyError when the policy is for another."""
+        steps = run.num_inference_steps
+        policy = min(policies, key=lambda known: abs(known.num_inference_steps - steps))
+        if len(policies) > 1 and policy.num_inference_steps != steps and not allow_transfer:
+            there = " and ".join(str(known.num_inference_steps) for known in policies)
+            raise PolicyError(f"{name} has policies for {there} steps, this run has {steps}")
         try:
             policy.check(run)
         except PolicyError:
@@ -216,12 +251,26 @@ def _of_policy(
                 raise
             from vidaccel.lemica.transfer import transferred
 
-            moved = transferred(policy, run).preset(preset)
+            moved = choose(transferred(policy, run))
             total = policy.num_inference_steps
-            return replace(moved, origin=f"{moved}, transferred from {total} steps, not validated")
-        return plan
+            origin = f"{moved}, transferred from {total} steps, not validated"
+            return replace(moved, origin=_with_doubt(origin, policy, run))
+        return replace(choose(policy), origin=_with_doubt("", policy, run))
 
-    return f"policy {name}: {plan}", plan_for
+    return told, plan_for
+
+
+def _wished(run: RunSettings, choose: Callable[[CachePolicy], Plan]) -> Plan:
+    """Choose a plan of the policy that comes with vidaccel and is made for this run."""
+    for name, policy in load_shipped():
+        if policy.fits(run):
+            origin = _with_doubt(f"{name} ({policy.provenance})", policy, run)
+            return replace(choose(policy), origin=origin)
+    raise PolicyError(
+        f"no policy that comes with vidaccel fits this run of {run.num_inference_steps} steps, so "
+        "there is no plan to choose by budget, speedup or error: name a policy file, or take "
+        'other steps, such as "every 3"'
+    )
 
 
 def _known(run: RunSettings, preset: str) -> Plan | None:
@@ -232,8 +281,14 @@ def _known(run: RunSettings, preset: str) -> Plan | None:
     for name, policy in load_shipped():
         if policy.fits(run):
             note = "" if policy.validation else ", not validated here"
-            return replace(policy.preset(preset), origin=f"{name} ({policy.provenance}{note})")
+            origin = _with_doubt(f"{name} ({policy.provenance}{note})", policy, run)
+            return replace(policy.preset(preset), origin=origin)
     return None
+
+
+def _with_doubt(origin: str, policy: CachePolicy, run: RunSettings) -> str:
+    """Add to an origin what is not known of the model of the run."""
+    return "; ".join(filter(None, (origin, policy.doubt(run))))
 
 
 def _evenly_spaced(run: RunSettings, preset: str) -> Plan:

@@ -33,6 +33,16 @@ def built():
     return case.pipe, policy
 
 
+def test_a_measured_policy_tells_its_model(built):
+    pipe, policy = built
+    model = policy.model
+    assert (model.pipeline, model.experts, model.config["num_layers"]) == ("WanPipeline", 1, 3)
+    assert model.config_hash is not None
+    accelerate(pipe, policy=policy)
+    pipe("a", num_inference_steps=12, output_type="latent", **CALL)
+    assert "model" not in report(pipe).transformers[0].policy
+
+
 def test_an_unchanged_grid_keeps_errors_and_plans(built):
     _, policy = built
     run = run_settings(

@@ -1,6 +1,8 @@
 """The policy: what it refuses, its plans by wish, and how it is held against a run."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +10,12 @@ from tiny.policies import SIGMAS, forecasting, parse, run_settings, valid
 from vidaccel.errors import PolicyError
 from vidaccel.plans.edge import Edge
 from vidaccel.plans.plan import Plan
+
+# Configs of two models and of one with another entry, and what a policy knows of the first.
+SMALL = {"num_layers": 3, "pos_embed_seq_len": None, "guidance_embeds": False, "task_type": "t2v"}
+LARGER = SMALL | {"num_layers": 40}
+FIRST_LAST = SMALL | {"pos_embed_seq_len": 514}
+KNOWN = {"config": SMALL, "config_hash": "f" * 64, "experts": 1}
 
 
 def changed(path, value, start=valid):
@@ -65,6 +73,16 @@ def test_impossible_wishes(wish, message):
         (["model", "id"], "/etc/passwd", "model.id: "),
         (["model", "id"], "org/..", "model.id: "),
         (["model", "transformer"], "a/b", "model.transformer: "),
+        (["model", "config"], {"num_layers": 1.5}, "model.config.num_layers: an entry is a whole"),
+        (["model", "config"], {"num_layers": [1]}, "model.config.num_layers: an entry is a whole"),
+        (["model", "config"], {"kind": "x" * 129}, "model.config.kind: an entry is a whole"),
+        (["model", "config"], {"num_layers": 10**40}, "model.config.num_layers: an entry"),
+        (["model", "config"], {"../x": 1}, "model.config"),
+        (["model", "config"], {f"n{i}": i for i in range(300)}, "model.config: "),
+        (["model", "config"], [1], "model.config: "),
+        (["model", "pipeline"], "a/b", "model.pipeline: "),
+        (["model", "experts"], 0, "model.experts: "),
+        (["model", "experts"], True, "model.experts: "),
         (["scheduler", "sigmas", 2], -0.5, "scheduler.sigmas.2: "),
         (["scheduler", "sigmas", 2], "x", "scheduler.sigmas.2: "),
         (["edges", 0, "mean"], -1.0, "edges.0.mean: "),
@@ -112,14 +130,76 @@ def test_a_policy_fits_its_own_setting():
     [
         ({"transformer": "CogVideoXTransformer3DModel"}, "model.transformer: .*CogVideoX"),
         ({"model_id": "org/other"}, "model.id: the policy is for org/tiny-wan"),
+        ({"config": LARGER}, r"model\.config\.num_layers: the policy is for 3, this run has 40"),
+        ({"config": FIRST_LAST}, r"config\.pos_embed_seq_len: .* for None, this run has 514"),
+        ({"config_hash": "0" * 64}, r"model\.config_hash: the policy is for f+, this run has 0+"),
+        ({"experts": 2}, r"model\.experts: the policy is for 1, this run has 2"),
         ({"num_inference_steps": 30}, "num_inference_steps: the policy is for 6, this run has 30"),
         ({"scheduler": "UniPCMultistepScheduler"}, "scheduler.name: "),
         ({"sigmas": (1.0, 0.9, 0.7, 0.6, 0.4, 0.1)}, "sigmas: the policy has 0.80000 at step 2"),
     ],
 )
 def test_a_policy_refuses_another_setting(changes, message):
+    policy = parse(changed(["model"], valid()["model"] | KNOWN))
+    policy.check(run_settings(config=SMALL, experts=1))
     with pytest.raises(PolicyError, match=message):
-        parse(valid()).check(run_settings(**changes))
+        policy.check(run_settings(**changes))
+
+
+def test_a_model_without_a_hub_id_is_told_by_its_config():
+    """Or by the hash of it, but not in another pipeline, nor by what is not known."""
+    model = valid()["model"] | KNOWN | {"config_hash": None, "pipeline": "WanPipeline"}
+    policy = parse(changed(["model"], model))
+    local = run_settings(model_id=None, config=SMALL, pipeline="WanPipeline", experts=1)
+    assert policy.fits(local)
+    assert policy.doubt(local) == "model taken for org/tiny-wan by its class and config alone"
+    for changes in (
+        {"config": LARGER},
+        {"config": {"num_layers": 3}},
+        {"config": None},
+        {"experts": 2},
+        {"experts": None},
+        {"pipeline": "WanVideoToVideoPipeline"},
+        {"pipeline": None},
+        {"transformer": "SkyReelsV2Transformer3DModel"},
+        {"model_id": "org/a-finetune"},
+        {"num_inference_steps": 7},
+    ):
+        assert not policy.fits(replace(local, **changes)), changes
+    hashed = parse(changed(["model"], model | {"config_hash": "f" * 64, "id": None}))
+    named = replace(local, config=None, config_hash="f" * 64, model_id="org/a-copy")
+    assert hashed.fits(named) and hashed.doubt(named) == ""
+    assert not hashed.fits(replace(named, pipeline="WanVideoToVideoPipeline"))
+
+
+@pytest.mark.parametrize(
+    ("known", "changes", "doubt"),
+    [
+        ({}, {}, ""),
+        ({}, {"model_id": None}, "model not checked beyond its class: .* this is org/tiny-wan$"),
+        ({"id": None}, {}, "model not checked beyond its class: .* the one it was made for$"),
+        ({"id": None, "config": SMALL}, {"config": SMALL}, "told by its class and config alone$"),
+        ({"config": SMALL}, {"model_id": None, "config": {}}, "not checked beyond its class"),
+        (
+            {"config": SMALL, "pipeline": "FluxPipeline"},
+            {"model_id": None, "config": SMALL, "pipeline": "FluxKontextPipeline"},
+            "not checked: the policy is for FluxPipeline, this is FluxKontextPipeline$",
+        ),
+    ],
+)
+def test_what_was_not_checked_is_said(known, changes, doubt):
+    """A policy that comes with nothing that contradicts is taken, with a word."""
+    policy, run = parse(changed(["model"], valid()["model"] | known)), run_settings(**changes)
+    policy.check(run)
+    assert re.search(doubt, policy.doubt(run)) if doubt else policy.doubt(run) == ""
+
+
+def test_models_of_older_and_newer_files_round_trip():
+    old = parse(valid() | {"schema_version": "1.1"})
+    assert json.loads(old.to_json())["model"].keys() == {"transformer", "id", "config_hash"}
+    new = parse(changed(["model"], valid()["model"] | KNOWN))
+    assert json.loads(new.to_json())["model"]["config"] == SMALL
+    assert parse(json.loads(new.to_json())) == new
 
 
 def test_lines_and_scales_round_trip():

@@ -85,9 +85,7 @@ def assemble_policy(
     run = info.run_settings
     return CachePolicy(
         schema_version=SCHEMA_VERSION,
-        model=ModelInfo(
-            transformer=str(run.transformer), id=run.model_id, config_hash=run.config_hash
-        ),
+        model=ModelInfo.of(run),
         num_inference_steps=task.num_inference_steps,
         scheduler=SchedulerInfo(
             name=run.scheduler,

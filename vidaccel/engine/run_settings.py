@@ -1,14 +1,22 @@
 """Finds out which run a generation is, as policies are held against it."""
 
 import json
+import re
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from vidaccel.engine.adapters import active_adapters
-from vidaccel.hosts.registry import config_of
+from vidaccel.errors import UnsupportedPipelineError
+from vidaccel.hosts.registry import config_of, find_transformers
 from vidaccel.plans.plan import RunSettings
+
+# Names on the hub, <org>/<model> or <model>; what else a pipeline is loaded from is a path.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+# Longer texts in a config are no words that name a kind of layer.
+_MAX_WORD = 128
 
 
 def run_settings_of(
@@ -22,17 +30,51 @@ def run_settings_of(
         scheduler: the one that drives it.
         steps: length of the scheduler's table.
     """
-    text = json.dumps(config_of(transformer), sort_keys=True, default=str)
-    names = {getattr(pipe, "name_or_path", None) for pipe in pipelines}
+    config = config_of(transformer)
+    text = json.dumps(config, sort_keys=True, default=str)
+    serving = list(pipelines)
+    serving = [pipe for pipe in serving if pipe.scheduler is scheduler] or serving
     return RunSettings(
         steps,
         transformer=type(transformer).__name__,
-        model_id=next((name for name in names if name and not Path(name).exists()), None),
+        model_id=next(filter(None, (_hub_id(pipe, transformer) for pipe in serving)), None),
         config_hash=sha256(text.encode()).hexdigest(),
         scheduler=type(scheduler).__name__,
         sigmas=noise_levels(scheduler, steps),
         adapters=active_adapters(transformer),
+        config={key: value for key, value in config.items() if _is_plain(value)},
+        pipeline=_only({type(pipe).__name__ for pipe in serving}),
+        experts=_only({_count_transformers(pipe) for pipe in serving}),
     )
+
+
+def _hub_id(pipe: Any, transformer: Any) -> str | None:
+    """Return the name on the hub that a pipeline was loaded from; None where that was a folder."""
+    name = getattr(pipe, "name_or_path", None)
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or Path(name).exists():
+        return None
+    # A relative path of a folder looks like a name on the hub once the working directory is
+    # another. What comes from the hub lies in its cache, what comes from a folder below that.
+    place = str(transformer.config.get("_name_or_path", ""))
+    return None if place.startswith(f"{name}/") else name
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _MAX_WORD
+    return value is None or isinstance(value, int)
+
+
+def _count_transformers(pipe: Any) -> int | None:
+    try:
+        return len(find_transformers(pipe))
+    except UnsupportedPipelineError:  # it has been taken apart since
+        return None
+
+
+def _only(found: set[Any]) -> Any:
+    """Return the only entry of a set; None where there are several."""
+    return next(iter(found)) if len(found) == 1 else None
 
 
 def noise_levels(scheduler: Any, steps: int) -> tuple[float, ...]:

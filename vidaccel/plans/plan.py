@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -182,6 +182,10 @@ class RunSettings:
         scheduler: class name.
         sigmas: noise level of each step, T of them.
         adapters: names of the adapters (LoRA) that are at work.
+        config: the whole numbers, words and switches of the transformer's config; an entry that is
+            None is none of them there.
+        pipeline: class name of the pipeline.
+        experts: number of transformers of the pipeline, which take turns along the noise levels.
     """
 
     num_inference_steps: int
@@ -191,3 +195,6 @@ class RunSettings:
     scheduler: str | None = None
     sigmas: tuple[float, ...] | None = None
     adapters: tuple[str, ...] = ()
+    config: Mapping[str, int | str | None] | None = field(default=None, hash=False)
+    pipeline: str | None = None
+    experts: int | None = None

@@ -279,9 +279,7 @@ class CachePolicy(Record):
 
     def fits(self, run: RunSettings) -> bool:
         """Tell whether the policy is for this run: known to be of its model, and passes `check`."""
-        by_id = self.model.id is not None and self.model.id == run.model_id
-        hash_ = self.model.config_hash
-        if not (by_id or (hash_ is not None and hash_ == run.config_hash)):
+        if self.model.proof(run) is None:
             return False
         try:
             self.check(run)
@@ -297,11 +295,12 @@ class CachePolicy(Record):
                 has. Fields that are null are not checked.
         """
         self.check_model(run)
-        self._check_fields(
-            run,
-            ("num_inference_steps", self.num_inference_steps, run.num_inference_steps),
-            ("scheduler.name", self.scheduler.name, run.scheduler),
-        )
+        total, steps = self.num_inference_steps, run.num_inference_steps
+        if total != steps:
+            raise _other("num_inference_steps", total, steps, run)
+        name = self.scheduler.name
+        if None not in (name, run.scheduler) and name != run.scheduler:
+            raise _other("scheduler.name", name, run.scheduler, run)
         grid, other = self.scheduler.sigmas, run.sigmas
         if grid is None or other is None:
             return
@@ -314,23 +313,32 @@ class CachePolicy(Record):
 
     def check_model(self, run: RunSettings) -> None:
         """Hold the model alone against a run; raises PolicyError as `check` does."""
-        self._check_fields(
-            run,
-            ("model.transformer", self.model.transformer, run.transformer),
-            ("model.id", self.model.id, run.model_id),
-            ("model.config_hash", self.model.config_hash, run.config_hash),
-        )
+        for field, stored, actual in self.model.contradictions(run):
+            raise _other(f"model.{field}", stored, actual, run)
 
-    def _check_fields(self, run: RunSettings, *fields: tuple[str, Any, Any]) -> None:
-        for field, stored, actual in fields:
-            if stored is not None and actual is not None and stored != actual:
-                message = f"{field}: the policy is for {stored}, this run has {actual}"
-                if run.adapters and run.num_inference_steps < FEW_STEPS:
-                    message += (
-                        f" and the adapters {', '.join(run.adapters)}: a few-step model has "
-                        "no step to spare, use policy=None"
-                    )
-                raise PolicyError(message)
+    def doubt(self, run: RunSettings) -> str:
+        """Return what is not known of the model of a run that passes `check`; empty: nothing."""
+        model, proof = self.model, self.model.proof(run)
+        if proof in ("id", "hash"):
+            return ""
+        if proof == "config":
+            told = "model told" if model.id is None else f"model taken for {model.id}"
+            return f"{told} by its class and config alone"
+        if run.pipeline is not None and model.pipeline not in (None, run.pipeline):
+            return f"model not checked: the policy is for {model.pipeline}, this is {run.pipeline}"
+        wanted = model.id or "the one it was made for"
+        return f"model not checked beyond its class: nothing says that this is {wanted}"
+
+
+def _other(field: str, stored: Any, actual: Any, run: RunSettings) -> PolicyError:
+    """Return the error about a field that does not match."""
+    message = f"{field}: the policy is for {stored}, this run has {actual}"
+    if run.adapters and run.num_inference_steps < FEW_STEPS:
+        message += (
+            f" and the adapters {', '.join(run.adapters)}: a few-step model has no step to spare, "
+            "use policy=None"
+        )
+    return PolicyError(message)
 
 
 def _check_errors(budget: str, plan: Plan, errors: _Errors) -> None:

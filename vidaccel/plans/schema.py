@@ -1,18 +1,28 @@
 """The parts of a policy file, each with strict types and ranges."""
 
-from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 from vidaccel.plans.edge import Edge
 from vidaccel.plans.forecast import MAX_ORDER, MAX_SCALE
-from vidaccel.plans.plan import Plan
+from vidaccel.plans.plan import Plan, RunSettings
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 2
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 
 MAX_STEPS = 1000
+MAX_ENTRIES, MAX_WORD, MAX_NUMBER = 256, 128, 2**53
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"
 
@@ -23,7 +33,17 @@ def _no_parent(text: str) -> str:
     return text
 
 
+def _plain(value: Any) -> Any:
+    short = len(value) <= MAX_WORD if isinstance(value, str) else value is None
+    if not short and not (isinstance(value, int) and abs(value) <= MAX_NUMBER):
+        raise ValueError(
+            f"an entry is a whole number, true, false, null or a text of at most {MAX_WORD} letters"
+        )
+    return value
+
+
 Name = Annotated[str, StringConstraints(pattern=rf"^{_NAME}$")]
+Entry = Annotated[Any, BeforeValidator(_plain)]
 ModelId = Annotated[
     str,
     StringConstraints(pattern=rf"^{_NAME}(/{_NAME})?$"),
@@ -50,11 +70,69 @@ class Record(BaseModel):
 
 
 class ModelInfo(Record):
-    """The transformer: class, hub id and hash of its config (None: not checked)."""
+    """The model: class, hub id and config of its transformer, and its pipeline (None: not known).
+
+    `config` are the entries of the config that tell it from others, where None is a value;
+    `config_hash` is the hash of all of them. `experts` is the number of transformers.
+    """
 
     transformer: Name
     id: ModelId | None = None
     config_hash: Digest | None = None
+    config: Annotated[dict[Name, Entry], Field(max_length=MAX_ENTRIES)] | None = None
+    pipeline: Name | None = None
+    experts: Annotated[int, Field(ge=1, le=16)] | None = None
+
+    @classmethod
+    def of(cls, run: RunSettings) -> Self:
+        """Return the record of the model of a run."""
+        return cls(
+            transformer=str(run.transformer),
+            id=run.model_id,
+            config_hash=run.config_hash,
+            config=None if run.config is None else dict(run.config),
+            pipeline=run.pipeline,
+            experts=run.experts,
+        )
+
+    def contradictions(self, run: RunSettings) -> Iterator[tuple[str, Any, Any]]:
+        """Find the fields in which a run has another model: name, value here, value there."""
+        known = {
+            "transformer": run.transformer,
+            "id": run.model_id,
+            "experts": run.experts,
+        }
+        for name, actual in known.items():
+            stored = getattr(self, name)
+            if stored is not None and actual is not None and stored != actual:
+                yield name, stored, actual
+        for name, stored in (self.config or {}).items():
+            if run.config is not None and run.config.get(name, stored) != stored:
+                yield f"config.{name}", stored, run.config[name]
+        if None not in (self.config_hash, run.config_hash) and self.config_hash != run.config_hash:
+            yield "config_hash", self.config_hash, run.config_hash
+
+    def proof(self, run: RunSettings) -> Literal["id", "hash", "config"] | None:
+        """Return what shows that a run without contradictions has this model; None: nothing does.
+
+        A config shows it only in the same pipeline, since others edit pictures with the same one.
+        """
+        if self.id is not None and self.id == run.model_id:
+            return "id"
+        same = self.pipeline in (None, run.pipeline)
+        if self.config_hash is not None and self.config_hash == run.config_hash:
+            return "hash" if same or run.pipeline is None else None
+        same = same and self.experts in (None, run.experts)
+        if self.config and run.config and self.config.items() <= run.config.items():
+            return "config" if same else None
+        return None
+
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a file of schema 1.1 has not."""
+        newer = ("config", "pipeline", "experts")
+        found: dict[str, Any] = handler(self)
+        return {k: v for k, v in found.items() if v is not None or k not in newer}
 
 
 class SchedulerInfo(Record):

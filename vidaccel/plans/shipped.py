@@ -1,21 +1,11 @@
 """The policies that come with vidaccel."""
 
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 
 from vidaccel.plans.policy import CachePolicy
+from vidaccel.plans.store import shipped_policies
 
-
-def shipped_policies() -> dict[str, Path]:
-    """Return the files that come with vidaccel: <org>--<model>/<name>.json -> path, sorted."""
-    return {
-        f"{folder.name}/{file.name}": Path(str(file))
-        for folder in sorted(files("vidaccel.policies").iterdir(), key=lambda entry: entry.name)
-        if folder.is_dir()
-        for file in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if file.name.endswith(".json")
-    }
+__all__ = ["load_shipped", "shipped_policies"]
 
 
 @cache

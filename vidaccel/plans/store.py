@@ -1,4 +1,4 @@
-"""The text of policy files, and where it is kept: files, folders and the hub.
+"""The text of policy files, and where it is kept: files, folders, this package and the hub.
 
 A file is untrusted input: its size is bounded, and what is no JSON object is refused in one line.
 What its fields say is checked in `vidaccel.plans.policy`.
@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,42 @@ MAX_BYTES = 32 * 2**20
 FILE_NAME = "vidaccel_policy.json"
 
 
+def shipped_policies() -> dict[str, Path]:
+    """Return the files that come with vidaccel: <org>--<model>/<name>.json -> path, sorted."""
+    return {
+        f"{folder.name}/{file.name}": Path(str(file))
+        for folder in sorted(files("vidaccel.policies").iterdir(), key=lambda entry: entry.name)
+        if folder.is_dir()
+        for file in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if file.name.endswith(".json")
+    }
+
+
+def shipped_as(name: str) -> dict[str, Path]:
+    """Return the files that come with vidaccel under a name.
+
+    Args:
+        name: the hub id of a model for all of its files, such as vidaccel/tiny-wan, or that of one
+            file as reports have it, such as vidaccel--tiny-wan/50-steps.json; .json may be left
+            out, and the model may be written as a hub id there too.
+
+    Returns:
+        As `shipped_policies`; empty where there is none.
+    """
+    shipped, wanted = shipped_policies(), name.removesuffix(".json")
+    return {
+        file: path
+        for file, path in shipped.items()
+        for model, _, stem in [file.removesuffix(".json").partition("/")]
+        if wanted in (model, f"{model}/{stem}")
+        or wanted in (hub_id := model.replace("--", "/", 1), f"{hub_id}/{stem}")
+    }
+
+
 def find(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
-    """Find the policy file that a file, a folder or a hub id names; the last is downloaded.
+    """Find the policy file that a file, a folder, a shipped policy or a hub id names.
+
+    A shipped one is found before a hub is asked, from which it would be downloaded.
 
     Args:
         source: where the policy is.
@@ -27,11 +62,15 @@ def find(source: str | os.PathLike[str], revision: str | None, token: str | bool
         token: for the hub; None uses the one that is logged in.
 
     Raises:
-        PolicyError: the hub has no such repository or file.
+        PolicyError: the hub has no such repository or file, or several shipped ones have that name.
     """
     path = Path(source)
     if path.is_dir():
         return path / FILE_NAME
+    if revision is None and not path.exists() and (shipped := shipped_as(str(source))):
+        if len(shipped) > 1:
+            raise PolicyError(f"{source} is the name of several policies: {', '.join(shipped)}")
+        return next(iter(shipped.values()))
     if not path.exists() and path.suffix != ".json":
         return _from_hub(str(source), revision, token)
     return path
