@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.common import KernelError, Selection
+from vidaccel.kernels.launch import launch
 
 
 def fill_block_lists(
@@ -35,7 +36,7 @@ def fill_block_lists(
         num_compensated: only the first so many query clusters use means.
     """
     batch, heads, num_q_clusters = selection.tokens.shape
-    _from_selection[(num_q_clusters, batch * heads)](
+    launch(_from_selection, q_offsets.device, num_q_clusters, batch * heads)(
         selection.indptr,
         selection.indices,
         selection.tokens,

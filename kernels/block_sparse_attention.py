@@ -26,8 +26,16 @@ from vidaccel.kernels.common import (
     resolve,
     rows_contiguous,
 )
+from vidaccel.kernels.launch import launch
 from vidaccel.kernels.quantise import Int8Keys, quantise_keys, to_int8
-from vidaccel.kernels.tiles import LN_2, LOG2_E, block_d, load_tile, online_softmax_update
+from vidaccel.kernels.tiles import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    block_d,
+    load_tile,
+    online_softmax_update,
+)
 
 
 def block_sparse_attention(
@@ -48,7 +56,7 @@ def block_sparse_attention(
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_sparse_attention`, which this equals up to rounding."""
-    if resolve(impl, q, k, v) == "reference":
+    if resolve(impl, q, k, v, k_means, v_means) == "reference":
         return reference.block_sparse_attention(
             q,
             k,
@@ -148,7 +156,7 @@ def attend(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
     max_full_blocks, max_partial_blocks, max_q_tiles = lists.room()
-    grid = (max_q_tiles * batch * heads,)
+    num_programs = max_q_tiles * batch * heads
     int8 = isinstance(k, Int8Keys)
     keys, k_scale, k_shift = (k.codes, k.scale, k.shift) if int8 else (k, None, None)
     queries = (q, out, lse, *q.stride()[:3], *out.stride()[:3], sorted_idx, q_offsets)
@@ -160,7 +168,7 @@ def attend(
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d(head_dim),
     }
-    _attend[grid](
+    launch(_attend, q.device, num_programs)(
         *queries,
         lists.q_tiles,
         keys,
@@ -179,7 +187,7 @@ def attend(
         **attention_config(head_dim, q.dtype, chip(q.device), int8),
     )
     if k_means is not None and v_means is not None:
-        _add_means[grid](
+        launch(_add_means, q.device, num_programs)(
             *queries,
             lists.q_tiles,
             k_means.to(q.dtype).contiguous(),
@@ -320,7 +328,7 @@ def _attend(
         partial_blocks += row * max_partial_blocks
         num_blocks += row * 2
 
-        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         offs_n = tl.arange(0, BLOCK_N)
@@ -427,7 +435,7 @@ def _add_means(
         k_offsets += batch_head * (num_k_clusters + 1)
         use_mean += (batch_head * num_q_clusters + q_cluster) * num_means
 
-        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         offs_n = tl.arange(0, BLOCK_N)
@@ -444,7 +452,7 @@ def _add_means(
             # [BLOCK_M, BLOCK_N]
             scores = tl.dot(q_tile, k_tile, input_precision="ieee") * qk_scale_log2
             scores = tl.where(mask_n[None, :], scores + size_log2[None, :], float("-inf"))
-            m_i, l_i, acc, p = online_softmax_update(m_i, l_i, acc, scores, None, ALL_HIDDEN=True)
+            m_i, l_i, acc, p = online_softmax_update(m_i, l_i, acc, scores, None)
             # [BLOCK_N, BLOCK_D]
             v_tile = load_tile(v_means, mean, HEAD_DIM, offs_d, mask_n, HEAD_DIM)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")

@@ -14,6 +14,10 @@ Impl = Literal["auto", "triton", "reference"]
 
 HEAD_DIMS = (64, 80, 96, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST_CAPABILITY = 80  # chips before lack bfloat16 products and shared memory for the tiles
+# Programs on the second axis of a grid; queries and keys share it where both are clustered.
+MAX_GRID_Y = 65_535
+MAX_BATCH_HEADS = MAX_GRID_Y // 2
 
 
 class KernelError(VidaccelError):
@@ -80,19 +84,46 @@ def density(selected_keys: Tensor, q_counts: Tensor, num_keys: int | Tensor) -> 
     return pairs / (q_counts.double().sum(-1) * num_keys)
 
 
-def resolve(impl: Impl, *tensors: Tensor) -> str:
-    """Return "triton" or "reference" for these inputs.
+def resolve(impl: Impl, *tensors: Tensor | None) -> str:
+    """Return "triton" or "reference" for these inputs, all floating-point ones among them.
 
     Raises:
-        KernelError: the name is unknown, or Triton is wanted where it cannot run.
+        KernelError: the name is unknown, or Triton is wanted where it cannot run, or for inputs
+            whose gradients it would lose.
     """
     if impl not in ("auto", "triton", "reference"):
         raise KernelError(f'impl must be "auto", "triton" or "reference", found {impl!r}')
-    if impl == "auto":
-        return "triton" if tensors[0].is_cuda else "reference"
-    if impl == "triton" and not tensors[0].is_cuda and not interpreting():
-        raise KernelError(f"Triton kernels need a GPU, found tensors on {tensors[0].device}")
-    return impl
+    given = [x for x in tensors if x is not None]
+    device = given[0].device
+    if impl == "reference" or (impl == "auto" and device.type != "cuda"):
+        return "reference"
+    if device.type != "cuda":
+        if not interpreting():
+            raise KernelError(f"Triton kernels need a GPU, found tensors on {device}")
+    elif reason := why_no_kernels(device):
+        raise KernelError(f'{reason}; impl="reference" runs everywhere')
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise KernelError(
+            "Triton kernels have no backward pass, and an input requires a gradient: call them "
+            'under torch.no_grad(), or pass impl="reference"'
+        )
+    return "triton"
+
+
+def why_no_kernels(device: torch.device) -> str:
+    """Return why the Triton kernels cannot run on a device; empty when they can."""
+    if device.type != "cuda" or torch.version.hip:
+        kind = "AMD" if device.type == "cuda" else device.type
+        return f"the kernels have been shown to run on NVIDIA GPUs alone, and this is {kind}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major * 10 + minor < LEAST_CAPABILITY:
+        least = f"{LEAST_CAPABILITY // 10}.{LEAST_CAPABILITY % 10}"
+        return f"the kernels need compute capability {least}, and this GPU has {major}.{minor}"
+    try:
+        import vidaccel.kernels.semantic_attention_triton  # noqa: F401 (all kernels)
+    except Exception as error:  # another version of Triton may fail in any way
+        return f"the kernels need Triton, which cannot be imported ({error})"
+    return ""
 
 
 def interpreting() -> bool:

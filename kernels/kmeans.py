@@ -28,6 +28,7 @@ from vidaccel.kernels.common import (
     resolve,
     rows_contiguous,
 )
+from vidaccel.kernels.launch import launch
 from vidaccel.kernels.quantise import Int8Keys, sampled_mean, to_int8
 from vidaccel.kernels.sort import CHUNK, SortedLabels
 from vidaccel.kernels.tiles import block_d, load_tile
@@ -37,7 +38,7 @@ def kmeans(
     x: Tensor, centroids: Tensor, iters: int, *, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.kmeans`, which this equals up to the order of sums."""
-    if resolve(impl, x) == "reference":
+    if resolve(impl, x, centroids) == "reference":
         return reference.kmeans(x, centroids, iters)
     check_layout("x", x, reference=False)
     check_layout("centroids", centroids, reference=True)
@@ -128,7 +129,7 @@ class Lloyd:
         first = [c.float().contiguous() for c in centroids]
         programs = triton.cdiv(total, PREPARE["BLOCK_M"])
         counts = sorted_labels.histogram.numel()
-        _prepare[(programs,)](
+        launch(_prepare, x.device, programs)(
             first[0],
             first[1] if len(first) == 2 else None,
             lloyd.centroids,
@@ -158,7 +159,8 @@ class Lloyd:
         x = self.xs[0]
         batch, heads, tokens, head_dim = x.shape
         config = assign_config(x.dtype)
-        _assign[(triton.cdiv(tokens, config["BLOCK_M"]), batch * heads * len(self.xs))](
+        num_tiles = triton.cdiv(tokens, config["BLOCK_M"])
+        launch(_assign, x.device, num_tiles, batch * heads * len(self.xs))(
             *_both(self.xs),
             self.rounded,
             self.half_norms,
@@ -242,7 +244,7 @@ def _launch_update(
     batch, heads, tokens, head_dim = xs[0].shape
     programs = sum(num_labels) * batch * heads
     counts = 0 if histogram is None else histogram.numel()
-    _update[(sum(num_labels), batch * heads)](
+    launch(_update, means.device, sum(num_labels), batch * heads)(
         *_both(xs),
         sorted_idx,
         offsets,
@@ -277,7 +279,7 @@ def _launch_update_and_sort(
     k = target.k_sorted
     int8 = isinstance(k, Int8Keys)
     k_sorted, k_scale, k_shift = (k.codes, k.scale, k.shift) if int8 else (k, None, None)
-    _update_and_sort[(sum(num_labels), batch * heads)](
+    launch(_update_and_sort, means.device, sum(num_labels), batch * heads)(
         *_both(xs),
         target.v,
         *target.v.stride()[:3],

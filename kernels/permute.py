@@ -16,6 +16,7 @@ from vidaccel.kernels.common import (
     resolve,
     rows_contiguous,
 )
+from vidaccel.kernels.launch import launch
 from vidaccel.kernels.tiles import block_d, load_tile
 
 
@@ -38,7 +39,7 @@ def _moved(x: Tensor, sorted_idx: Tensor, impl: Impl, *, scatter: bool) -> Tenso
     x = rows_contiguous(x)
     batch, heads, tokens, head_dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _move[(triton.cdiv(tokens, MOVE["BLOCK_M"]), batch * heads)](
+    launch(_move, x.device, triton.cdiv(tokens, MOVE["BLOCK_M"]), batch * heads)(
         x,
         sorted_idx.contiguous(),
         out,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels.common import KernelError
+from vidaccel.kernels.launch import launch
 from vidaccel.kernels.reference import LEAST, SAMPLES
 from vidaccel.kernels.tiles import block_d, load_tile
 
@@ -31,7 +32,7 @@ def quantise_keys(k: Tensor, k_offsets: Tensor, clusters: int) -> Int8Keys:
         )
     batch, heads, tokens, head_dim = k.shape
     keys = Int8Keys.empty(k)
-    _quantise[(triton.cdiv(tokens, QUANTISE["BLOCK_N"]), batch * heads)](
+    launch(_quantise, k.device, triton.cdiv(tokens, QUANTISE["BLOCK_N"]), batch * heads)(
         k,
         k_offsets,
         keys.codes,

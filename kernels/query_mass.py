@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidaccel.kernels.launch import launch
 from vidaccel.kernels.tiles import block_d, load_tile
 
 
@@ -32,7 +33,7 @@ def query_mass_logits(
     batch, heads, tokens, head_dim = q.shape
     num_k_means = k_means.shape[2]
     out = torch.empty(batch, heads, num_q_means, num_k_means, dtype=torch.float32, device=q.device)
-    _mass[(num_q_means, batch * heads)](
+    launch(_mass, q.device, num_q_means, batch * heads)(
         q,
         *q.stride()[:3],
         sorted_idx,

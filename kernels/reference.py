@@ -58,7 +58,7 @@ def kmeans(x: Tensor, centroids: Tensor, iters: int) -> tuple[Tensor, Tensor, Te
     moves every centroid to the mean of its tokens; one without tokens stays where it is. The
     labels and counts returned are those of the last round, before its move. Zero rounds assign
     only. Assignment compares with centroids rounded to the dtype of `x`, as the tensor cores do.
-    A token that holds NaN gets label 0.
+    A distance that is NaN counts as infinite, and a token that is near nothing gets label 0.
 
     Args:
         x: [B, H, S, D].
@@ -91,7 +91,7 @@ def kmeans(x: Tensor, centroids: Tensor, iters: int) -> tuple[Tensor, Tensor, Te
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
     half = centroids.square().sum(-1) / 2
     distance = half[:, :, None, :] - x @ centroids.transpose(-1, -2)
-    return distance.nan_to_num_(nan=math.inf).argmin(-1).int()
+    return torch.where(distance.isnan(), math.inf, distance).argmin(-1).int()
 
 
 def cluster_counts(labels: Tensor, count: int) -> Tensor:
@@ -198,7 +198,9 @@ def select_top_p(
     Clusters are taken from the heaviest down, up to and including the one with which their sum
     first exceeds `top_p`, and never fewer than `floor(min_ratio * Kc)`; those as heavy as the last
     one taken come along. An empty cluster is never taken, except that `top_p` 1 takes all.
-    A row whose scores hold NaN takes all: then the output has NaN where dense attention has it.
+    A row that scores NaN or infinity with a cluster that has keys takes all, so that its output is
+    that of dense attention, with NaN where that has it. In `mass`, which comes from each query's
+    own softmax, NaN alone says so: there a key at -inf weighs nothing and one at +inf makes NaN.
 
     Args:
         q_centroids: [B, H, Qc, D].
@@ -217,8 +219,10 @@ def select_top_p(
     check_like("k_counts", k_counts, "k_centroids", k_centroids, 0, 1, 2)
     if mass is None:
         logits = _cluster_logits(q_centroids, k_centroids, k_counts, scale)
+        odd = ~logits.isfinite() & (k_counts[:, :, None, :] > 0)
     else:
         logits = torch.where(k_counts[:, :, None, :] > 0, mass.log(), -math.inf)
+        odd = logits.isnan()
     columns = logits.shape[-1]
     if top_p >= 1:
         keep = torch.ones_like(logits, dtype=torch.bool)
@@ -229,7 +233,7 @@ def select_top_p(
         taken = taken.clamp(min=max(1, math.floor(min_ratio * columns)))
         least = heavy.gather(-1, taken[..., None] - 1)
         keep = (logits >= least) & (logits > -math.inf)
-        keep |= logits.isnan().any(-1, keepdim=True)
+        keep |= odd.any(-1, keepdim=True)
     return selection_from_mask(keep, k_counts)
 
 
@@ -352,7 +356,7 @@ def block_sparse_attention(
         if hostile:  # hidden NaN and infinity must not show
             scores.masked_fill_(added == -math.inf, 0.0)
         scores += added
-        top = scores.amax(-1, keepdim=True)
+        top = scores.detach().amax(-1, keepdim=True)  # shifts both sides alike: no gradient
         top = torch.where(top == -math.inf, 0.0, top)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
@@ -504,6 +508,7 @@ def attention_recall(
     *,
     scale: float,
     rows: Tensor,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """The share of the softmax mass of full attention that the selection keeps.
 
@@ -513,12 +518,16 @@ def attention_recall(
         selection: the key clusters that each query cluster keeps.
         scale: factor on the scores.
         rows: [R] int64, the queries to look at.
+        valid: [B, S] bool, false for padding, which full attention does not see; all are valid if
+            left out.
 
     Returns:
         [B, H, R] in fp32 (or float64).
     """
     kind = _accumulator(q)
     scores = q.index_select(2, rows).to(kind) @ k.to(kind).transpose(-1, -2) * scale
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None, :], -math.inf)
     picked = q_labels.index_select(2, rows).long()
     mask = selection.mask()
     seen = mask.gather(2, picked[..., None].expand(*picked.shape, mask.shape[3]))

@@ -26,6 +26,7 @@ from vidaccel.kernels.common import (
     check_top_p,
     resolve,
 )
+from vidaccel.kernels.launch import launch
 from vidaccel.kernels.tiles import block_d, load_tile
 
 
@@ -41,7 +42,7 @@ def select_top_p(
     impl: Impl = "auto",
 ) -> Selection:
     """See `reference.select_top_p`, which this equals where no sum lies within rounding of p."""
-    if resolve(impl, q_centroids, k_centroids, k_counts) == "reference":
+    if resolve(impl, q_centroids, k_centroids, k_counts, mass) == "reference":
         return reference.select_top_p(
             q_centroids,
             k_centroids,
@@ -113,7 +114,8 @@ def select(
         indices=empty(num_q_clusters * num_k_clusters),
         tokens=empty(num_q_clusters),
     )
-    _threshold[(triton.cdiv(num_q_clusters, THRESHOLD["BLOCK_M"]), batch * heads)](
+    num_tiles = triton.cdiv(num_q_clusters, THRESHOLD["BLOCK_M"])
+    launch(_threshold, device, num_tiles, batch * heads)(
         q_means,
         k_means,
         k_offsets,
@@ -133,7 +135,7 @@ def select(
     # Without lists to fill the kernel has none of their arguments.
     nothing: tuple[tuple[Any, ...], tuple[Any, ...]] = ((None,) * 5, (None,) * 3)
     tensors, room = nothing if lists is None else (lists.tensors(), lists.room())
-    _lists[(num_q_clusters, batch * heads)](
+    launch(_lists, device, num_q_clusters, batch * heads)(
         scores,
         threshold,
         num_selected,
@@ -191,7 +193,7 @@ def _threshold(
     k_offsets += batch_head * (num_k_clusters + 1)
     score_rows = scores + (batch_head * num_q_means + offs_m[:, None]) * num_k_means
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    has_nan = tl.zeros([BLOCK_M], tl.int32)
+    is_odd = tl.zeros([BLOCK_M], tl.int32)  # rows that hold NaN or infinity
     if logits is None:
         q_row = batch_head * num_q_means + offs_m
         # [BLOCK_M, BLOCK_D]
@@ -209,12 +211,14 @@ def _threshold(
             k_tile = load_tile(k_means, k_row, HEAD_DIM, offs_d, mask_n, HEAD_DIM, TRANSPOSED=True)
             score = tl.dot(q_tile, k_tile, input_precision="ieee") * scale
             score += tl.log(tl.maximum(size, 1).to(tl.float32))[None, :]
+            odd = (size > 0)[None, :] & ((tl.abs(score) < float("inf")) == 0)
         else:
             logit_rows = logits + (batch_head * num_q_means + offs_m[:, None]) * num_k_means
             score = tl.load(logit_rows + offs_n[None, :], mask=mask, other=0.0)
+            odd = (size > 0)[None, :] & (score != score)  # -inf is no mass
         score = tl.where((size > 0)[None, :], score, float("-inf"))
         tl.store(score_rows + offs_n[None, :], score, mask=mask)
-        has_nan = tl.maximum(has_nan, tl.max((mask & (score != score)).to(tl.int32), 1))
+        is_odd = tl.maximum(is_odd, tl.max((mask & odd).to(tl.int32), 1))
         m_i = tl.maximum(m_i, tl.max(tl.where(mask, score, float("-inf")), 1))
     tl.debug_barrier()  # the scores are read below by other threads than wrote them
     m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
@@ -246,7 +250,7 @@ def _threshold(
     # An empty cluster, at -inf, is taken only where everything is.
     bound = tl.maximum(bound, tl.full([BLOCK_M], 0x00800000, tl.uint32))
     # The row behind the query clusters is that of text.
-    takes_all = (top_p >= 1.0) | (has_nan != 0) | (offs_m == num_q_means)
+    takes_all = (top_p >= 1.0) | (is_odd != 0) | (offs_m == num_q_means)
     bound = tl.where(takes_all, tl.zeros([BLOCK_M], tl.uint32), bound)
 
     count = tl.zeros([BLOCK_M], tl.int32)

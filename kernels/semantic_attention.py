@@ -174,6 +174,7 @@ def _semantic_attention_reference(
     return out
 
 
+@torch.no_grad()
 def _cluster_reference(
     q: Tensor,
     k: Tensor,
@@ -218,6 +219,7 @@ def _label_text(
     return torch.cat([around[..., : video[0]], labels, around[..., video[0] :]], -1)
 
 
+@torch.no_grad()
 def _select_reference(
     q: Tensor,
     query: Clustering,
@@ -230,7 +232,7 @@ def _select_reference(
     num_q_means = config.query_clusters
     counts = key.counts[..., : config.key_clusters]
     mass = None
-    q_means = reference.cluster_means(q, query.labels, num_q_means)
+    q_means = reference.cluster_means(q, query.labels, num_q_means, query.centroids)
     if config.mass_averaging:
         mass = reference.query_mass(q, query.labels, num_q_means, k_means, counts, scale)
     selection = reference.select_top_p(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import Impl, KernelError, check_integers, resolve
+from vidaccel.kernels.launch import launch
 
 
 def sort_by_label(labels: Tensor, num_labels: int, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def sort_by_label(labels: Tensor, num_labels: int, *, impl: Impl = "auto") -> tu
     found = SortedLabels.empty(batch, heads, tokens, [num_labels], labels.device)
     found.labels = labels.contiguous().view(-1)
     found.histogram.zero_()
-    _histogram[(triton.cdiv(tokens, CHUNK), batch * heads)](
+    launch(_histogram, labels.device, triton.cdiv(tokens, CHUNK), batch * heads)(
         found.labels, found.histogram, tokens, num_labels, **HISTOGRAM
     )
     found.sort()
@@ -94,8 +95,9 @@ class SortedLabels:
         side_heads = self.batch * self.heads * len(self.num_labels)
         chunks = triton.cdiv(self.tokens, CHUNK)
         sizes = (self.batch * self.heads, chunks, self.num_labels[0], self.num_labels[-1])
-        _scan[(side_heads,)](self.histogram, self.offsets, *sizes, **SCAN)
-        _rank[(chunks, side_heads)](
+        device = self.labels.device
+        launch(_scan, device, side_heads)(self.histogram, self.offsets, *sizes, **SCAN)
+        launch(_rank, device, chunks, side_heads)(
             self.labels,
             self.histogram,
             self.offsets,

@@ -77,6 +77,12 @@ class Clustering:
         """[B, H, K or K + 2] int32, tokens per label."""
         return self.offsets.diff()
 
+    @property
+    def real_counts(self) -> Tensor:
+        """[B, H, K or K + 1] int32, tokens per label without padding."""
+        counts = self.counts
+        return counts if counts.shape[2] == self.centroids.shape[2] else counts[..., :-1]
+
 
 @dataclass
 class SemanticState:
@@ -119,13 +125,16 @@ class SemanticState:
     def density(self) -> Tensor:
         """Return the computed share of all query-key pairs in the latest call: [B, H] fp32.
 
+        Padding counts on neither side.
+
         Raises:
             KernelError: nothing was selected yet.
         """
         if self.selection is None or self.query is None or self.key is None:
             raise KernelError("nothing was selected yet")
-        num_keys = self.key.labels.shape[2]
-        return density(self.selection.tokens, self.query.counts, num_keys).float()
+        q_counts, k_counts = self.query.real_counts, self.key.real_counts
+        selected_keys = self.selection.tokens[..., : q_counts.shape[2]]
+        return density(selected_keys, q_counts, k_counts.sum(-1)).float()
 
     def empty_clusters(self) -> tuple[Tensor, Tensor]:
         """Count query and key clusters without tokens in the latest clustering: [B, H] int64 each.

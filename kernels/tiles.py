@@ -11,6 +11,9 @@ from triton.runtime.jit import JITFunction
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# The first m_i of a running softmax: below every score, and finite, so that keys with the score
+# -inf alone make no NaN.
+LOWEST = tl.constexpr(-1e38)
 
 
 def block_d(head_dim: int) -> int:
@@ -58,16 +61,15 @@ def load_tile(
 
 
 @triton.jit
-def online_softmax_update(m_i, l_i, acc, scores, row_scale, ALL_HIDDEN: tl.constexpr = False):
+def online_softmax_update(m_i, l_i, acc, scores, row_scale):
     """Take one more tile of scores into a running softmax with base 2.
 
     Args:
-        m_i: [BLOCK_M] largest score so far.
+        m_i: [BLOCK_M] largest score so far, LOWEST at first.
         l_i: [BLOCK_M] sum of 2^(score - m_i).
         acc: [BLOCK_M, BLOCK_D] sum of 2^(score - m_i) times value.
         scores: [BLOCK_M, BLOCK_N]; -inf where a key is hidden.
         row_scale: [BLOCK_M] factor on the scores, not negative; None where they are scaled.
-        ALL_HIDDEN: a row may have seen no key at all so far.
 
     Returns:
         m_i, l_i, acc before the values of this tile are added, and their weights
@@ -78,10 +80,7 @@ def online_softmax_update(m_i, l_i, acc, scores, row_scale, ALL_HIDDEN: tl.const
     else:
         m_new = tl.maximum(m_i, tl.max(scores, 1) * row_scale)
         scores = scores * row_scale[:, None]
-    shift = m_new
-    if ALL_HIDDEN:
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(scores - shift[:, None])
-    alpha = tl.exp2(m_i - shift)
+    p = tl.exp2(scores - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
     return m_new, l_i, acc * alpha[:, None], p

@@ -135,3 +135,20 @@ def test_buffers_are_flat_per_side():
     lloyd = Lloyd.start([x, x], [x[:, :, :3], x[:, :, :5]])
     assert lloyd.side_centroids(0).shape == (1, 2, 3, 64)
     assert torch.equal(lloyd.side_centroids(1), x[:, :, :5])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_tokens_that_are_not_finite_get_the_same_labels(value, device):
+    """Also beside distances that are infinite, or no number; the lowest index among equals."""
+    x = points(1, 1, 40, 64)
+    x[0, 0, 3, 5] = value
+    x[0, 0, 4] = value
+    x[0, 0, 5, :2] = torch.tensor([torch.inf, -torch.inf])
+    start = x[:, :, [3, 4, 10, 11, 12]].clone()
+    start[0, 0, 2, 5] = 0.0
+    for first in (start, start.roll(2, dims=2)):
+        found = kmeans(x.to(device), first.to(device), 3, impl="triton")
+        expected = reference.kmeans(x, first, 3)
+        for ours, theirs in zip(found[1:], expected[1:], strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+        torch.testing.assert_close(found[0].cpu(), expected[0], equal_nan=True)

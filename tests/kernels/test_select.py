@@ -84,6 +84,45 @@ def test_a_row_with_nan_takes_everything(device):
         assert mask[0, 0, 1].all() and not mask[0, 0, 0].all()
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_a_row_with_a_score_that_is_not_finite_takes_everything(where, value, device):
+    """Of -inf too: a query centroid may see -inf where one of its queries sees +inf."""
+    q, k, counts = case(rows=3, batch=1)
+    counts[0, 0, 7], counts[0, 0, 8] = 4, 0
+    q[0, 0, 1, 5] = 0.0  # times infinity: NaN
+    if where == "query":
+        q[0, 0, 1, 0] = value
+    else:
+        k[0, 0, 7, 5] = value
+    k[0, 0, 8] = value  # of an empty cluster: nobody sees it
+    expected = torch.tensor([where == "key", True, where == "key"])
+    masks = []
+    for impl in ("reference", "triton"):
+        arguments = {"scale": SCALE, "top_p": 0.1, "min_ratio": 0.0, "impl": impl}
+        found = select_top_p(q.to(device), k.to(device), counts.to(device), **arguments)
+        assert torch.equal(found.mask()[0, 0].all(-1).cpu(), expected)
+        assert torch.equal((found.tokens[0, 0] == counts.sum()).cpu(), expected)
+        masks.append(found.mask())
+    assert torch.equal(*masks)
+
+
+def test_mass_of_zero_is_never_taken_and_mass_of_nan_takes_everything(device):
+    q, k, counts = (x.to(device) for x in case(rows=3, batch=1))
+    mass = torch.rand(1, 1, 3, 41, generator=torch.Generator().manual_seed(0)).to(device)
+    mass[0, 0, 0, ::2] = 0.0
+    mass[0, 0, 1, 3] = math.nan
+    counts[0, 0, 3] = 1
+    masks = []
+    for impl in ("reference", "triton"):
+        arguments = {"scale": SCALE, "top_p": 0.99, "min_ratio": 1.0, "impl": impl}
+        mask = select_top_p(q, k, counts, mass=mass, **arguments).mask()[0, 0]
+        assert mask[1].all() and not mask[0, ::2].any()
+        assert torch.equal(mask[2], counts[0, 0] > 0)
+        masks.append(mask)
+    assert torch.equal(*masks)
+
+
 def test_extreme_scores_do_not_select_everything():
     """All but one mass underflow to 0; the floor still takes the next ones by their score."""
     q, k, counts = case(rows=1, batch=1)

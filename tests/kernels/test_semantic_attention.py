@@ -1,5 +1,7 @@
 """Semantic attention as a whole: exact where it must be, one state per layer, text untouched."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -103,6 +105,34 @@ def test_triton_equals_the_reference_over_calls(options, device):
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
     assert 0 < ours.density().item() < 1
     torch.testing.assert_close(ours.density(), theirs.density())
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("options", [{}, {"mass_averaging": True, "compensation": True}], ids=str)
+def test_what_is_not_finite_shows_where_dense_attention_shows_it(options, name, value, device):
+    """A key of one token; in half of the queries its channel is positive, in half negative."""
+    given = dict(zip("qkv", tokens(size=60), strict=True))
+    given[name][0, 0, 17, 3] = value
+    dense = scaled_dot_product_attention(
+        **{"query": given["q"], "key": given["k"], "value": given["v"]}
+    )
+    config = SemanticConfig(3, 7, top_p=0.3, min_ratio=0.0, init_iters=2, **options)
+    found = {}
+    for impl in ("reference", "triton"):
+        state = SemanticState()
+        moved = [x.to(device) for x in given.values()]
+        out = semantic_attention(*moved, state, config, impl=impl).cpu()
+        found[impl] = state.query.labels, state.key.labels, state.selection.mask(), out
+    for ours, theirs in zip(found["triton"][:3], found["reference"][:3], strict=True):
+        assert torch.equal(ours, theirs)
+    ours, theirs = found["triton"][3], found["reference"][3]
+    finite = theirs.isfinite()
+    assert torch.equal(ours.isfinite(), finite)
+    torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-3, atol=1e-4)
+    if name != "v":  # of a value only as much as is selected
+        assert torch.equal(finite, dense.isfinite())
+        assert not finite.all()
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -14,7 +14,8 @@ def moment(device: torch.device) -> Any:
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
+    # Of this device: another one may be current.
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

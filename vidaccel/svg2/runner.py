@@ -41,7 +41,7 @@ _SHARED_FIELDS -= {"query_clusters", "key_clusters"}
 FIRST_STEPS, FIRST_LAYERS = "first steps", "first layers"
 SHORT, MASK, NO_GPU = "short sequence", "attention mask", "not on a GPU"
 RING = "ring attention, in which no process has all keys of a head"
-JOINT = "text and video tokens spread over processes"
+JOINT = "text beside the video in sequence-parallel mode"
 
 
 def why_dense(transformer: nn.Module, host: HostSpec) -> str:
@@ -77,6 +77,15 @@ class Tokens:
     def video(self) -> int:
         """Number of video tokens."""
         return self.stop - self.start
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """[B, total] bool, false for padding; None where there is none."""
+        if self.text_mask is None:
+            return None
+        before, after = self.text_mask[:, : self.start], self.text_mask[:, self.start :]
+        video = before.new_ones(len(before), self.video)
+        return torch.cat([before, video, after], 1)
 
     def with_mask(self, valid: torch.Tensor) -> "Tokens":
         """Return the same with the padding of a [B, total] bool mask."""
@@ -282,6 +291,7 @@ class SparseAttention(AttentionHook):
             state.selection,
             scale=config.scale or q.shape[3] ** -0.5,
             rows=rows,
+            valid=tokens.valid,
         )
         return recall.mean()
 

@@ -17,8 +17,10 @@ class _Call(NamedTuple):
 
     Attributes:
         layer: position of the block.
-        selected_keys: [B, H, Qc] keys that each query cluster attends to.
-        q_counts, k_counts: [B, H, Qc] and [B, H, Kc] tokens of each cluster.
+        selected_keys: [B, H, Qc] keys that each query cluster, and text, attends to.
+        q_counts, k_counts: [B, H, Qc] and [B, H, Kc] tokens of each cluster, and of text; padding
+            is left out.
+        num_clusters: query and key clusters without text.
         recall: scalar; None where it is not measured.
     """
 
@@ -26,6 +28,7 @@ class _Call(NamedTuple):
     selected_keys: torch.Tensor
     q_counts: torch.Tensor
     k_counts: torch.Tensor
+    num_clusters: tuple[int, int]
     recall: torch.Tensor | None
 
 
@@ -76,8 +79,10 @@ class SparsityStats:
         assert state.selection is not None
         assert state.query is not None
         assert state.key is not None
-        tokens = state.selection.tokens
-        self._calls.append(_Call(layer, tokens, state.query.counts, state.key.counts, recall))
+        q_counts, k_counts = state.query.real_counts, state.key.real_counts
+        selected_keys = state.selection.tokens[..., : q_counts.shape[2]]
+        num_clusters = state.query.centroids.shape[2], state.key.centroids.shape[2]
+        self._calls.append(_Call(layer, selected_keys, q_counts, k_counts, num_clusters, recall))
 
     def watch(self, device: torch.device) -> Stopwatch:
         """Start to time one call."""
@@ -88,16 +93,16 @@ class SparsityStats:
         """Reduce what was added to a few numbers: a few launches for all layers together."""
         alike = defaultdict(list)
         for call in self._calls:
-            alike[call.selected_keys.shape, call.k_counts.shape].append(call)
+            alike[call.selected_keys.shape, call.k_counts.shape, call.num_clusters].append(call)
         self._calls = []
-        for calls in alike.values():
+        for (_, _, (num_q, num_k)), calls in alike.items():
             q_counts = torch.stack([call.q_counts for call in calls])
             k_counts = torch.stack([call.k_counts for call in calls])
             selected_keys = torch.stack([call.selected_keys for call in calls])
             columns = [
                 density(selected_keys, q_counts, k_counts.sum(-1)).mean((1, 2)),
-                (q_counts == 0).double().mean((1, 2, 3)),
-                (k_counts == 0).double().mean((1, 2, 3)),
+                (q_counts[..., :num_q] == 0).double().mean((1, 2, 3)),
+                (k_counts[..., :num_k] == 0).double().mean((1, 2, 3)),
             ]
             recalls = [call.recall for call in calls if call.recall is not None]
             if recalls:
