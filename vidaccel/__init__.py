@@ -22,7 +22,7 @@ if (_parent / "pyproject.toml").is_file() and (_parent / "policies").is_dir():
 __version__ = vidaccel_version()
 
 if TYPE_CHECKING:
-    from vidaccel.api import accelerate, report, restore
+    from vidaccel.api import accelerate, recompute, report, restore
     from vidaccel.calibration.build import build_policy
     from vidaccel.calibration.threshold import suggest_threshold
     from vidaccel.dbcache import DBCache
@@ -40,6 +40,7 @@ _HOME = {
     "build_policy": "calibration.build",
     "DBCache": "dbcache",
     "accelerate": "api",
+    "recompute": "api",
     "report": "api",
     "restore": "api",
     "register_host": "hosts.registry",
@@ -64,6 +65,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "build_policy",
+    "recompute",
     "register_host",
     "report",
     "restore",

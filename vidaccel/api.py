@@ -10,6 +10,8 @@ from vidaccel.resolve import Attention, Cache, Policy, Preset, Resolver, attenti
 
 Pipeline = TypeVar("Pipeline")
 
+_NOT_ACCELERATED = "this pipeline is not accelerated: call vidaccel.accelerate(pipe)"
+
 
 def accelerate(
     pipe: Pipeline,
@@ -84,9 +86,9 @@ def accelerate(
         previous = engine_of(engine.transformer)
         if previous is not None:
             previous.detach()
-            for other in previous.pipelines:
-                engine.serve(other)
-        engine.serve(pipe)
+            for other in previous.trajectories.pipelines:
+                engine.trajectories.serve(other)
+        engine.trajectories.serve(pipe)
         engine.attach()
     return pipe
 
@@ -104,6 +106,22 @@ def restore(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
+def recompute(pipe: Any) -> None:
+    """Have the next step of a running generation computed, in every branch.
+
+    For callbacks that change in the middle of a run what no call shows. Another prompt, other
+    inputs and other adapters are noticed without it.
+
+    Raises:
+        VidaccelError: the pipeline is not accelerated.
+    """
+    engines = engines_of(pipe)
+    if not engines:
+        raise VidaccelError(_NOT_ACCELERATED)
+    for engine in engines.values():
+        engine.recompute()
+
+
 def report(pipe: Any) -> Report:
     """Tell what was computed and reused in `pipe` since it was accelerated.
 
@@ -115,7 +133,7 @@ def report(pipe: Any) -> Report:
     """
     engines = engines_of(pipe)
     if not engines:
-        raise VidaccelError("this pipeline is not accelerated: call vidaccel.accelerate(pipe)")
+        raise VidaccelError(_NOT_ACCELERATED)
     return Report(
         type(pipe).__name__,
         tuple(

@@ -124,6 +124,7 @@ class DBCache:
 
 # Why a step was computed.
 FIRST = "nothing kept yet"
+CHANGED = "other prompt, inputs or adapters"
 PLANNED = "planned"
 WARM_UP = "warm-up"
 DIFFERENCE = "difference"
@@ -148,6 +149,7 @@ class Decider:
         assert cache.threshold is not None
         self._cache, self._guards, self._threshold = cache, guards, cache.threshold
         self._step = -1
+        self._first: int | None = None  # the second expert of a run begins in its middle
         self.reason = ""
         self.computed_at = -1
         self._consecutive = 0
@@ -163,7 +165,8 @@ class Decider:
         cache = self._cache
         if self._guards:
             return None
-        if step < cache.warmup_steps and step % cache.warmup_interval == 0:
+        past = step - (step if self._first is None else self._first)
+        if past < cache.warmup_steps and past % cache.warmup_interval == 0:
             return WARM_UP
         if cache.max_cached is not None and self._cached >= cache.max_cached:
             return CACHED
@@ -190,6 +193,7 @@ class Decider:
             difference: that of a reused step.
         """
         self._step, self.reason = step, reason
+        self._first = step if self._first is None else self._first
         if reason:
             self.computed_at = step
             self._consecutive, self._accumulated = 0, 0.0

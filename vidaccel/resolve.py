@@ -33,6 +33,10 @@ Cache = Literal["auto"] | DBCache | None
 Attention = Literal["auto"] | SVG2 | None
 Preset = Literal["quality", "balanced", "fast"]
 
+# Runs this short are those with which servers warm up; they pass whatever was asked for.
+WARM_UP_STEPS = 2
+FEW = "every step, since the run has few"
+
 # The run -> its plan; None where nothing is known of such a run.
 _Planner = Callable[[RunSettings], Plan | None]
 
@@ -109,6 +113,9 @@ class Resolver:
         Raises:
             PlanError, PolicyError: nothing that was asked for fits it.
         """
+        if run.num_inference_steps <= WARM_UP_STEPS:
+            every = replace(Plan.every(1, run.num_inference_steps), origin=FEW)
+            return Decision(every, None, FEW)
         plan = None if self._alone else self.plan(run)
         if plan is None and self.cache is not None:
             return _by_cache(self.cache, run, host)
@@ -277,7 +284,7 @@ def _known(run: RunSettings, preset: str) -> Plan | None:
     """The plan of a policy that comes with vidaccel and is made for this run, if there is one."""
     steps = run.num_inference_steps
     if steps < FEW_STEPS:
-        return replace(Plan.every(1, steps), origin="every step, since the run has few")
+        return replace(Plan.every(1, steps), origin=FEW)
     for name, policy in load_shipped():
         if policy.fits(run):
             note = "" if policy.validation else ", not validated here"
@@ -309,10 +316,8 @@ def _by_cache(cache: DBCache, run: RunSettings, host: HostSpec) -> Decision:
     """A block cache that decides alone."""
     cache, steps = cache.with_threshold(host.threshold), run.num_inference_steps
     if cache.warmup_interval == 1 and cache.warmup_steps >= steps:
-        raise PlanError(
-            f"warmup_steps is {cache.warmup_steps}, but this run has {steps} steps, so nothing "
-            f"could be reused: set it below {steps}"
-        )
+        few = f"every step, since the warm-up takes {cache.warmup_steps} and the run has {steps}"
+        return Decision(replace(Plan.every(1, steps), origin=few), None, few)
     return Decision(None, cache, str(cache))
 
 

@@ -83,8 +83,8 @@ def test_reusing_on_the_same_input_gives_the_same_output(case: Case):
     """Catches what a model adds between its blocks being counted twice (VACE hints)."""
     model = case.pipe.transformer
     call = first_call(case)
-    # Two steps so close in time that the embedding and the head cannot tell them apart.
-    times = torch.tensor([900.0, 899.9999])
+    # Steps so close in time that the embedding and the head cannot tell them apart.
+    times = torch.tensor([900.0, 899.9999, 899.9998])
     case.pipe.scheduler.timesteps = times
     accelerate(case.pipe, policy=[0])
     outputs = []
@@ -92,7 +92,7 @@ def test_reusing_on_the_same_input_gives_the_same_output(case: Case):
         for time in times:
             call["timestep"] = torch.full_like(call["timestep"], float(time), dtype=torch.float32)
             outputs.append(model(**call)[0])
-    assert report(case.pipe).transformers[0].timeline == "C-"
+    assert report(case.pipe).transformers[0].timeline == "C--"
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
 
 

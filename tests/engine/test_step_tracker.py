@@ -1,11 +1,13 @@
 """The step tracker against every way in which pipelines drive their transformer."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vidaccel.engine.step_tracker import StepTracker
+from vidaccel.engine.conditions import Conditions
+from vidaccel.engine.trajectory import Trajectories
 from vidaccel.errors import ScheduleError
 
 SHAPE = (1, 16, 3, 8, 8)
@@ -13,19 +15,33 @@ TABLE = [1000.0, 940.5, 860.25, 700.0, 400.0]
 
 
 def scheduler(table=TABLE, counts=True):
-    return SimpleNamespace(timesteps=torch.tensor(table), step_index=None if not counts else 0)
+    steps = {"step_index": 0} if counts else {}
+    return SimpleNamespace(timesteps=torch.tensor(table), num_inference_steps=len(table), **steps)
+
+
+class Pipe:
+    """As much of a pipeline as has a scheduler."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
 
 
 class Driven:
-    """A step tracker of which the schedulers are fixed."""
+    """The trajectories of which the schedulers are fixed."""
 
     def __init__(self, *schedulers, times=("t",)):
-        self.schedulers = schedulers
-        self.tracker = StepTracker(lambda position: ("cond", "uncond")[position], times)
+        self.pipes = [Pipe(source) for source in schedulers]
+        self.trajectories = Trajectories(lambda n: ("cond", "uncond")[n], 2, times)
+        for pipe in self.pipes:
+            self.trajectories.serve(pipe)
+        self.prompts = itertools.cycle((torch.ones(1), torch.zeros(1)))
 
     def locate(self, timestep, cache_context, shape):
         times = torch.tensor(timestep, dtype=torch.float64)
-        return self.tracker.locate(self.schedulers, times, cache_context, shape)
+        trajectory, values = self.trajectories.find(times[None])
+        prompt = next(self.prompts) if cache_context is None else torch.ones(1)
+        conditions = Conditions(frozenset(), (prompt,), ())
+        return trajectory.locate(values, cache_context, conditions, shape)
 
 
 def drive(tracker, source, contexts, *, counts=True, table=TABLE, dtype=torch.float32, start=0):

@@ -13,7 +13,8 @@ from tiny import Case
 from tiny.looking import count_blocks, snapshot, transformers_of
 from vidaccel import DBCache, accelerate, report, restore
 from vidaccel.api import engines_of
-from vidaccel.engine.step_tracker import CallContext
+from vidaccel.engine.state import CallContext
+from vidaccel.engine.trajectory import Trajectory
 from vidaccel.hosts.registry import find_transformers
 
 PLAN = [0, 1, 4]
@@ -158,11 +159,13 @@ def test_the_same_input_twice_gives_the_same_output(family: Case, decides: str):
         accelerate(family.pipe, policy=[0], cache=None)
     else:
         accelerate(family.pipe, policy=None, cache=with_corrector(family))
-    steps = iter((CallContext(0, 2, "cond", True), CallContext(1, 2, "cond", False)))
+    total = len(family.pipe.scheduler.timesteps)
+    steps = iter((CallContext(0, total, "cond", True), CallContext(1, total, "cond", False)))
     engine = engines_of(family.pipe)["transformer"]
-    engine._tracker = SimpleNamespace(
-        locate=lambda *args: next(steps), scheduler=family.pipe.scheduler
-    )
+    tracker = SimpleNamespace(scheduler=family.pipe.scheduler, step=0, length=total)
+    trajectory = Trajectory(tracker, engine.host.branch, 2)
+    trajectory.locate = lambda *args: next(steps)
+    engine.trajectories.find = lambda timestep: (trajectory, ())
     first, second = call.again(model), call.again(model)
     assert report(family.pipe).transformers[0].timeline in ("C-", "Cp")
     for expected, computed, reused in zip(plain, first, second, strict=True):

@@ -87,4 +87,4 @@ def test_an_engine_keeps_only_the_last_generations_calls():
     for _ in range(3):
         case.run()
         assert len(engine.stats.calls) == 2 * STEPS
-        assert len(engine._tracker._tables) == 1
+        assert len(engine.trajectories.all()) == 1

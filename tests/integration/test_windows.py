@@ -42,9 +42,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     made: list[Call] = []
     add = CallStats.add
 
-    def note(stats: CallStats, call: Call, held: int) -> None:
+    def note(stats: CallStats, call: Call, *others: Any) -> None:
         made.append(call)
-        add(stats, call, held)
+        add(stats, call, *others)
 
     monkeypatch.setattr(CallStats, "add", note)
     return made

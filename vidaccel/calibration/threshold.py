@@ -20,8 +20,8 @@ from vidaccel.clips.generate import latents_of
 from vidaccel.dbcache import DBCache, Decider
 from vidaccel.engine.engine import Engine
 from vidaccel.engine.observer import Observer
+from vidaccel.engine.state import CallContext
 from vidaccel.engine.stats import StepKind
-from vidaccel.engine.step_tracker import CallContext
 from vidaccel.errors import PlanError
 
 # Tokens of a probe residual that are kept of each step; more would not move a mean.

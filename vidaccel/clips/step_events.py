@@ -37,17 +37,20 @@ def follow_steps(pipe: Any, on_step_end: Callable[[int, Any], None]) -> Iterator
         """End the running step if this call of a transformer begins another."""
         nonlocal begun, running, tracker
         # Two experts take turns within one schedule, so one tracker follows both.
-        tracker = tracker or StepTracker(host.branch, host.times)
+        tracker = tracker or StepTracker(pipe.scheduler, host.times)
         timestep, sample = (
             Argument.of_forward(type(transformer), name).value(args, kwargs)
             for name in (host.timestep, host.sample)
         )
-        context = tracker.locate([pipe.scheduler], timestep, None, ())
-        if context.step == running and not context.restarted:
+        values = tracker.read(timestep)
+        if values is None or not tracker.fits(values):
+            return
+        place = tracker.place(values)
+        if place.step == running and not place.restarted:
             return  # another guidance branch
         if begun:
             on_step_end(begun - 1, _latents(sample, transformer))
-        begun, running = begun + 1, context.step
+        begun, running = begun + 1, place.step
 
     handles = [
         # Before any other hook: an engine that begins another generation forgets its last one.

@@ -6,7 +6,7 @@ from typing import Any
 from vidaccel.engine.block_proxies import BlockArguments
 from vidaccel.engine.parallel import SequenceParallelMode
 from vidaccel.engine.report import AttentionReport
-from vidaccel.engine.step_tracker import CallContext
+from vidaccel.engine.state import CallContext
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 

@@ -31,6 +31,12 @@ class Argument:
         parameters = list(signature(module_class.forward).parameters)
         return cls(name, parameters.index(name) - 1)  # without self
 
+    @classmethod
+    def find(cls, module_class: type[nn.Module], name: str | None) -> "Argument | None":
+        """Find an argument as `of_forward` does; None where there is none of that name."""
+        known = signature(module_class.forward).parameters
+        return cls.of_forward(module_class, name) if name is not None and name in known else None
+
     def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return its value in a call; None when it is not given."""
         if self.name in kwargs:
@@ -112,47 +118,106 @@ class BlockArguments:
 
 
 class BlockProxy:
-    """Stands in for one block while the transformer's forward walks through its list."""
+    """Stands in for one block while the transformer's forward walks through its list.
+
+    What is read from, assigned to or deleted from it is so of the block, and it is of its class.
+    """
+
+    __slots__ = ("_arguments", "_blocks", "_key", "_run")
+
+    _blocks: "BlockListProxy"
+    _key: str
+    _arguments: BlockArguments
+    _run: RunBlock
 
     def __init__(
-        self, blocks: nn.ModuleList, key: str, arguments: BlockArguments, run: RunBlock
+        self, blocks: "BlockListProxy", key: str, arguments: BlockArguments, run: RunBlock
     ) -> None:
-        self._blocks, self._key, self._arguments, self._run = blocks, key, arguments, run
+        for name, value in (
+            ("_blocks", blocks),
+            ("_key", key),
+            ("_arguments", arguments),
+            ("_run", run),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def _block(self) -> Any:
         # Looked up at each call: wrappers such as FSDP replace entries of the list.
-        return self._blocks._modules[self._key]
+        return self._blocks.blocks._modules[self._key]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._block, self._arguments, args, kwargs)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._block)
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_blocks", "_key"):  # while it is being copied
-            raise AttributeError(name)
         return getattr(self._block, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._block, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._block, name)
 
 
 class BlockListProxy(nn.ModuleList):
-    """Stands in for a block list: iterating and indexing give `BlockProxy`s.
+    """Stands in for a block list: gives `BlockProxy`s while the transformer's forward runs.
 
-    It stays an `nn.ModuleList` that shares the real list's entries, because `get_submodule`, which
-    PEFT and Diffusers' hooks use, walks through attributes and insists on modules.
+    To everybody else it is the list itself: its entries are the blocks, and what is assigned,
+    added, replaced or deleted is so in the list. It is an `nn.ModuleList` that shares the list's
+    entries, because `get_submodule`, which PEFT and Diffusers' hooks use, walks through attributes
+    and insists on modules.
 
     Args:
         blocks: the real list.
         arguments: how to read the arguments of its blocks.
         run: decides for each call what happens.
+        walking: tells whether the transformer's forward is running in this thread.
     """
 
-    def __init__(self, blocks: nn.ModuleList, arguments: BlockArguments, run: RunBlock) -> None:
+    _arguments: BlockArguments
+    _run: RunBlock
+    _walking: Callable[[], bool]
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        arguments: BlockArguments,
+        run: RunBlock,
+        walking: Callable[[], bool],
+    ) -> None:
         super().__init__()
+        # In the instance dictionary, out of sight of torch's own bookkeeping.
+        vars(self).update(_real=blocks, _arguments=arguments, _run=run, _walking=walking)
         self._modules = blocks._modules
-        # A plain attribute, out of sight of torch's own bookkeeping.
-        self._proxies = [BlockProxy(self, key, arguments, run) for key in self._modules]
+        self._proxies: dict[str, BlockProxy] = {}
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The real list."""
+        real: nn.ModuleList = vars(self)["_real"]
+        return real
+
+    def _entries(self) -> list[Any]:
+        entries = []
+        for key in self.blocks._modules:
+            if key not in self._proxies:
+                self._proxies[key] = BlockProxy(self, key, self._arguments, self._run)
+            entries.append(self._proxies[key])
+        return entries
+
+    def __len__(self) -> int:
+        return len(self.blocks)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._proxies)
+        return iter(self._entries() if self._walking() else self.blocks)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._proxies[index]
+        return self._entries()[index] if self._walking() else self.blocks[index]
+
+    def __delitem__(self, index: Any) -> None:
+        del self.blocks[index]
+        self._modules = self.blocks._modules  # which is another dictionary now

@@ -10,6 +10,16 @@ def native_cache_enabled(transformer: nn.Module) -> bool:
     return getattr(transformer, "_cache_config", None) is not None
 
 
+# What other caches leave on a transformer that they work on.
+_OTHER_CACHES = {"_is_cached": "cache-dit or ParaAttention", "enable_teacache": "TeaCache"}
+
+
+def other_cache(transformer: nn.Module) -> str:
+    """Return the name of another library's cache that works on a transformer; empty for none."""
+    found = (name for mark, name in _OTHER_CACHES.items() if getattr(transformer, mark, False))
+    return next(found, "")
+
+
 def compiled_as_a_whole(transformer: nn.Module) -> bool:
     """Tell whether a transformer went through `torch.compile` as one module."""
     return hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None

@@ -10,29 +10,32 @@ means that whatever a model adds between its blocks is inside the residual once,
 again.
 """
 
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from vidaccel.engine import compat
+from vidaccel.engine.attachment import Attachment, ThreadState
 from vidaccel.engine.attention_hook import AttentionHook
-from vidaccel.engine.block_proxies import Argument, BlockArguments, BlockListProxy
+from vidaccel.engine.block_proxies import Argument, BlockArguments
+from vidaccel.engine.conditions import Conditions
 from vidaccel.engine.observer import Observer
 from vidaccel.engine.parallel import group_of, seen_by, sequence_parallel_mode
+from vidaccel.engine.report import notes_of
 from vidaccel.engine.run_settings import run_settings_of
-from vidaccel.engine.state import Decision, Generation, RunningCall
+from vidaccel.engine.state import CallContext, DecisionSource, Generation, RunningCall
 from vidaccel.engine.stats import Call, CallStats
-from vidaccel.engine.step_tracker import CallContext, StepTracker
 from vidaccel.engine.timing import moment
-from vidaccel.engine.unsupported import refuse_unsupported, refuse_unsupported_call
+from vidaccel.engine.trajectory import BYPASSED, Trajectories, Trajectory
+from vidaccel.engine.unsupported import (
+    MIXED_TIMES,
+    refuse_unsupported,
+    refuse_unsupported_call,
+    why_plain,
+)
+from vidaccel.engine.writes import WriteWatch
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
 from vidaccel.hosts.spec import Head, HostSpec
-from vidaccel.plans.plan import RunSettings
 
 _ATTRIBUTE = "_vidaccel_engine"
 
@@ -40,17 +43,6 @@ _ATTRIBUTE = "_vidaccel_engine"
 def engine_of(transformer: nn.Module) -> "Engine | None":
     """Return the engine attached to `transformer`, if any."""
     return vars(transformer).get(_ATTRIBUTE)
-
-
-class DecisionSource(Protocol):
-    """Decides about the steps of a generation once its run is known."""
-
-    @property
-    def description(self) -> str:
-        """The name in reports."""
-
-    def decide(self, run: RunSettings, host: HostSpec) -> Decision:
-        """Return the decision for a run of the model of this row."""
 
 
 class Engine:
@@ -81,33 +73,31 @@ class Engine:
     ) -> None:
         refuse_unsupported(transformer)
         self.attention = attention or AttentionHook()
-        # Weak: a cycle would keep the weights of a dropped pipeline until the collector finds it.
-        self._transformer = weakref.ref(transformer)
         self.host = host
         self._source = source
         self.observer = Observer()
         self.stats = CallStats(host.block_count(transformer))
         self.generation: Generation | None = None
-        self._pipelines: list[tuple[weakref.ref[Any], Any]] = []
-        self._tracker = StepTracker(host.branch, host.times)
-        self._cache_context_name: str | None = None
-        self._handles: list[Any] = []
+        self.trajectories = Trajectories(
+            host.branch, host.guided_calls, host.times, lambda past: self.stats.close(id(past))
+        )
+        self._thread = ThreadState()
+        self._attachment = Attachment(transformer, host, _ATTRIBUTE, self, self._thread)
         self._sample = Argument.of_forward(type(transformer), host.sample)
         self._timestep = Argument.of_forward(type(transformer), host.timestep)
-        self._call: RunningCall | None = None
+        self._prompt = Argument.find(type(transformer), host.prompt)
+        self._writes = WriteWatch()
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UnsupportedPipelineError(
-            "an accelerated transformer cannot be copied: restore(pipe) first, copy, and "
-            "accelerate both"
+            "an accelerated transformer cannot be copied or pickled: restore(pipe) first, and "
+            "accelerate again afterwards; its state_dict() is that of the plain one"
         )
 
     @property
     def transformer(self) -> nn.Module:
         """The transformer that this engine is attached to."""
-        transformer = self._transformer()
-        assert transformer is not None  # it holds the engine
-        return transformer
+        return self._attachment.transformer
 
     @property
     def description(self) -> str:
@@ -118,149 +108,139 @@ class Engine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Tell a reader of the last generation's report what its numbers do not."""
+        doubts = sorted({past.doubt for past in self.trajectories.all() if past.doubt})
         last = self.generation
-        if last is None or not last.run.adapters or not (last.plan or last.cache):
-            return ()
-        names = ", ".join(last.run.adapters)
-        return (
-            f"adapters were active ({names}), which no policy and no threshold that comes with "
-            "vidaccel was measured with; compare a clip with one of policy=None",
-        )
+        decided = last is not None and (last.plan is not None or last.cache is not None)
+        adapters = last.run.adapters if last is not None and decided else ()
+        return notes_of(self.stats, doubts, adapters)
 
     @property
     def running(self) -> RunningCall | None:
         """The call that is running; None between calls."""
-        return self._call
+        return self._thread.call
 
     @property
     def bytes_held(self) -> int:
         """Bytes of the cached tensors that are kept at this moment."""
-        return 0 if self.generation is None else self.generation.bytes_held
+        generations = (trajectory.generation for trajectory in self.trajectories.all())
+        return sum(g.bytes_held for g in generations if g is not None)
 
     def attach(self) -> None:
         """Start intercepting. Touches the instance `__dict__` and torch's own hook lists only."""
-        model = self.transformer
-        heads = [(head, model.get_submodule(head.module)) for head in self.host.heads]
-        for spec in self.host.blocks:
-            blocks = getattr(model, spec.name)
-            arguments = BlockArguments(
-                type(blocks[0]), self.host.streams, self.host.main, spec.returns, spec.joins
-            )
-            vars(model)[spec.name] = BlockListProxy(blocks, arguments, self._run_block)
-        self._handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end),
-        ]
-        for head, module in heads:
-            hook = partial(self._at_head, head)
-            self._handles.append(module.register_forward_pre_hook(hook))
-        if hasattr(model, "cache_context"):
-            vars(model)["cache_context"] = self._cache_context
-            vars(model)[compat.RESET_CACHE] = self._reset_cache
+        self._attachment.attach()
         self.attention.attach()
-        vars(model)[_ATTRIBUTE] = self
 
     def detach(self) -> None:
         """Leave the transformer as it was before `attach`."""
-        for handle in self._handles:
-            handle.remove()
-        replaced = ("cache_context", compat.RESET_CACHE, _ATTRIBUTE)
-        for name in (*(spec.name for spec in self.host.blocks), *replaced):
-            vars(self.transformer).pop(name, None)
+        self._attachment.detach()
         self.attention.detach()
         self.generation = None
 
-    def serve(self, pipe: Any) -> None:
-        """Follow the scheduler of `pipe`, which runs this transformer."""
-        self._pipelines = [(ref, s) for ref, s in self._pipelines if ref() not in (None, pipe)]
-        self._pipelines.append((weakref.ref(pipe), pipe.scheduler))
-
-    @property
-    def pipelines(self) -> list[Any]:
-        """The pipelines that were accelerated with this transformer and still exist."""
-        return [pipe for ref, _ in self._pipelines if (pipe := ref()) is not None]
-
-    @contextmanager
-    def _cache_context(self, name: str, **fields: Any) -> Iterator[None]:
-        """Stand in for `CacheMixin.cache_context` to learn the name of the guidance branch."""
-        outer, self._cache_context_name = self._cache_context_name, name
-        own: Any = type(self.transformer)
-        try:
-            with own.cache_context(self.transformer, name, **fields):
-                yield
-        finally:
-            self._cache_context_name = outer
-
-    def _reset_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Stand in for the method that pipelines call when a generation has ended."""
-        compat.reset_cache(self.transformer, *args, **kwargs)
+    def recompute(self) -> None:
+        """Free what is kept, so that the next call of every branch is computed."""
+        for trajectory in self.trajectories.all():
+            trajectory.forget_tensors()
         self.attention.forget()
-        if self.generation is not None:
-            self.generation.forget()
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def end_generation(self) -> None:
+        """Free what is kept of a generation of which its pipeline says that it has ended."""
+        self.attention.forget()
+        last = self.trajectories.last()
+        if last is not None:
+            last.forget()
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Place and decide a call of the transformer that begins."""
+        self._thread.call = None
         refuse_unsupported_call(model)
-        for ref, scheduler in self._pipelines:
-            pipe = ref()
-            if pipe is not None and pipe.scheduler is not scheduler:
+        self._follow_changes()
+        if reason := why_plain(model):
+            self.stats.add_plain(reason)
+            return
+        found = self.trajectories.find(self._timestep.value(args, kwargs))
+        if found is None:
+            self.stats.add_plain(MIXED_TIMES)
+            return
+        trajectory, values = found
+        samples = self._sample.value(args, kwargs)
+        samples = [samples] if isinstance(samples, torch.Tensor) else samples
+        shape = tuple(size for sample in samples for size in sample.shape)
+        conditions = Conditions.of(model, self._prompt, args, kwargs)
+        context = trajectory.locate(values, self._thread.branch, conditions, shape)
+        generation = trajectory.generation
+        if context.restarted or generation is None:
+            generation = self._restart(trajectory, context)
+        elif context.reshaped:
+            generation.forget_tensors()
+        self.generation = generation
+        device = samples[0].device
+        call = RunningCall(context, device, moment(device))
+        call.trajectory, call.generation = trajectory, generation
+        if trajectory.begins_step:
+            generation.begin_step(context.step)
+        call.replayed = self.observer.replays(context)
+        if not call.replayed:
+            generation.decide(call, trajectory.doubt)
+        refreshes = generation.keeps(context.step) > 0
+        self.attention.begin(
+            context, refreshes=refreshes, parallel_mode=sequence_parallel_mode(model)
+        )
+        self._thread.call = call
+
+    def _follow_changes(self) -> None:
+        """Notice what a user has put in the place of what was accelerated."""
+        for pipe, scheduler in self.trajectories.schedulers:
+            if pipe.scheduler is not scheduler:
                 raise ScheduleError(
                     f"the scheduler of this pipeline was {type(scheduler).__name__} when it was "
                     f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
                     "vidaccel.accelerate(pipe) again after replacing it"
                 )
-        samples = self._sample.value(args, kwargs)
-        samples = [samples] if isinstance(samples, torch.Tensor) else samples
-        shape = tuple(size for sample in samples for size in sample.shape)
-        schedulers = [scheduler for _, scheduler in self._pipelines]
-        context = self._tracker.locate(
-            schedulers, self._timestep.value(args, kwargs), self._cache_context_name, shape
-        )
-        generation = self.generation
-        if context.restarted or generation is None:
-            generation = self._restart(context)
-        elif context.reshaped:
-            generation.forget_tensors()
-        device = samples[0].device
-        call = RunningCall(context, device, moment(device))
-        call.replayed = self.observer.replays(context)
-        if not call.replayed:
-            generation.decide(call)
-        refreshes = generation.keeps(context.step) > 0
-        self.attention.begin(
-            context, refreshes=refreshes, parallel_mode=sequence_parallel_mode(model)
-        )
-        self._call = call
+        replaced, model = self._attachment.follow(), self.transformer
+        total = self.host.block_count(model)
+        if replaced or total != self.stats.blocks:
+            self._source.check(model, self.host)
+            self.stats.blocks = total
+            for trajectory in self.trajectories.all():
+                trajectory.generation = None
 
-    def _restart(self, context: CallContext) -> Generation:
+    def _restart(self, trajectory: Trajectory, context: CallContext) -> Generation:
         """Begin a generation: nothing that was kept belongs to it."""
         # What is no longer wanted is freed before anything can be refused.
-        self.generation = None
+        trajectory.generation = None
         self.attention.restart()
-        self.stats.restart()
+        self.stats.restart(id(trajectory))
         run = run_settings_of(
-            self.transformer, self.pipelines, self._tracker.scheduler, context.num_inference_steps
+            self.transformer,
+            self.trajectories.pipelines,
+            trajectory.tracker.scheduler,
+            context.num_inference_steps,
         )
-        self.generation = Generation(run, self._source.decide(run, self.host), self.host.unit)
-        return self.generation
+        generation = Generation(run, self._source.decide(run, self.host), self.host.unit)
+        trajectory.generation = generation
+        self._writes.restart()
+        return generation
 
-    def _run_block(
+    def run_block(
         self, block: nn.Module, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one block, or give its streams back unchanged in the middle of a reused step."""
-        call, generation = self._call, self.generation
-        if call is None or generation is None:
+        call = self._thread.call
+        if call is None or call.generation is None:
             return block(*args, **kwargs)
+        generation = call.generation
         index, call.position = call.position, call.position + 1
         seen, seen_by_name = seen_by(block, args, kwargs)
         if call.replayed:
             return named.passed_through(seen, seen_by_name)
         probe, corrector = generation.probe_blocks, self.stats.blocks - generation.corrector_blocks
         if index == 0 and probe:
-            call.probe_input = named.main(seen, seen_by_name)
+            call.probe_input = self._kept(call, "probe", named.main(seen, seen_by_name))
         if index == probe:
             if probe:
                 self._after_probe(call, generation, named.main(seen, seen_by_name))
-            call.entry = named.streams(seen, seen_by_name)
+            streams = named.streams(seen, seen_by_name)
+            call.entry = {name: self._kept(call, name, value) for name, value in streams.items()}
             if call.undecided:
                 generation.decide_by_probe(call)
         if index == corrector:
@@ -275,9 +255,25 @@ class Engine:
             return self._after_last(call, generation, named, output)
         return output
 
+    def _kept(self, call: RunningCall, name: str, stream: Any) -> Any:
+        """A stream as it is now, if something of this call is wanted later."""
+        return self._writes.keep(name, stream) if self._is_kept(call) else stream
+
+    def _is_kept(self, call: RunningCall) -> bool:
+        """Tell whether something of a computed call is wanted later."""
+        if call.reused or call.generation is None:
+            return False
+        context = call.context
+        return bool(
+            call.generation.probe_blocks
+            or call.generation.keeps(context.step)
+            or self.observer.wants_residuals(context)
+        )
+
     def _after_probe(self, call: RunningCall, generation: Generation, main: torch.Tensor) -> None:
         """After the probe blocks: what they added to the main stream."""
         assert generation.cache is not None and call.probe_input is not None
+        self._writes.look("probe", call.probe_input)
         added = main - call.probe_input.to(main.device)
         residual = added[..., :: generation.cache.probe_stride, :]
         self.observer.after_probe(call.context, residual)
@@ -312,11 +308,12 @@ class Engine:
                 streams[name] = applied
         return named.output(streams)
 
-    def _at_head(
+    def at_head(
         self, head: Head, module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Before a head runs: keep the residual, or put the kept one in place of the blocks."""
-        call, generation = self._call, self.generation
+        call = self._thread.call
+        generation = None if call is None else call.generation
         if call is None or generation is None or not call.entry or generation.corrector_blocks:
             return None
         applied = self._apply_residual(call, generation, head.streams, args[0], head)
@@ -342,6 +339,8 @@ class Engine:
         wanted = generation.keeps(context.step) or self.observer.wants_residuals(context)
         if given is None or not (call.reused or wanted):
             return None
+        for name in streams:
+            self._writes.look(name, call.entry[name])
         parts = [call.entry[name].to(given.device) for name in streams]
         start = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if head is not None and head.tail:
@@ -357,20 +356,31 @@ class Engine:
         index, call.residuals_applied = call.residuals_applied, call.residuals_applied + 1
         return (start + generation.forecast(call, index, given.device)).to(given.dtype)
 
-    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        call, generation = self._call, self.generation
-        if call is None or generation is None:
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Keep and count what a call that has ended leaves behind."""
+        call = self._thread.call
+        if call is None or call.generation is None:
             return None
+        generation = call.generation
         context = call.context
-        self._call = None
+        self._thread.call = None
         self.attention.end()
+        if output is None:  # an exception ends the call, and most likely the run
+            call.trajectory.forget()
+            return None
         if call.replayed:
             if generation.is_planned(context.step) and generation.keeps(context.step):
                 call.residuals = self.observer.residuals(context, call.device)
             generation.end(call)
             return self.observer.replayed(context, call.device)
         self.observer.after_call(context, output, call.residuals)
-        generation.end(call)
+        if call.position != self.stats.blocks:
+            call.trajectory.doubt = BYPASSED
+            generation.forget()
+        else:
+            generation.end(call)
+        if call.trajectory.is_over:
+            call.trajectory.forget_tensors()
         self.stats.add(
             Call(
                 step=context.step,
@@ -383,6 +393,7 @@ class Engine:
                 reason=call.reason or "",
                 difference=call.difference,
             ),
-            generation.bytes_held,
+            id(call.trajectory),
+            self.bytes_held,
         )
         return None

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vidaccel.engine.step_tracker import CallContext
+from vidaccel.engine.state import CallContext
 
 
 class Observer:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vidaccel.engine.observer import Observer
-from vidaccel.engine.step_tracker import CallContext
+from vidaccel.engine.state import CallContext
 from vidaccel.errors import VidaccelError
 
 

@@ -196,6 +196,24 @@ def _notes(steps: tuple[StepReport, ...], threshold: float | None) -> tuple[str,
     )
 
 
+def notes_of(stats: CallStats, doubts: list[str], adapters: tuple[str, ...]) -> tuple[str, ...]:
+    """Say what the numbers of a report do not.
+
+    Args:
+        stats: the calls of the transformer.
+        doubts: why generations did not reuse anything.
+        adapters: those that were active in the last generation.
+    """
+    notes = [f"{count} calls were run plainly: {why}" for why, count in stats.plain.items()]
+    notes += [f"nothing was reused: {doubt}" for doubt in doubts]
+    if adapters:
+        notes.append(
+            f"adapters were active ({', '.join(adapters)}), which no policy and no threshold that "
+            "comes with vidaccel was measured with; compare a clip with one of policy=None"
+        )
+    return tuple(notes)
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything vidaccel did in one pipeline since `accelerate`. `str()` gives a table."""

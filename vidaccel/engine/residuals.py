@@ -36,6 +36,10 @@ class Residuals:
         kept = self._kept.get(branch)
         return kept[-1].step if kept else None
 
+    def branches(self) -> list[str]:
+        """Return the branches of which something is kept."""
+        return [branch for branch, kept in self._kept.items() if kept]
+
     def add(self, branch: str, step: int, sigma: float, tensors: list[torch.Tensor]) -> None:
         """Keep the residual of a computed step."""
         stored = [self._stored(tensor) for tensor in tensors]

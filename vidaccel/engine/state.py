@@ -1,14 +1,15 @@
 """The state of one generation of one transformer, and of each call while it runs."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from vidaccel.dbcache import FIRST, PLANNED, DBCache, Decider
+from vidaccel.dbcache import CHANGED, FIRST, PLANNED, DBCache, Decider
 from vidaccel.engine.parallel import relative_change
 from vidaccel.engine.residuals import Residuals
-from vidaccel.engine.step_tracker import CallContext
+from vidaccel.hosts.spec import HostSpec
 from vidaccel.plans.plan import Plan, RunSettings
 
 
@@ -25,6 +26,43 @@ class Decision:
     plan: Plan | None
     cache: DBCache | None
     origin: str = ""
+
+
+class DecisionSource(Protocol):
+    """Decides about the steps of a generation once its run is known."""
+
+    @property
+    def description(self) -> str:
+        """The name in reports."""
+
+    def check(self, transformer: nn.Module, host: HostSpec) -> None:
+        """Refuse what cannot work with the blocks of this transformer."""
+
+    def decide(self, run: RunSettings, host: HostSpec) -> Decision:
+        """Return the decision for a run of the model of this row."""
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """The place of one call of the transformer in its generation.
+
+    Attributes:
+        step: index of the denoising step in the scheduler's table.
+        num_inference_steps: length of that table.
+        branch: the guidance branch ("cond", "uncond", ...).
+        restarted: a generation begins: nothing kept from earlier calls belongs to it.
+        reshaped: the latents of the running generation have another shape from here on, which
+            nothing kept from earlier calls fits.
+        changed: the branch is given another prompt, other inputs or adapters than when it was
+            called last.
+    """
+
+    step: int
+    num_inference_steps: int
+    branch: str
+    restarted: bool
+    reshaped: bool = False
+    changed: bool = False
 
 
 @dataclass
@@ -45,6 +83,7 @@ class RunningCall:
         entry: the streams at the first middle block.
         residuals: what a computed step adds, one tensor per head or stream.
         residuals_applied: how many of those that are kept a reused step has put in.
+        trajectory, generation: those that it belongs to.
     """
 
     context: CallContext
@@ -60,6 +99,8 @@ class RunningCall:
     entry: dict[str, torch.Tensor] = field(default_factory=dict)
     residuals: list[torch.Tensor] = field(default_factory=list)
     residuals_applied: int = 0
+    trajectory: Any = None
+    generation: "Generation | None" = None
 
     @property
     def undecided(self) -> bool:
@@ -100,13 +141,27 @@ class Generation:
         """Bytes of the cached tensors that are kept at this moment."""
         return self._residuals.bytes_held + sum(probe.nbytes for probe in self._probes.values())
 
-    def decide(self, call: RunningCall) -> None:
-        """Decide a call before its first block, as far as it can be decided then."""
+    def begin_step(self, step: int) -> None:
+        """Free what belongs to branches that sat out the last computed step."""
+        for branch in self._residuals.branches():
+            if not self._has_residual_for(branch, step - 1):
+                self._residuals.trim(branch, 0)
+                self._probes.pop(branch, None)
+
+    def decide(self, call: RunningCall, doubt: str = "") -> None:
+        """Decide a call before its first block, as far as it can be decided then.
+
+        Args:
+            call: the call.
+            doubt: why nothing of this generation is reused; empty when there is no reason.
+        """
         step, branch = call.context.step, call.context.branch
         decider = self._decider(branch)
         decided = decider is not None and decider.has_decided(step)
         if self.is_planned(step):
             call.reason = PLANNED
+        elif doubt or call.context.changed:
+            call.reason = doubt or CHANGED
         elif decider is not None and decided and decider.reason:
             call.reason = decider.reason
         elif not self._has_residual_for(branch, step):
@@ -146,6 +201,8 @@ class Generation:
     def end(self, call: RunningCall) -> None:
         """Keep what later steps may ask for, and nothing else."""
         step, branch = call.context.step, call.context.branch
+        if call.context.changed:
+            self._residuals.trim(branch, 0)  # of other conditions
         if call.residuals:
             self._residuals.add(branch, step, self._sigmas[step], call.residuals)
         self._residuals.trim(branch, self.keeps(step))

@@ -1,6 +1,7 @@
 """Counts what was computed, what was reused, and what that saved. No torch, no diffusers."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -100,26 +101,52 @@ class CallStats:
 
     Args:
         blocks: blocks that a call runs without vidaccel.
+
+    Attributes:
+        generations: those that have begun.
+        peak_bytes: the most bytes that were held after a call.
+        plain: calls that were run as if nothing were accelerated, by reason.
     """
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         self.generations = 0
-        self.calls: list[Call] = []
         self.peak_bytes = 0
+        self.plain: Counter[str] = Counter()
         self._past: dict[str, Totals] = defaultdict(Totals)
+        # Of the generations that run in turns or at once, by what drives them.
+        self._running: dict[Hashable, list[Call]] = {}
+        self._last: Hashable = None
 
-    def restart(self) -> None:
-        """Begin a generation. Earlier calls are summed up, so a server does not grow."""
-        for call in self.calls:
-            self._past[call.branch].add(call)
-        self.calls = []
+    @property
+    def calls(self) -> list[Call]:
+        """The calls of the generation that ran last."""
+        return self._running.get(self._last, [])
+
+    def restart(self, driver: Hashable = None) -> None:
+        """Begin a generation. Earlier calls are summed up, so a server does not grow.
+
+        Args:
+            driver: what drives it, as one scheduler in one thread does.
+        """
+        self.close(driver)
+        self._running[driver], self._last = [], driver
         self.generations += 1
 
-    def add(self, call: Call, bytes_held: int = 0) -> None:
-        """Record a call of the running generation and the bytes that are kept after it."""
-        self.calls.append(call)
+    def close(self, driver: Hashable) -> None:
+        """Sum up the calls of what will drive no call any more."""
+        for call in self._running.pop(driver, []):
+            self._past[call.branch].add(call)
+
+    def add(self, call: Call, driver: Hashable = None, bytes_held: int = 0) -> None:
+        """Record a call of a running generation and the bytes that are kept after it."""
+        self._running[driver].append(call)
+        self._last = driver
         self.peak_bytes = max(self.peak_bytes, bytes_held)
+
+    def add_plain(self, reason: str) -> None:
+        """Record a call that was run as if nothing were accelerated."""
+        self.plain[reason] += 1
 
     @property
     def steps_reused(self) -> int:
@@ -136,6 +163,6 @@ class CallStats:
     def totals(self) -> dict[str, Totals]:
         """Sums by branch over all generations."""
         sums = {branch: Totals(**vars(totals)) for branch, totals in self._past.items()}
-        for call in self.calls:
+        for call in (call for calls in list(self._running.values()) for call in calls):
             sums.setdefault(call.branch, Totals()).add(call)
         return sums

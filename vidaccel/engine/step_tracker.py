@@ -1,20 +1,21 @@
-"""Finds the step and branch of a generation that a transformer call belongs to.
+"""Finds the step of a scheduler's walk down its noise levels that a transformer call belongs to.
 
 Pipelines differ in what they tell their transformer. What all of them do is pass a timestep taken
-from the scheduler's table; most also name their guidance branches through `cache_context`. The
-tracker needs no more than that. Chunked pipelines, a new call after an interrupt and a changed
-shape all show up as a restart.
+from the scheduler's table, and step the scheduler before the next one. The tracker needs no more
+than that. Chunked pipelines and a new call after an interrupt show up as a restart.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vidaccel.errors import ScheduleError
+import torch
+
 from vidaccel.hosts.spec import Time
 
-# Pipelines cast the timestep to the transformer's dtype; bfloat16 keeps 8 significant bits.
-_ROUNDING = 2.0**-8
+# Pipelines cast the timestep to the transformer's dtype, and some divide it by 1000 in that dtype,
+# which rounds a second time; bfloat16 keeps 8 significant bits.
+_ROUNDING = 2.0**-7 * 1.01
 
 # What a pipeline tells its transformer about the time, made of the tables of its scheduler.
 _TABLES: dict[Time, tuple[str, Callable[[float], float]]] = {
@@ -27,162 +28,188 @@ _TABLES: dict[Time, tuple[str, Callable[[float], float]]] = {
 
 
 @dataclass(frozen=True)
-class CallContext:
-    """The place of one call of the transformer in its generation.
+class Place:
+    """The place of a call in its scheduler's walk.
 
     Attributes:
         step: index of the denoising step in the scheduler's table.
         num_inference_steps: length of that table.
-        branch: the guidance branch ("cond", "uncond", ...).
-        restarted: a generation begins: nothing kept from earlier calls belongs to it.
-        reshaped: the latents of the running generation have another shape from here on, which
-            nothing kept from earlier calls fits.
+        restarted: a walk begins.
+        moved: the first call of its step.
+        stepped: the scheduler has taken the step before this one. Where it has not, the calls are
+            no walk: a validation loss over shuffled clips, say.
     """
 
     step: int
     num_inference_steps: int
-    branch: str
     restarted: bool
-    reshaped: bool = False
+    moved: bool
+    stepped: bool = True
 
 
 class StepTracker:
-    """Tells the step and branch of each call from its timestep.
+    """Follows the walk of one scheduler.
 
     Args:
-        branch_name: position of a call within its step -> branch, for pipelines that do not name
-            their calls.
+        scheduler: the scheduler that drives the transformer.
         times: what the transformer is told about the time, where pipelines differ.
-
-    Attributes:
-        scheduler: the one that drove the last call.
     """
 
-    def __init__(self, branch_name: Callable[[int], str], times: tuple[Time, ...] = ("t",)) -> None:
-        self._branch_name = branch_name
+    def __init__(self, scheduler: Any, times: tuple[Time, ...] = ("t",)) -> None:
+        self.scheduler = scheduler
         self._times = times
         self._time: Time = times[0]
-        self._tables: dict[int, tuple[Any, dict[Time, list[float]]]] = {}
+        self._tables: tuple[Any, dict[Time, list[float]]] = (None, {})
         self._timesteps: Any = None
-        self.scheduler: Any = None
         self._step = -1
         self._value = float("nan")
         self._counter: int | None = None
-        self._seen: list[str] = []
-        self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def locate(
-        self,
-        schedulers: Iterable[Any],
-        timestep: Any,
-        cache_context: str | None,
-        shape: tuple[int, ...],
-    ) -> CallContext:
-        """Place one call.
-
-        Args:
-            schedulers: those whose steps this transformer may be running.
-            timestep: what the transformer was given, a tensor of any shape. Image conditioning
-                gives its clean frames time 0, or one of their own that may be above that of the
-                others.
-            cache_context: the branch as the pipeline names it, or None.
-            shape: shape of the latents.
-
-        Raises:
-            ScheduleError: when no scheduler has this timestep in its table.
-        """
-        schedulers = list(schedulers)
-        timesteps = self._values(schedulers, timestep)
-        scheduler, table, nearest, value = self._entry(schedulers, timesteps)
-        # set_timesteps() makes a new table for every generation.
-        restarted = scheduler.timesteps is not self._timesteps
-        counter = getattr(scheduler, "step_index", None)
-        # Any one of these may be missing: two neighbouring timesteps can round to the same value,
-        # some schedulers do not count, some pipelines do not name their calls.
-        moved = value != self._value or counter != self._counter or cache_context in self._seen
-        step = self._step
-        if restarted:
-            step = nearest
-        elif moved:
-            following = step + 1
-            step = following if _close(table, following, value) else nearest
-            restarted = step <= self._step
-        if restarted or moved:
-            self._seen = []
-        branch = cache_context or self._branch_name(len(self._seen))
-        reshaped = not restarted and self._shapes.get(branch, shape) != shape
-        if restarted or reshaped:
-            self._shapes = {}
-        self._shapes[branch] = shape
-        self._seen.append(branch)
-        self.scheduler, self._timesteps, self._step = scheduler, scheduler.timesteps, step
-        self._value, self._counter = value, counter
-        return CallContext(step, len(table), branch, restarted, reshaped)
-
-    def _values(self, schedulers: list[Any], timestep: Any) -> tuple[float, ...]:
-        """The times of a call, latest first, without waiting for the device if that can be helped.
-
-        Most pipelines pass a view of one entry of their scheduler's table, which is known on the
-        host. Anything else is read from the device.
-        """
-        if "t" in self._times:
-            for scheduler in schedulers:
-                index = _index_of_view(scheduler.timesteps, timestep)
-                if index is not None:
-                    return (self._tables_of(scheduler)["t"][index],)
-        if timestep.numel() == 1:
-            return (float(timestep),)
-        import torch  # not at the top: the table of hosts names the times without it
-
-        low, high = map(float, torch.stack(timestep.aminmax()).tolist())
-        return (high, low) if 0 < low < high else (high,)
-
-    def _entry(
-        self, schedulers: list[Any], timesteps: tuple[float, ...]
-    ) -> tuple[Any, list[float], int, float]:
-        """The scheduler that is running, its table, the nearest entry, and the value it is of."""
-        known = [(s, self._tables_of(s)) for s in schedulers if s.timesteps is not None]
-        # The scheduler of the previous call goes on while it still fits.
-        known.sort(key=lambda entry: entry[0].timesteps is not self._timesteps)
-        for scheduler, tables in known:
-            running = scheduler.timesteps is self._timesteps
-            for timestep in timesteps:
-                fitting = []
-                for time in (self._time,) if running else self._times:
-                    table = tables[time]
-                    if not table:
-                        continue
-                    nearest = min(range(len(table)), key=lambda i: abs(table[i] - timestep))
-                    if _close(table, nearest, timestep):
-                        fitting.append((nearest, time))
-                if fitting:
-                    # A generation begins at or near the first entry of the right one.
-                    nearest, self._time = min(fitting, key=lambda entry: entry[0])
-                    return scheduler, tables[self._time], nearest, timestep
-        length = len(known[0][1][self._times[0]]) if known else 0
-        raise ScheduleError(
-            f"the transformer was called at timestep {timesteps[0]:g}, which is not among the "
-            f"{length} timesteps of the accelerated pipeline's scheduler; if another scheduler or "
-            "pipeline drives it, accelerate that pipeline too"
+    @property
+    def is_set(self) -> bool:
+        """The scheduler has been given the steps of a run."""
+        return (
+            self.scheduler.timesteps is not None
+            and getattr(self.scheduler, "num_inference_steps", None) is not None
         )
 
-    def _tables_of(self, scheduler: Any) -> dict[Time, list[float]]:
-        """The tables of a scheduler on the host, read once per generation."""
-        known = self._tables.get(id(scheduler))
-        if known is None or known[0] is not scheduler.timesteps:
-            steps = len(scheduler.timesteps)
-            tables = {}
+    def index_of(self, timestep: torch.Tensor) -> int | None:
+        """Return the entry of the table that all of `timestep` is a view of; None if it is not."""
+        return _index_of_view(self.scheduler.timesteps, timestep) if "t" in self._times else None
+
+    def expects(self, values: tuple[float, ...]) -> bool:
+        """Tell whether a call at these times would be of the running step or the next one."""
+        found = self._entry(values)
+        if found is None:
+            return False
+        table, nearest, value = found
+        if self._has_new_table:
+            return nearest == (self._begin_index or 0)
+        if self._counter != getattr(self.scheduler, "step_index", None):
+            return _close(table, self._step + 1, value)
+        return value == self._value or _close(table, self._step + 1, value)
+
+    def fits(self, values: tuple[float, ...]) -> bool:
+        """Tell whether one of these times is in the table."""
+        return self._entry(values) is not None
+
+    def place(self, values: tuple[float, ...], repeats: bool = False) -> Place:
+        """Place a call.
+
+        Args:
+            values: the times it was given, latest first; `fits` holds for them.
+            repeats: the step before has had a call of the same name.
+        """
+        found = self._entry(values)
+        assert found is not None
+        table, nearest, value = found
+        # set_timesteps() makes a new table for every walk.
+        restarted = self._has_new_table
+        counter = getattr(self.scheduler, "step_index", None)
+        following = self._step + 1
+        moved, stepped, step = restarted, True, self._step
+        if restarted:
+            begin = self._begin_index
+            step = begin if begin is not None and _close(table, begin, value) else nearest
+        else:
+            moved = value != self._value or counter != self._counter
+            # Some schedulers do not count, and two neighbouring timesteps can round to one value.
+            if not moved and repeats and counter is None:
+                moved = _close(table, following, value)
+            if moved:
+                step = following if _close(table, following, value) else nearest
+                restarted = step <= self._step
+                stepped = restarted or counter is not None or not _counts(self.scheduler)
+        self._timesteps, self._step = self.scheduler.timesteps, step
+        self._value, self._counter = value, counter
+        return Place(step, len(table), restarted, moved, stepped)
+
+    @property
+    def step(self) -> int:
+        """Index of the running step in the table."""
+        return self._step
+
+    def read(self, timestep: torch.Tensor) -> tuple[float, ...] | None:
+        """Return the times of a call, latest first.
+
+        Most pipelines pass a view of one entry of their scheduler's table, which is known on the
+        host. Anything else is read from the device, as `read_times` does.
+        """
+        index = self.index_of(timestep)
+        return read_times(timestep) if index is None else (self._read_tables()["t"][index],)
+
+    @property
+    def length(self) -> int:
+        """Number of entries of the table."""
+        return len(self.scheduler.timesteps)
+
+    @property
+    def _has_new_table(self) -> bool:
+        return self.scheduler.timesteps is not self._timesteps
+
+    @property
+    def _begin_index(self) -> int | None:
+        """The entry at which an image-to-image pipeline has its scheduler begin."""
+        return getattr(self.scheduler, "begin_index", None)
+
+    def _entry(self, values: tuple[float, ...]) -> tuple[list[float], int, float] | None:
+        """The table, the entry nearest to one of the times, and that time; None: none is close."""
+        tables = self._read_tables()
+        for value in values:
+            fitting = []
+            for time in self._times if self._has_new_table else (self._time,):
+                table = tables[time]
+                if not table:
+                    continue
+                nearest = min(range(len(table)), key=lambda i: abs(table[i] - value))
+                if _close(table, nearest, value):
+                    fitting.append((nearest, time))
+            if fitting:
+                # A walk begins at or near the first entry of the right one.
+                nearest, self._time = min(fitting, key=lambda entry: entry[0])
+                return tables[self._time], nearest, value
+        return None
+
+    def _read_tables(self) -> dict[Time, list[float]]:
+        """The tables on the host, read once per walk."""
+        if self._tables[0] is not self.scheduler.timesteps:
+            steps, tables = self.length, {}
             for time in self._times:
                 attribute, value = _TABLES[time]
-                entries = getattr(scheduler, attribute, None)
+                entries = getattr(self.scheduler, attribute, None)
                 entries = [] if entries is None else entries[:steps].tolist()
                 tables[time] = [value(float(entry)) for entry in entries]
-            known = (scheduler.timesteps, tables)
-            self._tables[id(scheduler)] = known
-        return known[1]
+            self._tables = (self.scheduler.timesteps, tables)
+        return self._tables[1]
 
 
-def _index_of_view(table: Any, timestep: Any) -> int | None:
+def read_times(timestep: torch.Tensor) -> tuple[float, ...] | None:
+    """Read the times of a call from its device, latest first.
+
+    Args:
+        timestep: a tensor of any shape. Image conditioning gives its clean frames time 0, or one of
+            their own that may be above that of the others.
+
+    Returns:
+        None when the samples of the batch are at different times, as in training.
+    """
+    if timestep.numel() == 1:
+        return (float(timestep),)
+    rows = timestep.reshape(timestep.shape[0], -1)
+    lows, highs = rows.aminmax(dim=1)
+    bounds = torch.stack([lows.amin(), highs.amax(), lows.amax(), highs.amin()])
+    low, high, other_low, other_high = map(float, bounds.tolist())
+    if (low, high) != (other_low, other_high):
+        return None
+    return (high, low) if 0 < low < high else (high,)
+
+
+def _counts(scheduler: Any) -> bool:
+    """Tell whether a scheduler counts its steps."""
+    return hasattr(scheduler, "step_index")
+
+
+def _index_of_view(table: Any, timestep: torch.Tensor) -> int | None:
     """The entry of a scheduler's table that all of `timestep` is a view of; None if it is not."""
     if not hasattr(table, "untyped_storage") or table.dtype != timestep.dtype:
         return None
@@ -196,10 +223,10 @@ def _index_of_view(table: Any, timestep: Any) -> int | None:
     return index if one_entry and table.is_contiguous() and 0 <= index < len(table) else None
 
 
-def _close(table: list[float], index: int, timestep: float) -> bool:
+def _close(table: list[float], index: int, value: float) -> bool:
     if not 0 <= index < len(table):
         return False
     scale = max(abs(table[0]), abs(table[-1]))
     # Some pipelines cut the timestep to a whole number.
-    whole = 1.0 if scale > 100.0 and timestep.is_integer() else 0.0
-    return abs(table[index] - timestep) <= max(1e-6 * scale, _ROUNDING * abs(timestep), whole)
+    whole = 1.0 if scale > 100.0 and value.is_integer() else 0.0
+    return abs(table[index] - value) <= max(1e-6 * scale, _ROUNDING * abs(value), whole)

@@ -1,4 +1,4 @@
-"""Refuses transformers in a state that an engine cannot work with."""
+"""Refuses transformers that an engine cannot work with, and tells which calls it leaves alone."""
 
 import torch
 from torch import nn
@@ -24,11 +24,16 @@ def refuse_unsupported(transformer: nn.Module) -> None:
     """Refuse a transformer that cannot be accelerated as it stands.
 
     Raises:
-        UnsupportedPipelineError: it is compiled as a whole, has a Diffusers cache enabled, or its
+        UnsupportedPipelineError: it is compiled as a whole, another cache is at work on it, or its
             weights are split over ranks.
     """
     if compat.compiled_as_a_whole(transformer):
         raise UnsupportedPipelineError(_WHOLE_MODEL)
+    if other := compat.other_cache(transformer):
+        raise UnsupportedPipelineError(
+            f"{other} is at work on the transformer, and two caches would skip the same blocks: "
+            "disable it first"
+        )
     refuse_unsupported_call(transformer)
 
 
@@ -45,3 +50,16 @@ def refuse_unsupported_call(transformer: nn.Module) -> None:
     config = compat.parallel_config(transformer)
     if config is not None and getattr(config, "tensor_parallel_config", None) is not None:
         raise UnsupportedPipelineError(_TENSOR_PARALLEL)
+
+
+# Why a call is run as if the transformer were not accelerated.
+TRAINING = "the transformer was in training mode"
+GRADIENTS = "gradients were enabled"
+MIXED_TIMES = "the samples of a batch were at different times"
+
+
+def why_plain(transformer: nn.Module) -> str:
+    """Return why a call is left alone; empty when it is not."""
+    if torch.is_grad_enabled():
+        return GRADIENTS
+    return TRAINING if transformer.training else ""

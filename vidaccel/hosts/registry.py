@@ -50,9 +50,9 @@ def find_transformers(pipe: Any) -> dict[str, tuple[Any, HostSpec]]:
             f"accelerate() takes a Diffusers pipeline, found {type(pipe).__name__}"
         )
     found = {
-        name: (module, row)
+        name: (transformer, row)
         for name, module in components.items()
-        if (row := _row_of(module)) is not None
+        if (row := _row_of(transformer := _within_peft(module))) is not None
     }
     for module, row in found.values():
         if row.unsupported:
@@ -103,6 +103,11 @@ def markdown_table() -> str:
             cells = ("yes", cache, attention)
         rows.append((row.family or row.transformer, pipelines, *cells, f"≥ {row.since}"))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _within_peft(module: Any) -> Any:
+    """The model inside of a `PeftModel`, or the module itself."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
 
 
 def _row_of(module: Any) -> HostSpec | None:

@@ -70,6 +70,8 @@ class HostSpec:
         main: the stream that becomes the result, by the name of the blocks' argument.
         sample, timestep: the forward arguments that carry the latents (a tensor, or a list of
             them) and the time.
+        prompt: the forward argument that carries the prompt (a tensor, or a list of them); None
+            where there is none.
         times: the forms in which pipelines give the time.
         since: the first version of diffusers that has the class.
         unsupported: the reason why it is refused; empty for supported classes.
@@ -92,6 +94,7 @@ class HostSpec:
     main: str = "hidden_states"
     sample: str = "hidden_states"
     timestep: str = "timestep"
+    prompt: str | None = "encoder_hidden_states"
     times: tuple[Time, ...] = ("t",)
     since: str = "0.38"
     untested: tuple[tuple[str, str], ...] = ()
@@ -112,6 +115,11 @@ class HostSpec:
     def block_count(self, transformer: Any) -> int:
         """Count the blocks that one call of the transformer runs."""
         return sum(len(getattr(transformer, blocks.name)) for blocks in self.blocks)
+
+    @property
+    def guided_calls(self) -> int:
+        """Calls per step that classifier-free guidance explains."""
+        return 1 if self.guidance == "batched" else 2
 
     def branch(self, position: int) -> str:
         """Name the `position`-th call of a step for a pipeline that does not name its calls."""

@@ -18,7 +18,7 @@ from vidaccel.engine.attention_hook import AttentionHook
 from vidaccel.engine.block_proxies import BlockArguments
 from vidaccel.engine.parallel import SequenceParallelMode
 from vidaccel.engine.report import AttentionReport
-from vidaccel.engine.step_tracker import CallContext
+from vidaccel.engine.state import CallContext
 from vidaccel.engine.timing import Stopwatch
 from vidaccel.errors import AttentionError
 from vidaccel.hosts.spec import HostSpec
