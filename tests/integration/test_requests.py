@@ -126,6 +126,23 @@ def test_a_sharing_pipeline_that_is_not_accelerated_is_named():
         step(other, 1, noise(0), embeds(0), "cond")
 
 
+def test_a_step_that_cannot_be_placed_is_computed_in_the_middle_of_a_run():
+    case = wan()
+    accelerate(case.pipe, policy=[0], cache=None, attention=None)
+    pipe = case.pipe
+    pipe.scheduler.set_timesteps(STEPS)
+    latents = noise(0)
+    for index in range(STEPS):
+        if index == 3:
+            with torch.no_grad():
+                call = {"hidden_states": latents, "encoder_hidden_states": embeds(0)}
+                called(pipe.transformer, "cond", **call, timestep=torch.tensor([123.0]))
+        latents = step(pipe, index, latents, embeds(0), "cond")
+    shown = report(pipe)
+    assert shown.transformers[0].timeline == "C-----"
+    assert "1 calls were run plainly: their timestep was not among those" in str(shown)
+
+
 # A proxy is what it stands for.
 
 
@@ -416,6 +433,25 @@ def test_recompute_asks_for_a_computed_step():
     case = wan()
     accelerate(case.pipe, policy=[0], cache=None, attention=None)
     with_callback(case, 2, lambda pipe: vidaccel.recompute(pipe) and None)
+    assert report(case.pipe).transformers[0].timeline == "C--C--"
+
+
+@pytest.mark.parametrize("change", ["strength", "switched off"])
+def test_another_strength_of_an_adapter_is_computed(change):
+    peft = pytest.importorskip("peft")
+    case = wan()
+    model = case.pipe.transformer
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), "style")
+    model.eval()
+    accelerate(case.pipe, policy=[0], cache=None, attention=None)
+
+    def changed(pipe: Any) -> None:
+        if change == "strength":
+            pipe.transformer.set_adapters("style", 0.5)
+        else:
+            pipe.transformer.disable_adapters()
+
+    with_callback(case, 2, changed)
     assert report(case.pipe).transformers[0].timeline == "C--C--"
 
 

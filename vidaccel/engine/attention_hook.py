@@ -11,42 +11,8 @@ from vidaccel.engine.state import CallContext
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-class AttentionHook:
-    """Is told by an engine about its run; this one leaves attention alone.
-
-    Args:
-        note: the reason, for reports; empty when nobody asked for anything else.
-    """
-
-    def __init__(self, note: str = "") -> None:
-        self._note = note
-
-    def attach(self) -> None:
-        """Start intercepting."""
-
-    def detach(self) -> None:
-        """Leave every attention module as it was before `attach`."""
-
-    def forget(self) -> None:
-        """Drop what was kept: a generation has ended, or another one begins."""
-
-    def restart(self) -> None:
-        """A generation begins."""
-
-    def begin(
-        self,
-        context: CallContext,
-        *,
-        refreshes: bool,
-        parallel_mode: SequenceParallelMode | None = None,
-    ) -> None:
-        """A call of the transformer begins.
-
-        Args:
-            context: its place in the generation.
-            refreshes: what it computes is kept and used again by later steps.
-            parallel_mode: how its tokens are split over processes, if they are.
-        """
+class AttentionCall:
+    """Is told of one running call of the transformer; this one leaves attention alone."""
 
     def block(
         self, position: int, named: BlockArguments, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -61,6 +27,52 @@ class AttentionHook:
 
     def end(self) -> None:
         """The call has ended."""
+
+
+class AttentionHook:
+    """Is told by an engine about its runs; this one leaves attention alone.
+
+    Several generations may run at once, in turns or in threads: each is named by a number.
+
+    Args:
+        note: the reason, for reports; empty when nobody asked for anything else.
+    """
+
+    def __init__(self, note: str = "") -> None:
+        self._note = note
+
+    def attach(self) -> None:
+        """Start intercepting."""
+
+    def detach(self) -> None:
+        """Leave every attention module as it was before `attach`."""
+
+    def forget(self, generation: int | None = None) -> None:
+        """Drop what was kept of a generation, or of all."""
+
+    def restart(self, generation: int) -> None:
+        """A generation begins: nothing that was kept under its number belongs to it."""
+
+    def begin(
+        self,
+        generation: int,
+        context: CallContext,
+        *,
+        refreshes: bool,
+        parallel_mode: SequenceParallelMode | None = None,
+    ) -> AttentionCall:
+        """A call of the transformer begins.
+
+        Args:
+            generation: the number of its generation.
+            context: its place in it.
+            refreshes: what it computes is kept and used again by later steps.
+            parallel_mode: how its tokens are split over processes, if they are.
+
+        Returns:
+            What is told of the rest of the call.
+        """
+        return AttentionCall()
 
     def report(self) -> AttentionReport | None:
         """Return what was sparse since `attach`; waits for the device."""

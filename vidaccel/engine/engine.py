@@ -27,12 +27,7 @@ from vidaccel.engine.state import CallContext, DecisionSource, Generation, Runni
 from vidaccel.engine.stats import Call, CallStats
 from vidaccel.engine.timing import moment
 from vidaccel.engine.trajectory import BYPASSED, Trajectories, Trajectory
-from vidaccel.engine.unsupported import (
-    MIXED_TIMES,
-    refuse_unsupported,
-    refuse_unsupported_call,
-    why_plain,
-)
+from vidaccel.engine.unsupported import refuse_unsupported, refuse_unsupported_call, why_plain
 from vidaccel.engine.writes import WriteWatch
 from vidaccel.errors import ScheduleError, UnsupportedPipelineError
 from vidaccel.hosts.spec import Head, HostSpec
@@ -78,9 +73,7 @@ class Engine:
         self.observer = Observer()
         self.stats = CallStats(host.block_count(transformer))
         self.generation: Generation | None = None
-        self.trajectories = Trajectories(
-            host.branch, host.guided_calls, host.times, lambda past: self.stats.close(id(past))
-        )
+        self.trajectories = Trajectories(host.branch, host.guided_calls, host.times, self._drop)
         self._thread = ThreadState()
         self._attachment = Attachment(transformer, host, _ATTRIBUTE, self, self._thread)
         self._sample = Argument.of_forward(type(transformer), host.sample)
@@ -144,10 +137,15 @@ class Engine:
 
     def end_generation(self) -> None:
         """Free what is kept of a generation of which its pipeline says that it has ended."""
-        self.attention.forget()
         last = self.trajectories.last()
         if last is not None:
             last.forget()
+            self.attention.forget(id(last))
+
+    def _drop(self, past: Trajectory) -> None:
+        """Let go of a trajectory that no call will belong to any more."""
+        self.stats.close(id(past))
+        self.attention.forget(id(past))
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Place and decide a call of the transformer that begins."""
@@ -158,8 +156,8 @@ class Engine:
             self.stats.add_plain(reason)
             return
         found = self.trajectories.find(self._timestep.value(args, kwargs))
-        if found is None:
-            self.stats.add_plain(MIXED_TIMES)
+        if isinstance(found, str):
+            self.stats.add_plain(found)
             return
         trajectory, values = found
         samples = self._sample.value(args, kwargs)
@@ -182,8 +180,11 @@ class Engine:
         if not call.replayed:
             generation.decide(call, trajectory.doubt)
         refreshes = generation.keeps(context.step) > 0
-        self.attention.begin(
-            context, refreshes=refreshes, parallel_mode=sequence_parallel_mode(model)
+        call.attention = self.attention.begin(
+            id(trajectory),
+            context,
+            refreshes=refreshes,
+            parallel_mode=sequence_parallel_mode(model),
         )
         self._thread.call = call
 
@@ -208,7 +209,7 @@ class Engine:
         """Begin a generation: nothing that was kept belongs to it."""
         # What is no longer wanted is freed before anything can be refused.
         trajectory.generation = None
-        self.attention.restart()
+        self.attention.restart(id(trajectory))
         self.stats.restart(id(trajectory))
         run = run_settings_of(
             self.transformer,
@@ -249,7 +250,7 @@ class Engine:
             output = named.passed_through(seen, seen_by_name)
         else:
             call.blocks_run += 1
-            with self.attention.block(index, named, args, kwargs):
+            with call.attention.block(index, named, args, kwargs):
                 output = block(*args, **kwargs)
         if index + 1 == corrector == self.stats.blocks and not self.host.heads:
             return self._after_last(call, generation, named, output)
@@ -364,9 +365,10 @@ class Engine:
         generation = call.generation
         context = call.context
         self._thread.call = None
-        self.attention.end()
+        call.attention.end()
         if output is None:  # an exception ends the call, and most likely the run
             call.trajectory.forget()
+            self.attention.forget(id(call.trajectory))
             return None
         if call.replayed:
             if generation.is_planned(context.step) and generation.keeps(context.step):
@@ -381,6 +383,7 @@ class Engine:
             generation.end(call)
         if call.trajectory.is_over:
             call.trajectory.forget_tensors()
+            self.attention.forget(id(call.trajectory))
         self.stats.add(
             Call(
                 step=context.step,

@@ -84,6 +84,7 @@ class RunningCall:
         residuals: what a computed step adds, one tensor per head or stream.
         residuals_applied: how many of those that are kept a reused step has put in.
         trajectory, generation: those that it belongs to.
+        attention: is told of its blocks.
     """
 
     context: CallContext
@@ -101,6 +102,7 @@ class RunningCall:
     residuals_applied: int = 0
     trajectory: Any = None
     generation: "Generation | None" = None
+    attention: Any = None
 
     @property
     def undecided(self) -> bool:

@@ -19,6 +19,10 @@ from vidaccel.engine.step_tracker import StepTracker, read_times
 from vidaccel.errors import ScheduleError
 from vidaccel.hosts.spec import Time
 
+# Why a call is run as if the transformer were not accelerated.
+NOT_IN_TABLE = "their timestep was not among those of the scheduler"
+MIXED_TIMES = "the samples of a batch were at different times"
+
 # Why the calls of a generation are computed and nothing of them is kept.
 NOT_STEPPED = "the scheduler was not stepped between two timesteps, so these calls are no walk"
 BYPASSED = "not every block came through vidaccel: something else skips blocks, another cache say"
@@ -191,12 +195,18 @@ class Trajectories:
         """Return the one of the last call in this thread."""
         return self._last.get(threading.get_ident())
 
+    @property
+    def _is_running(self) -> bool:
+        """The last call of this thread was in the middle of a generation."""
+        last = self.last()
+        return last is not None and last.generation is not None and not last.is_over
+
     def all(self) -> list[Trajectory]:
         """Return those that are known."""
         with self._lock:
             return list(self._known.values())
 
-    def find(self, timestep: torch.Tensor) -> tuple[Trajectory, tuple[float, ...]] | None:
+    def find(self, timestep: torch.Tensor) -> tuple[Trajectory, tuple[float, ...]] | str:
         """Find the trajectory of a call, and the times that it was given.
 
         Args:
@@ -204,10 +214,12 @@ class Trajectories:
                 their scheduler's table, which says whose it is and is known on the host.
 
         Returns:
-            None when the samples of a batch are at different times, as in training.
+            The reason where the call belongs to none and is to be left alone: the samples of a
+            batch are at different times, as in training, or no scheduler has this timestep though
+            most of a run may be done.
 
         Raises:
-            ScheduleError: no scheduler has this timestep in its table.
+            ScheduleError: no scheduler has this timestep in its table, and no run is going on.
         """
         thread = threading.get_ident()
         mine = self._of_thread(thread)
@@ -218,12 +230,14 @@ class Trajectories:
                 return trajectory, tracker.read(timestep) or ()
         values = read_times(timestep)
         if values is None:
-            return None
+            return MIXED_TIMES
         for fits in (StepTracker.expects, StepTracker.fits):
             for trajectory in mine:
                 if trajectory.tracker.is_set and fits(trajectory.tracker, values):
                     self._last[thread] = trajectory
                     return trajectory, values
+        if self._is_running:
+            return NOT_IN_TABLE
         lengths = [t.tracker.length for t in mine if t.tracker.is_set]
         raise ScheduleError(
             f"the transformer was called at timestep {values[0]:g}, which is not among the "

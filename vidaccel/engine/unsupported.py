@@ -55,7 +55,6 @@ def refuse_unsupported_call(transformer: nn.Module) -> None:
 # Why a call is run as if the transformer were not accelerated.
 TRAINING = "the transformer was in training mode"
 GRADIENTS = "gradients were enabled"
-MIXED_TIMES = "the samples of a batch were at different times"
 
 
 def why_plain(transformer: nn.Module) -> str:
