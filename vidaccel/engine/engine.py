@@ -29,7 +29,7 @@ from vidaccel.engine.timing import moment
 from vidaccel.engine.trajectory import BYPASSED, Trajectories, Trajectory
 from vidaccel.engine.unsupported import refuse_unsupported, refuse_unsupported_call, why_plain
 from vidaccel.engine.writes import WriteWatch
-from vidaccel.errors import ScheduleError, UnsupportedPipelineError
+from vidaccel.errors import UnsupportedPipelineError
 from vidaccel.hosts.spec import Head, HostSpec
 
 _ATTRIBUTE = "_vidaccel_engine"
@@ -190,13 +190,7 @@ class Engine:
 
     def _follow_changes(self) -> None:
         """Notice what a user has put in the place of what was accelerated."""
-        for pipe, scheduler in self.trajectories.schedulers:
-            if pipe.scheduler is not scheduler:
-                raise ScheduleError(
-                    f"the scheduler of this pipeline was {type(scheduler).__name__} when it was "
-                    f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
-                    "vidaccel.accelerate(pipe) again after replacing it"
-                )
+        self.trajectories.check_schedulers()
         replaced, model = self._attachment.follow(), self.transformer
         total = self.host.block_count(model)
         if replaced or total != self.stats.blocks:

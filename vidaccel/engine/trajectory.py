@@ -186,10 +186,16 @@ class Trajectories:
         """The pipelines that were given to `serve` and still exist."""
         return [pipe for ref, _ in self._pipelines if (pipe := ref()) is not None]
 
-    @property
-    def schedulers(self) -> list[tuple[Any, Any]]:
-        """Each of these pipelines with the scheduler that it had then."""
-        return [(pipe, s) for ref, s in self._pipelines if (pipe := ref()) is not None]
+    def check_schedulers(self) -> None:
+        """Raise ScheduleError where a pipeline has another scheduler than it had then."""
+        for ref, scheduler in self._pipelines:
+            pipe = ref()
+            if pipe is not None and pipe.scheduler is not scheduler:
+                raise ScheduleError(
+                    f"the scheduler of this pipeline was {type(scheduler).__name__} when it was "
+                    f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
+                    "vidaccel.accelerate(pipe) again after replacing it"
+                )
 
     def last(self) -> Trajectory | None:
         """Return the one of the last call in this thread."""
@@ -248,7 +254,7 @@ class Trajectories:
 
     def _of_thread(self, thread: int) -> list[Trajectory]:
         """The trajectories that a call of this thread may belong to, the last one first."""
-        schedulers = {id(scheduler): scheduler for _, scheduler in self.schedulers}
+        schedulers = {id(s): s for ref, s in self._pipelines if ref() is not None}
         with self._lock:
             if not all((thread, key) in self._known for key in schedulers):
                 self._drop_the_dead(schedulers, thread)
