@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vidaccel.engine.conditions import Conditions
+from vidaccel.engine.step_tracker import StepTracker
 from vidaccel.engine.trajectory import Trajectories
 from vidaccel.errors import ScheduleError
 
@@ -157,3 +158,16 @@ def test_a_timestep_of_nobody_is_an_error():
         tracker.locate(123.0, "cond", SHAPE)
     with pytest.raises(ScheduleError):
         Driven(SimpleNamespace(timesteps=None)).locate(1000.0, "cond", SHAPE)
+
+
+def test_a_scheduler_that_was_never_set_drives_nothing():
+    made = scheduler([float(t) for t in range(1000, 0, -1)], counts=False)
+    made.config = SimpleNamespace(num_train_timesteps=1000)
+    made.num_inference_steps = None
+    assert not StepTracker(made).is_set
+    del made.num_inference_steps
+    assert not StepTracker(made).is_set
+    made.timesteps = made.timesteps[::10]  # one of a user's own, without the attribute
+    assert StepTracker(made).is_set
+    del made.config
+    assert StepTracker(made).is_set

@@ -363,6 +363,7 @@ class Engine:
         if output is None:  # an exception ends the call, and most likely the run
             call.trajectory.forget()
             self.attention.forget(id(call.trajectory))
+            self._writes.restart()
             return None
         if call.replayed:
             if generation.is_planned(context.step) and generation.keeps(context.step):

@@ -67,11 +67,15 @@ class StepTracker:
 
     @property
     def is_set(self) -> bool:
-        """The scheduler has been given the steps of a run."""
-        return (
-            self.scheduler.timesteps is not None
-            and getattr(self.scheduler, "num_inference_steps", None) is not None
-        )
+        """The scheduler has been given the steps of a run, and not only those it was made with."""
+        scheduler = self.scheduler
+        if scheduler.timesteps is None:
+            return False
+        if hasattr(scheduler, "num_inference_steps"):
+            return scheduler.num_inference_steps is not None
+        # Some have the attribute only once they are set, others have none at all.
+        config = getattr(scheduler, "config", {})
+        return self.length != getattr(config, "num_train_timesteps", None)
 
     def index_of(self, timestep: torch.Tensor) -> int | None:
         """Return the entry of the table that all of `timestep` is a view of; None if it is not."""
