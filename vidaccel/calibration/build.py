@@ -1,5 +1,6 @@
 """From a pipeline and prompts to a policy: measure every segment, search every budget, validate."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -7,9 +8,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vidaccel.calibration.assemble import assemble_policy
-from vidaccel.calibration.candidates import candidates, validated_budgets
+from vidaccel.calibration.candidates import candidates, most_validation_forwards, validated_budgets
 from vidaccel.calibration.improve import improved
-from vidaccel.calibration.measure import announce, measure
+from vidaccel.calibration.measure import announce, measure, measured_before
 from vidaccel.calibration.ray_runner import ray_runner
 from vidaccel.calibration.runners import LocalRunner, Runner, Worker
 from vidaccel.calibration.task import Task, model_identity
@@ -86,12 +87,20 @@ def build_policy(
         MetricUnavailable: the metric needs something that is not here.
         UnsupportedPipelineError: as `accelerate`.
     """
+    check_build(
+        prompts,
+        num_inference_steps=num_inference_steps,
+        seeds=seeds,
+        max_skip=max_skip,
+        method=method,
+        objective=objective,
+        metric=metric,
+        aggregation=aggregation,
+        validate=validate,
+        improve=improve,
+        workers=workers,
+    )
     held_out = max(1, len(prompts) // 5) if validate else 0
-    if validate and len(prompts) < 2:
-        raise PlanError(
-            "prompts: validation needs at least 2, of which one is kept for it; pass more, or "
-            "validate=False"
-        )
     call = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
     task = Task(
         tuple(prompts[: len(prompts) - held_out]),
@@ -104,12 +113,22 @@ def build_policy(
         lines=not faithful,
         metric=metric,
     )
-    _check_options(objective, aggregation, improve, validate, workers)
     budgets = validated_budgets(num_inference_steps)
     with TemporaryDirectory() as temporary:
         folder = WorkFolder(Path(temporary if workdir is None else workdir), task)
         if progress:
-            announce(pipe, task, improve * sum(budgets))
+            if held_out:
+                print(_split(len(prompts), held_out, len(seeds)), file=sys.stderr)
+            of_each = most_validation_forwards(
+                num_inference_steps, lines=task.lines, improved=improve > 0
+            )
+            announce(
+                pipe,
+                task,
+                measured=measured_before(task, folder),
+                improving=improve * sum(budgets),
+                validating=held_out * of_each,
+            )
         with _runner(pipe, task, workers, ray_address, load) as runner:
             graph, info = measure(
                 runner, task, folder, budgets=budgets, objective=objective, progress=progress
@@ -136,10 +155,46 @@ def build_policy(
     return validated_policy(pipe, policy, tried, call, samples, progress=progress)
 
 
-def _check_options(
-    objective: str, aggregation: str, improve: int, validate: bool, workers: int
+def _split(prompts: int, held_out: int, seeds: int) -> str:
+    """Say which prompts are for what."""
+
+    def count(number: int, noun: str) -> str:
+        return f"{number} {noun}{'s' * (number != 1)}"
+
+    used = prompts - held_out
+    return (
+        f"{count(prompts, 'prompt')}: {used} x {count(seeds, 'seed')} = "
+        f"{count(used * seeds, 'sample')} to measure, {count(held_out, 'prompt')} kept for "
+        "validation"
+    )
+
+
+def check_build(
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int,
+    seeds: Sequence[int] = (0,),
+    max_skip: int = 8,
+    method: str = "exact",
+    objective: str = "leximax",
+    metric: str = "l1",
+    aggregation: Aggregation = "mean",
+    validate: bool = True,
+    improve: int = 0,
+    workers: int = 0,
 ) -> None:
-    """Refuse wrong names and numbers before any work is done."""
+    """Refuse wrong arguments of `build_policy`, which it takes as they are, without a pipeline.
+
+    Raises:
+        PlanError: an argument is out of range.
+        MetricUnavailable: the metric needs something that is not here.
+    """
+    if validate and len(prompts) < 2:
+        raise PlanError(
+            "prompts: validation needs at least 2, of which one is kept for it; pass more, or "
+            "validate=False"
+        )
+    Task(tuple(prompts), tuple(seeds), num_inference_steps, max_skip, method, {}, {}, metric=metric)
     search.solve([[0, 0, 0]] * 3, objective=objective)
     aggregator(aggregation)
     if improve < 0:

@@ -67,6 +67,24 @@ def candidates(edges: Sequence[Edge], budget: int, steps: int) -> dict[str, Plan
     return dict(different.values())
 
 
+def most_validation_forwards(steps: int, *, lines: bool, improved: bool) -> int:
+    """Count the steps that one prompt's validation computes at most, plain runs among them.
+
+    Args:
+        steps: T.
+        lines: the edges have forecasts.
+        improved: an improved plan joins the candidates of each budget.
+    """
+    total = steps
+    for budget in validated_budgets(steps):
+        near = len(REACHES) + 2
+        gaps = sum(head_and_gap(budget, steps, gap) is not None for gap in GAPS)
+        # Evenly spaced and best paths, with lines half way and all the way along; see `candidates`.
+        tried = 2 + 2 + 4 + near + gaps if lines else 2 + len(OBJECTIVES) + near
+        total += budget * (tried + improved + 1)  # and a plain run of so many sampling steps
+    return total
+
+
 def _near_the_path(held: Sequence[Edge], budget: int, steps: int) -> Iterator[tuple[str, Plan]]:
     """Plans whose errors are a little worse than those of the best path, for other reasons."""
     errors = {(edge.start, edge.end): edge.error for edge in held}

@@ -46,10 +46,12 @@ def measure(
     steps, samples = task.num_inference_steps, range(len(task.samples()))
     measured: Measured = defaultdict(dict)
     total = task.forwards() / steps
-    with tqdm(total=total, bar_format=_BAR, disable=not progress) as bar:
+    done = measured_before(task, folder) / steps
+    with tqdm(total=total, initial=done, bar_format=_BAR, disable=not progress) as bar:
         info = runner.run_info()
         bar.update(2 - steps // 2 / steps)
-        references = {0}  # samples whose generation with every step computed has run
+        # Samples whose generation with every step computed has run, or is not asked for any more.
+        references = {0} | _whole_samples(task, folder)
 
         def finish(items: Iterable[tuple[int, WorkItem]]) -> None:
             """Load or measure (sample, item)s into `measured`."""
@@ -60,13 +62,15 @@ def measure(
                     todo.append((sample, item))
                 else:
                     measured[sample][item] = known
-                    bar.update(item.forwards(task) / steps)
+                    if item not in first:  # those are where the bar began
+                        bar.update(item.forwards(task) / steps)
             for sample, item, errors in runner.run(todo):
                 folder.save(sample, item, errors)
                 measured[sample][item] = errors
                 bar.update(item.forwards(task) / steps + (sample not in references))
                 references.add(sample)
 
+        first = set(task.items())
         finish((sample, item) for sample in samples for item in task.items())
         if task.method != "lazy":
             return graph_of(task, measured), info
@@ -83,13 +87,41 @@ def measure(
         return graph_of(task, measured), info
 
 
-def announce(pipe: Any, task: Task, improving: int = 0) -> None:
-    """Say on stderr what a task will cost, from three steps of its first sample.
+def measured_before(task: Task, folder: WorkFolder) -> int:
+    """Count the forwards of a task whose results a work folder holds.
+
+    The plain run of a sample counts where all of its items are there: then it is not made again,
+    but for that of the first one, which tells what the runs are like.
+    """
+    known = sum(
+        item.forwards(task)
+        for sample in range(len(task.samples()))
+        for item in task.items()
+        if folder.load(sample, item) is not None
+    )
+    return known + task.num_inference_steps * len(_whole_samples(task, folder) - {0})
+
+
+def _whole_samples(task: Task, folder: WorkFolder) -> set[int]:
+    """Return the samples of which a work folder holds everything."""
+    return {
+        sample
+        for sample in range(len(task.samples()))
+        if all(folder.load(sample, item) is not None for item in task.items())
+    }
+
+
+def announce(
+    pipe: Any, task: Task, *, measured: int = 0, improving: int = 0, validating: int = 0
+) -> None:
+    """Say on stderr what a build will cost, from three steps of its first sample.
 
     Args:
         pipe: the pipeline.
         task: what is measured.
+        measured: forwards whose results its work folder holds.
         improving: the most forwards that improving its plans takes.
+        validating: the most forwards that the end-to-end runs of its plans take.
     """
     steps, samples = task.num_inference_steps, task.samples()
     prompt, seed = samples[0]
@@ -98,20 +130,32 @@ def announce(pipe: Any, task: Task, improving: int = 0) -> None:
     with Replayer(pipe, call, seed) as replayer:
         seconds = (time.perf_counter() - started) / 3
         held = replayer.reference.recording.bytes_held / 3 * steps
-    forwards = task.forwards()
-    about = "about " if task.method == "lazy" else ""
-    print(
-        f"{len(samples)} samples, {task.method}: {about}{forwards:,} forwards, "
-        f"{forwards / steps:.0f} generations, {duration(forwards * seconds)} at {seconds:.3g} s "
-        f"per step; {held / 2**30:.2f} GiB of host memory",
-        file=sys.stderr,
-    )
-    if improving:
-        print(
-            f"improving the plans: at most {improving:,} forwards, {improving / steps:.0f} "
-            f"generations, {duration(improving * seconds)}",
-            file=sys.stderr,
+
+    def cost(forwards: int) -> str:
+        return (
+            f"{forwards:,} forwards, {forwards / steps:.0f} generations, "
+            f"{duration(forwards * seconds)}"
         )
+
+    about = "about " if task.method == "lazy" else ""
+    number = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
+    lines = [
+        f"{number}, {task.method}: {about}{cost(task.forwards())} at {seconds:.3g} s per step; "
+        f"{held / 2**30:.2f} GiB of host memory"
+    ]
+    if measured:
+        left = max(0, task.forwards() - measured)
+        lines.append(
+            f"measured before, by the work folder: {measured:,} forwards; left: {cost(left)}"
+        )
+    if improving:
+        lines.append(f"improving the plans: at most {cost(improving)}")
+    if validating:
+        lines.append(f"validation, end to end: at most {cost(validating)}")
+    if measured or improving or validating:
+        whole = max(0, task.forwards() - measured) + improving + validating
+        lines.append(f"in all: {about or 'at most '}{cost(whole)}")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

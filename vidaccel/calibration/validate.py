@@ -71,7 +71,8 @@ def scores(
         name: (plan, int(call["num_inference_steps"])) for name, plan in plans.items()
     }
     variants |= {f"{steps} steps": (None, steps) for steps in fewer_steps}
-    with tqdm(total=len(samples) * (1 + len(variants)), unit="run", disable=not progress) as bar:
+    runs = len(samples) * (1 + len(variants))
+    with tqdm(total=runs, unit="run", desc="validation", disable=not progress) as bar:
         for prompt, seed in samples:
             call = {**call, "prompt": prompt}
             plain = generate(restore(pipe), call, seed=seed, progress=False)

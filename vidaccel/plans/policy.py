@@ -40,7 +40,7 @@ from vidaccel.plans.schema import (
     Validation,
 )
 from vidaccel.plans.store import shortened
-from vidaccel.plans.table import plan_table
+from vidaccel.plans.table import plan_table, what_is_missing
 
 # Noise grids agree when every entry does to this relative difference: float32 rounding, no more.
 GRID_TOLERANCE = 1e-4
@@ -226,7 +226,10 @@ class CachePolicy(Record):
             heading += f", {self.source}"
         psnr = {row.budget: row.psnr for row in self.validation or () if row.kept}
         plans = {budget: self.plan(budget=budget) for budget in self.budgets()}
-        return "\n".join([heading, "", *plan_table(plans, psnr)])
+        missing = what_is_missing(plans, psnr, published=self.provenance == "published")
+        return "\n".join(
+            [heading, "", *plan_table(plans, psnr), *([""] if missing else []), *missing]
+        )
 
     @property
     def fastest(self) -> float:
