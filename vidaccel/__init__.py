@@ -77,3 +77,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'vidaccel' has no attribute {name!r}")
     return getattr(import_module(f"vidaccel.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names too, which are not here before their first use."""
+    return sorted({*globals(), *__all__})
