@@ -8,6 +8,13 @@ from tiny.clips import with_one_bad_frame
 from vidaccel.clips import video
 
 
+def test_the_default_file_is_never_written_over(clips, run):
+    video.write_video("a.mp4", clips[0])
+    for expected in ("compare", "compare-2"):
+        code, _, stderr = run("compare", "a.mp4", "a.mp4")
+        assert code == 0 and f"wrote out/{expected}.mp4" in stderr
+
+
 @pytest.fixture
 def clips():
     return with_one_bad_frame()
@@ -41,5 +48,6 @@ def test_clips_that_cannot_be_compared(clips, tmp_path, run):
     ):
         code, _, stderr = run("compare", tmp_path / "a.mp4", tmp_path / other, *out)
         assert code == 2 and message in stderr and "Traceback" not in stderr
+        assert stderr.count("a.mp4") <= 1 and stderr.count(other) == 1  # each is named once
     code, _, stderr = run("compare", tmp_path / "a.mp4", tmp_path / "a.mp4", "--out", "x.avi")
     assert code == 2 and ".mp4" in stderr

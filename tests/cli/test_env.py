@@ -1,11 +1,16 @@
 """`vidaccel env` and `vidaccel hosts`."""
 
 import json
+import re
 
+import pytest
 import torch
 
 import vidaccel
+from vidaccel.cli.env import capabilities
+from vidaccel.clips import metrics
 from vidaccel.environment import environment
+from vidaccel.hosts.registry import HOSTS, markdown_table
 
 TORCH = torch.__version__.partition("+")[0]
 
@@ -13,7 +18,8 @@ TORCH = torch.__version__.partition("+")[0]
 def test_env_for_people_and_programs(run):
     code, stdout, _ = run("env")
     assert code == 0
-    assert TORCH in stdout and "WanTransformer3DModel" in stdout
+    assert TORCH in stdout and "transformers, which vidaccel hosts lists" in stdout
+    assert max(map(len, stdout.splitlines())) < 200
     code, stdout, _ = run("env", "--json")
     found = json.loads(stdout)
     assert found["packages"]["torch"] == TORCH
@@ -28,4 +34,32 @@ def test_every_place_tells_the_same_version(run):
 
 def test_hosts_prints_a_row_for_each_model(run):
     code, stdout, _ = run("hosts")
-    assert code == 0 and "`WanPipeline`" in stdout and stdout.startswith("|")
+    assert code == 0 and max(map(len, stdout.splitlines())) <= 100
+    for row in HOSTS.values():
+        assert f"\n{row.family or row.transformer} " in stdout
+    notes = dict(re.findall(r"^\((\d+)\) (.*)", stdout, re.MULTILINE))
+    latte = next(line for line in stdout.splitlines() if line.startswith("Latte "))
+    assert notes[re.search(r"no \((\d+)\)", latte)[1]].startswith("attention within a frame")
+    assert "|" not in stdout
+    assert run("hosts", "--markdown")[1] == markdown_table() + "\n"
+
+
+def test_lpips_is_usable_when_its_weights_are_there(run, tmp_path, monkeypatch):
+    pytest.importorskip("lpips")
+    file = tmp_path / "alex.pth"
+    monkeypatch.setattr(metrics, "lpips_weights", lambda: ("https://weights", file))
+    assert "\nLPIPS             not yet: installed, its weights are not; " in run("env")[1]
+    file.touch()
+    assert capabilities()["LPIPS"] == "yes"
+
+
+def test_what_is_installed_and_does_not_work_is_told(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("vidaccel.cli.env.import_module", broken)
+    found = capabilities()
+    for part in ("LPIPS", "SSIM"):
+        assert found[part].startswith("no: installed, but it does not work here (operator")
+    monkeypatch.setattr("vidaccel.cli.env.find_spec", lambda name: None)
+    assert capabilities()["SSIM"] == 'no: pip install "vidaccel[metrics]"'

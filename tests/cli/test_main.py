@@ -1,6 +1,7 @@
 """The command line as a whole: help, exit codes, and what it costs to start."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -70,13 +71,44 @@ def test_help_and_mistyped_options_wait_for_no_library():
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
-def test_ctrl_c_is_quiet(tmp_path, run, monkeypatch, small):
+def test_ctrl_c_is_quiet(tmp_path, run, generate_by, small):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vidaccel.clips.generate.generate", interrupt)
+    generate_by(interrupt)
     code, _, stderr = run("generate", *small, "--out", tmp_path / "clip.mp4")
     assert code == 130 and "stopped" in stderr
+
+
+def test_a_failure_that_nobody_foresaw_is_one_line(tmp_path, run, generate_by, monkeypatch, small):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory\nTried to allocate much")
+
+    generate_by(fail)
+    arguments = ["generate", *small, "--out", tmp_path / "clip.mp4"]
+    code, _, stderr = run(*arguments, "--quiet")
+    assert code == 2 and stderr.count("\n") == 1
+    assert stderr.startswith("vidaccel: RuntimeError: out of memory Tried to allocate much (")
+    monkeypatch.setenv("VIDACCEL_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(*arguments, "--quiet")
+
+
+def test_a_mistyped_option_is_one_line(run):
+    for arguments in (["generate", "--sise", "1"], ["bench", "quality", "--size", "large"], []):
+        code, stdout, stderr = run(*arguments)
+        assert code == 2 and stderr.count("\n") == 1 and not stdout
+        assert "--help" in stderr
+
+
+@pytest.mark.parametrize("command", [["show", "vidaccel/tiny-wan"], ["hosts"], ["env", "--json"]])
+def test_output_that_nobody_reads_is_no_traceback(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    vidaccel = [sys.executable, "-m", "vidaccel", *command]
+    done = subprocess.run(vidaccel, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 def test_python_dash_m():

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from vidaccel.cli.argument_types import MAX_STEPS, whole_number
 from vidaccel.cli.bench_calibration import add_calibration, add_search
 from vidaccel.cli.bench_kernels import add_codegen, add_kernels, add_models
 from vidaccel.cli.bench_quality import add_attention, add_parity, add_quality
@@ -11,7 +12,6 @@ from vidaccel.cli.options import (
     add_command,
     add_json_option,
     add_model_options,
-    at_least,
     call_of,
     model_name,
     pipeline_of,
@@ -26,8 +26,10 @@ def add_overhead(benches: Any) -> None:
         "overhead",
         "what vidaccel costs when idle, and realised against ideal speedup",
     )
-    parser.add_argument("--steps", type=at_least(2), default=50, help="denoising steps")
-    parser.add_argument("--rounds", type=at_least(1), default=9, help="medians are over these")
+    parser.add_argument(
+        "--steps", type=whole_number(2, MAX_STEPS), default=50, help="denoising steps"
+    )
+    parser.add_argument("--rounds", type=whole_number(1), default=9, help="medians are over these")
     add_json_option(parser)
     add_clip_options(parser)
     add_model_options(parser, threads=True)
@@ -55,8 +57,10 @@ def add_soak(benches: Any) -> None:
         "soak",
         "many generations in one process: memory, and outputs of equal requests",
     )
-    parser.add_argument("--generations", type=at_least(12), default=200, help="how many in all")
-    parser.add_argument("--steps", type=at_least(8), default=8, help="denoising steps")
+    parser.add_argument("--generations", type=whole_number(12), default=200, help="how many in all")
+    parser.add_argument(
+        "--steps", type=whole_number(8, MAX_STEPS), default=8, help="denoising steps"
+    )
     add_json_option(parser)
     add_clip_options(parser)
     parser.set_defaults(size="32x32", frames=5)

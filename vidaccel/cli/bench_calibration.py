@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vidaccel.cli.argument_types import whole_number
 from vidaccel.cli.options import (
     add_command,
     add_json_option,
     add_model_options,
-    at_least,
     model_name,
     pipeline_of,
     read_prompts,
@@ -19,7 +19,9 @@ from vidaccel.cli.output import check_writable, print_result, write_json
 def add_search(benches: Any) -> None:
     """Add `vidaccel bench search`."""
     parser = add_command(benches, "search", "how long the search for plans takes")
-    parser.add_argument("--rounds", type=at_least(1), default=9, help="random graphs of each kind")
+    parser.add_argument(
+        "--rounds", type=whole_number(1), default=9, help="random graphs of each kind"
+    )
     add_json_option(parser)
     parser.set_defaults(run=_search)
 
@@ -55,7 +57,7 @@ def add_calibration(benches: Any) -> None:
     )
     parser.add_argument(
         "--budgets",
-        type=at_least(1),
+        type=whole_number(1),
         nargs="+",
         default=[25, 17, 12],
         metavar="N",

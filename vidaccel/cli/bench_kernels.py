@@ -6,7 +6,11 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from vidaccel.cli.options import add_command, add_json_option, at_least
+from vidaccel.cli.argument_types import MAX_STEPS, whole_number
+from vidaccel.cli.options import (
+    add_command,
+    add_json_option,
+)
 from vidaccel.cli.output import check_writable, print_result, write_json
 from vidaccel.errors import VidaccelError
 
@@ -45,8 +49,10 @@ def add_models(benches: Any) -> None:
         "seconds of Wan models of their real size on a CUDA GPU, with random weights",
     )
     parser.add_argument("--models", default="", help="part of a model's name; all if left out")
-    parser.add_argument("--steps", type=at_least(6), help="fewer than the model's 50, to be sooner")
-    parser.add_argument("--rounds", type=at_least(1), default=1, help="medians are over these")
+    parser.add_argument(
+        "--steps", type=whole_number(6, MAX_STEPS), help="fewer than the model's 50, to be sooner"
+    )
+    parser.add_argument("--rounds", type=whole_number(1), default=1, help="medians are over these")
     add_json_option(parser)
     parser.set_defaults(run=_models)
 

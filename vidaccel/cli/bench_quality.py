@@ -4,17 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vidaccel.cli.argument_types import MAX_SEED, MAX_STEPS, shares, whole_number
 from vidaccel.cli.options import (
     add_clip_options,
     add_command,
     add_json_option,
     add_model_options,
-    at_least,
     call_of,
     model_name,
     pipeline_of,
     read_prompts,
-    shares,
 )
 from vidaccel.cli.output import check_writable, print_result, print_written, write_json
 from vidaccel.errors import MetricUnavailable, ModelError, UnsupportedPipelineError
@@ -45,8 +44,12 @@ def add_quality(benches: Any) -> None:
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="prompts that MagCache is calibrated on"
     )
-    parser.add_argument("--steps", type=at_least(2), default=50, help="denoising steps")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise")
+    parser.add_argument(
+        "--steps", type=whole_number(2, MAX_STEPS), default=50, help="denoising steps"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the noise"
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="what speedups are taken from"
     )
@@ -156,8 +159,12 @@ def add_parity(benches: Any) -> None:
         "DBCache beside cache-dit's with equal settings: steps reused and results",
     )
     parser.add_argument("--prompt", default=EMBEDDED_PROMPTS[0], help="what to show")
-    parser.add_argument("--steps", type=at_least(8), default=30, help="denoising steps")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise")
+    parser.add_argument(
+        "--steps", type=whole_number(8, MAX_STEPS), default=30, help="denoising steps"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the noise"
+    )
     add_json_option(parser)
     add_clip_options(parser)
     parser.set_defaults(size="32x32", frames=9)
@@ -183,7 +190,9 @@ def add_attention(benches: Any) -> None:
     parser = add_command(
         benches, "attention", "PSNR against density of sparse attention, on the embedded model"
     )
-    parser.add_argument("--steps", type=at_least(2), default=12, help="denoising steps")
+    parser.add_argument(
+        "--steps", type=whole_number(2, MAX_STEPS), default=12, help="denoising steps"
+    )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
     parser.add_argument(
         "--top-p", type=shares, default="0.5,0.7,0.9", help="masses to keep, separated by commas"

@@ -5,7 +5,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vidaccel.cli.options import add_command, add_model_options, at_least, loader_of, size
+from vidaccel.cli.argument_types import MAX_FRAMES, MAX_STEPS, number, size, whole_number
+from vidaccel.cli.options import (
+    add_command,
+    add_model_options,
+    loader_of,
+)
 from vidaccel.errors import ModelError, UnavailableError
 
 
@@ -15,20 +20,22 @@ def add_demo(commands: Any) -> None:
         commands, "demo", "a web page that shows clips with and without acceleration"
     )
     parser.add_argument("--server-name", default="127.0.0.1", help="address; 0.0.0.0 for all")
-    parser.add_argument("--server-port", type=at_least(1), help="from 7860 on, the first free one")
+    parser.add_argument(
+        "--server-port", type=whole_number(1), help="from 7860 on, the first free one"
+    )
     parser.add_argument("--share", action="store_true", help="a public link through Gradio")
     parser.add_argument("--open", action="store_true", help="open it in a browser")
-    parser.add_argument("--queue-size", type=at_least(1), default=8, help="runs that may wait")
+    parser.add_argument("--queue-size", type=whole_number(1), default=8, help="runs that may wait")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the runs")
     first = parser.add_argument_group("what the page shows at first")
     first.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels")
-    first.add_argument("--frames", type=at_least(1), help="number of frames")
-    first.add_argument("--steps", type=at_least(1), help="denoising steps")
-    first.add_argument("--guidance", type=float, help="guidance scale")
+    first.add_argument("--frames", type=whole_number(1, MAX_FRAMES), help="number of frames")
+    first.add_argument("--steps", type=whole_number(1, MAX_STEPS), help="denoising steps")
+    first.add_argument("--guidance", type=number(), help="guidance scale")
     most = parser.add_argument_group("the largest run it takes")
     most.add_argument("--max-size", type=size, metavar="WxH", help="pixels of a frame")
-    most.add_argument("--max-frames", type=at_least(1), help="number of frames")
-    most.add_argument("--max-steps", type=at_least(1), help="denoising steps")
+    most.add_argument("--max-frames", type=whole_number(1, MAX_FRAMES), help="number of frames")
+    most.add_argument("--max-steps", type=whole_number(1, MAX_STEPS), help="denoising steps")
     add_model_options(parser)
     parser.set_defaults(run=_demo)
 

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from importlib import import_module
 from importlib.util import find_spec
+from textwrap import fill
 from typing import Any
 
 from vidaccel.cli.options import add_command
@@ -18,6 +20,9 @@ def add_env(commands: Any) -> None:
 def add_hosts(commands: Any) -> None:
     """Add `vidaccel hosts`."""
     parser = add_command(commands, "hosts", "print the table of supported models")
+    parser.add_argument(
+        "--markdown", action="store_true", help="as Markdown, with the pipelines that are tested"
+    )
     parser.set_defaults(run=_hosts)
 
 
@@ -42,14 +47,55 @@ def _env(arguments: argparse.Namespace) -> None:
         if title:
             print(f"\n{title}")
         for name, value in part.items():
-            print(f"{name.ljust(15)} {value or '-'}")
+            print(f"{name.ljust(17)} {value or '-'}")
 
 
 def _hosts(arguments: argparse.Namespace) -> None:
     """Run `vidaccel hosts`."""
     from vidaccel.hosts.registry import markdown_table
 
-    print(markdown_table())
+    print(markdown_table() if arguments.markdown else hosts_table())
+
+
+def hosts_table() -> str:
+    """Return the table of supported models for a terminal: a line each, reasons below it."""
+    from vidaccel.hosts.registry import HOSTS
+
+    rows = [("model", "step plans", "block cache", "SVG2", "diffusers")]
+    reasons: dict[str, int] = {}
+
+    def no(reason: str) -> str:
+        return f"no ({reasons.setdefault(reason, len(reasons) + 1)})"
+
+    for row in HOSTS.values():
+        name = row.family or row.transformer
+        if row.unsupported:
+            told = no(f"{row.transformer} {row.unsupported}")
+            rows.append((name, told, told, told, f">= {row.since}"))
+            continue
+        cache = "yes" if row.threshold is None else f"yes, {row.threshold:g}"
+        cache += ", no corrector" if row.no_corrector else ""
+        attention = "yes" if row.attention else no(row.attention_note)
+        rows.append((name, "yes", cache, attention, f">= {row.since}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    notes = [
+        "",
+        "block cache: the number is the threshold of DBCache; models without one need "
+        "--cache THRESHOLD",
+        *(f"({number}) {reason}" for reason, number in reasons.items()),
+    ]
+    return "\n".join(
+        [
+            lines[0],
+            "-" * max(map(len, lines)),
+            *lines[1:],
+            *(fill(note, 100, subsequent_indent="    ") for note in notes),
+        ]
+    )
 
 
 def capabilities() -> dict[str, str]:
@@ -64,24 +110,62 @@ def capabilities() -> dict[str, str]:
     from vidaccel.hosts.registry import HOSTS
     from vidaccel.plans.shipped import shipped_policies
 
-    def extra(name: str, *modules: str) -> str:
-        """Say whether all modules of an optional part are installed."""
-        missing = [module for module in modules if find_spec(module) is None]
-        return f'no: pip install "vidaccel[{name}]"' if missing else "yes"
-
     supported = [name for name, row in HOSTS.items() if not row.unsupported]
     model = embedded_model()
     return {
-        "step plans": f"yes: {', '.join(supported)}",
+        "step plans": f"yes: {len(supported)} transformers, which vidaccel hosts lists",
         "embedded model": f"yes: {model}"
         if (model / "model_index.json").is_file()
         else "no: reinstall vidaccel",
-        "policies": f"{len(shipped_policies())} shipped",
+        "policies": f"{len(shipped_policies())} shipped, which vidaccel show lists",
         "GPU": "yes" if torch.cuda.is_available() else "no: runs on the CPU",
+        "sparse attention": _sparse(),
         "video files": _ffmpeg(),
-        "SSIM": extra("metrics", "skimage"),
-        "LPIPS": extra("metrics", "lpips", "torchvision"),
+        "SSIM": _extra("metrics", "skimage.metrics"),
+        "LPIPS": _lpips(),
+        "demo page": _extra("demo", "gradio"),
+        "Ray workers": _extra("ray", "ray"),
     }
+
+
+def _extra(name: str, *modules: str) -> str:
+    """Say whether an optional part is installed, and whether it can be imported here."""
+    if any(find_spec(module.partition(".")[0]) is None for module in modules):
+        return f'no: pip install "vidaccel[{name}]"'
+    try:
+        for module in modules:
+            import_module(module)
+    # One package built for another version of the next raises what it likes.
+    except Exception as error:
+        return f"no: installed, but it does not work here ({_first_line(error)})"
+    return "yes"
+
+
+def _lpips() -> str:
+    """Say whether LPIPS can be computed, without asking a network for its weights."""
+    found = _extra("metrics", "lpips", "torchvision")
+    if found != "yes":
+        return found
+    from vidaccel.clips.metrics import lpips_weights
+
+    url, file = lpips_weights()
+    if file.is_file():
+        return "yes"
+    return f"not yet: installed, its weights are not; the first use downloads {url}"
+
+
+def _sparse() -> str:
+    """Say where sparse attention runs."""
+    import torch
+
+    found = _extra("triton", "triton")
+    if not torch.cuda.is_available():
+        return "no: without a GPU it is computed by its reference, which takes longer than dense"
+    return found if found == "yes" else "no: it needs Triton on a GPU: pip install triton"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or repr(error)
 
 
 def _ffmpeg() -> str:

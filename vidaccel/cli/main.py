@@ -1,8 +1,10 @@
 """The command line: vidaccel COMMAND; --help lists them."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from vidaccel import __version__
 from vidaccel.cli.bench import add_bench
@@ -28,28 +30,60 @@ COMMANDS = (
 )
 
 
+# With this in the environment, a failure that is not the user's shows where it came from.
+TRACEBACK = "VIDACCEL_TRACEBACK"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and leave with code 2."""
+        self.exit(2, f"{self.prog}: {_on_one_line(message)} ({self.prog} --help)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, 2 for bad input, or 130 after Ctrl-C.
+        The exit code: 0, 2 after a failure, of which one line on stderr tells, 130 after Ctrl-C, or
+        141 when nobody reads the output any more.
     """
-    arguments = _parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = arguments.run
     try:
+        arguments = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], None] = arguments.run
         run(arguments)
+        sys.stdout.flush()
     except VidaccelError as error:
-        print(f"vidaccel: {error}", file=sys.stderr)
-        return 2
+        return _failed(str(error))
+    except BrokenPipeError:
+        # What is still in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except KeyboardInterrupt:
         print("vidaccel: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        kind = type(error).__name__
+        return _failed(f"{kind}: {error} ({TRACEBACK}=1 shows where this came from)")
     return 0
+
+
+def _failed(message: str) -> int:
+    """Print a failure on one line, and return its exit code."""
+    print(f"vidaccel: {_on_one_line(message)}", file=sys.stderr)
+    return 2
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets `run`, which takes the arguments."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vidaccel", description="Makes Diffusers video pipelines faster without training."
     )
     parser.add_argument("--version", action="version", version=f"vidaccel {__version__}")

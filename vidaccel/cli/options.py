@@ -1,14 +1,14 @@
-"""The options that commands share: types of arguments, groups, and what is read from them."""
+"""The options that commands share, in groups, and what is read from them."""
 
 import argparse
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vidaccel.cli.argument_types import MAX_FRAMES, number, size, whole_number
 from vidaccel.dbcache import DBCache
-from vidaccel.errors import AttentionError, PlanError, PolicyError
+from vidaccel.errors import AttentionError, ModelError, PlanError, PolicyError
 from vidaccel.svg2.settings import SVG2
 
 
@@ -26,47 +26,6 @@ def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
         name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=_Help
     )
     return parser
-
-
-# Types of arguments.
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """Return an argument type: whole numbers from `low` on."""
-
-    def whole_number(text: str) -> int:
-        """Read one; raises ArgumentTypeError for anything else."""
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number of {low} or more: {text!r}")
-        return value
-
-    return whole_number
-
-
-def size(text: str) -> tuple[int, int]:
-    """Read an argument: width and height in pixels, as in 832x480."""
-    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"expected width x height, such as 832x480: {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def shares(text: str) -> list[float]:
-    """Read an argument: numbers in (0, 1], separated by commas."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < share <= 1 for share in found):
-        raise argparse.ArgumentTypeError(f"numbers in (0, 1] expected, found {text!r}")
-    return found
-
-
-# Groups of options, and what is read from them.
 
 
 def add_model_options(
@@ -92,7 +51,7 @@ def add_model_options(
     )
     group.add_argument("--offload", action="store_true", help="keep idle parts in host memory")
     if threads:
-        group.add_argument("--threads", type=at_least(1), help="CPU threads of torch")
+        group.add_argument("--threads", type=whole_number(1), help="CPU threads of torch")
 
 
 def loader_of(arguments: argparse.Namespace) -> Callable[[], Any]:
@@ -110,12 +69,32 @@ def loader_of(arguments: argparse.Namespace) -> Callable[[], Any]:
     )
 
 
-def pipeline_of(arguments: argparse.Namespace) -> Any:
+def pipeline_of(
+    arguments: argparse.Namespace, resolver: Any = None, steps: int | None = None, **call: Any
+) -> Any:
     """Load the pipeline that the arguments name, on as many threads as they say.
 
+    What is wrong about a run is found before its weights are loaded where its config files tell.
+
+    Args:
+        arguments: those of the command line.
+        resolver: the `Resolver` of the acceleration, if there is one; it is held against the model.
+        steps: number of denoising steps, if it is known.
+        call: other arguments of the pipeline's call that are known by now.
+
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or does not take its arguments.
+        PlanError: the acceleration does not fit it.
     """
+    from vidaccel.clips.load import find_device
+    from vidaccel.clips.outline import check_acceleration, outline_of
+
+    find_device(arguments.device, offload=arguments.offload)
+    if (outline := outline_of(arguments.model)) is not None:
+        call |= {"num_inference_steps": steps}
+        checked = call_of(outline, arguments, **call)
+        if resolver is not None:
+            check_acceleration(outline, checked, resolver)
     if getattr(arguments, "threads", None) is not None:
         import torch
 
@@ -127,9 +106,9 @@ def add_clip_options(parser: argparse.ArgumentParser, *, guidance: bool = False)
     """Add --size and --frames, and --guidance where it is asked for; `call_of` reads them."""
     group = parser.add_argument_group("clip")
     group.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels")
-    group.add_argument("--frames", type=at_least(1), help="number of frames")
+    group.add_argument("--frames", type=whole_number(1, MAX_FRAMES), help="number of frames")
     if guidance:
-        group.add_argument("--guidance", type=float, help="guidance scale")
+        group.add_argument("--guidance", type=number(), help="guidance scale")
 
 
 def call_of(pipe: Any, arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -144,17 +123,19 @@ def call_of(pipe: Any, arguments: argparse.Namespace, **more: Any) -> dict[str, 
         What was given; what was left out is the embedded model's own, or the pipeline's default.
 
     Raises:
-        ModelError: the pipeline takes no such argument.
+        ModelError: the pipeline takes no such argument, or not with this value.
     """
     from vidaccel.clips.embedded import EMBEDDED_CALL
-    from vidaccel.clips.load import call_arguments
+    from vidaccel.clips.load import call_arguments, check_call
 
-    width, height = arguments.size or (None, None)
-    asked = {"height": height, "width": width, "num_frames": arguments.frames}
+    width, height = getattr(arguments, "size", None) or (None, None)
+    asked = {"height": height, "width": width, "num_frames": getattr(arguments, "frames", None)}
     asked |= {"guidance_scale": getattr(arguments, "guidance", None), **more}
     defaults = EMBEDDED_CALL if arguments.model is None else {}
     given = {name: value for name, value in asked.items() if value is not None}
-    return call_arguments(pipe, defaults | given)
+    call = call_arguments(pipe, defaults | given)
+    check_call(pipe, {"prompt": "a prompt", **call})
+    return call
 
 
 def model_name(arguments: argparse.Namespace) -> str:
@@ -175,7 +156,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            type=at_least(0),
+            type=whole_number(0),
             default=getattr(defaults, name),
             metavar="N",
             help=text,
@@ -231,6 +212,20 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the numbers there, or - for the screen"
     )
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse prompts that were typed by mistake.
+
+    Raises:
+        ModelError: one is empty, or the words of one prompt came as prompts of their own.
+    """
+    if not all(prompt.strip() for prompt in prompts):
+        raise ModelError("the prompt is empty: say what to show")
+    if len(prompts) > 1 and not any(len(prompt.split()) > 1 for prompt in prompts):
+        raise ModelError(
+            f"found {len(prompts)} prompts of one word each: put quotes around one prompt"
+        )
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """Results of a command: a table for people, JSON for programs, and the files that were written."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,32 @@ def print_written(paths: Iterable[Path]) -> None:
     """Print which files were written."""
     for path in paths:
         print(f"wrote {path}", file=sys.stderr)
+
+
+def print_quiet(paths: Iterable[Path], json_path: Path | None) -> None:
+    """Print the names of files and nothing else; nothing at all where stdout is taken by JSON."""
+    if not _is_screen(json_path):
+        for path in paths:
+            print(path)
+
+
+def numbered_names(path: Path, number: int) -> list[Path]:
+    """Return names for so many files: video-1.mp4, video-2.mp4 and so on, or the name itself."""
+    if number == 1:
+        return [path]
+    digits = len(str(number))
+    return [path.with_stem(f"{path.stem}-{i:0{digits}}") for i in range(1, number + 1)]
+
+
+def free_name(path: Path, written: Callable[[Path], Iterable[Path]]) -> Path:
+    """Return a name under which nothing is written over: the path, or path-2, path-3 and so on.
+
+    Args:
+        path: the name that is wanted.
+        written: the files that are written under a name.
+    """
+    names = (path if i == 1 else path.with_stem(f"{path.stem}-{i}") for i in count(1))
+    return next(name for name in names if not any(file.exists() for file in written(name)))
 
 
 def write_json(result: dict[str, Any], path: Path | None, *, one_line: str | None = None) -> None:

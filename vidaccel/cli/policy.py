@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vidaccel.cli.argument_types import MAX_STEPS, whole_number
 from vidaccel.cli.options import (
     add_clip_options,
     add_command,
     add_model_options,
-    at_least,
     call_of,
     loader_of,
     pipeline_of,
@@ -27,20 +27,25 @@ def add_build_policy(commands: Any) -> None:
     )
     parser.add_argument("out", type=Path, help="the policy file, .json")
     parser.add_argument("--prompts", type=Path, required=True, help="text file, one per line")
-    parser.add_argument("--steps", type=at_least(3), default=50, help="denoising steps")
-    parser.add_argument("--seeds", type=at_least(1), default=1, help="number of seeds")
+    parser.add_argument(
+        "--steps", type=whole_number(3, MAX_STEPS), default=50, help="denoising steps"
+    )
+    parser.add_argument("--seeds", type=whole_number(1), default=1, help="number of seeds")
     _add_measuring(parser)
     parser.add_argument("--no-validate", action="store_true", help="skip the end-to-end check")
     parser.add_argument(
         "--improve",
-        type=at_least(0),
+        type=whole_number(0),
         default=0,
         metavar="RUNS",
         help="so many runs for each validated budget improve its plan by small changes",
     )
     parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
     parser.add_argument(
-        "--workers", type=at_least(0), default=0, help="Ray workers with a pipeline each; 0: here"
+        "--workers",
+        type=whole_number(0),
+        default=0,
+        help="Ray workers with a pipeline each; 0: here",
     )
     parser.add_argument("--ray-address", help="a Ray cluster; this machine if left out")
     add_clip_options(parser, guidance=True)
@@ -51,7 +56,7 @@ def add_build_policy(commands: Any) -> None:
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     """Add which errors are measured, and how plans are chosen by them."""
     group = parser.add_argument_group("errors")
-    group.add_argument("--max-skip", type=at_least(2), default=8, help="steps in a segment")
+    group.add_argument("--max-skip", type=whole_number(2), default=8, help="steps in a segment")
     group.add_argument(
         "--method",
         choices=("exact", "gain", "lazy"),
@@ -86,26 +91,26 @@ def _build_policy(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompts)
     check_writable(out)
 
-    from vidaccel.calibration.build import build_policy
+    from vidaccel.calibration.build import build_policy, check_build
+    from vidaccel.resolve import Resolver
 
-    pipe = pipeline_of(arguments)
+    options: dict[str, Any] = {
+        "num_inference_steps": arguments.steps,
+        "seeds": range(arguments.seeds),
+        "validate": not arguments.no_validate,
+    }
+    names = ("max_skip", "method", "objective", "metric", "aggregation", "improve", "workers")
+    options |= {name: getattr(arguments, name) for name in names}
+    check_build(prompts, **options)
+    pipe = pipeline_of(arguments, Resolver(None), arguments.steps)
     pipe.set_progress_bar_config(disable=True)
     policy = build_policy(
         pipe,
         prompts,
-        num_inference_steps=arguments.steps,
-        seeds=range(arguments.seeds),
-        max_skip=arguments.max_skip,
-        method=arguments.method,
-        objective=arguments.objective,
-        metric=arguments.metric,
-        aggregation=arguments.aggregation,
+        **options,
         faithful=arguments.faithful,
         call_kwargs=call_of(pipe, arguments),
         workdir=arguments.workdir,
-        validate=not arguments.no_validate,
-        improve=arguments.improve,
-        workers=arguments.workers,
         ray_address=arguments.ray_address,
         load=loader_of(arguments),
     )
@@ -116,8 +121,14 @@ def _build_policy(arguments: argparse.Namespace) -> None:
 
 def add_show(commands: Any) -> None:
     """Add `vidaccel show`."""
-    parser = add_command(commands, "show", "what a policy file says")
-    parser.add_argument("policy", help="file, folder or hub id")
+    parser = add_command(
+        commands, "show", "what a policy says, or which policies come with vidaccel"
+    )
+    parser.add_argument(
+        "policy",
+        nargs="?",
+        help="file, folder, name of a shipped one or hub id; the list of those shipped if left out",
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw errors and plans there")
     parser.set_defaults(run=_show)
 
@@ -125,8 +136,18 @@ def add_show(commands: Any) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     """Run `vidaccel show`."""
     from vidaccel.plans.policy import CachePolicy
+    from vidaccel.plans.store import shipped_as
 
+    if arguments.policy is None:
+        if arguments.plot is not None:
+            raise PolicyError("--plot draws one policy: name it")
+        print(shipped_table())
+        return
     check_writable(arguments.plot)
+    shipped = {} if Path(arguments.policy).exists() else shipped_as(arguments.policy)
+    if len(shipped) > 1 and arguments.plot is None:
+        print("\n\n".join(CachePolicy.load(path).table() for path in shipped.values()))
+        return
     policy = CachePolicy.from_pretrained(arguments.policy)
     print(policy.table())
     if arguments.plot is not None:
@@ -134,3 +155,21 @@ def _show(arguments: argparse.Namespace) -> None:
 
         plot_policy(policy, arguments.plot)
         print_written([arguments.plot])
+
+
+def shipped_table() -> str:
+    """Return the policies that come with vidaccel: a line each, by the name that commands take."""
+    from vidaccel.plans.shipped import load_shipped
+
+    rows = [("name for --policy and show", "steps", "made", "budgets")]
+    for file, policy in sorted(load_shipped()):
+        name = file.removesuffix(".json").replace("--", "/", 1)
+        budgets = policy.budgets()
+        few = ", ".join(map(str, budgets)) if len(budgets) < 8 else f"{budgets[0]} to {budgets[-1]}"
+        rows.append((name, str(policy.num_inference_steps), policy.provenance, few))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

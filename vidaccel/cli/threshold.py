@@ -3,15 +3,16 @@
 import argparse
 from typing import Any
 
+from vidaccel.cli.argument_types import MAX_SEED, MAX_STEPS, number, whole_number
 from vidaccel.cli.options import (
     add_cache_options,
     add_clip_options,
     add_command,
     add_json_option,
     add_model_options,
-    at_least,
     cache_of,
     call_of,
+    check_prompts,
     pipeline_of,
 )
 from vidaccel.cli.output import check_writable, print_result, write_json
@@ -26,13 +27,19 @@ def add_suggest_threshold(commands: Any) -> None:
         "find the threshold of the block cache from recorded runs",
     )
     parser.add_argument("prompt", nargs="*", help="one or a few; the embedded model has its own")
-    parser.add_argument("--steps", type=at_least(2), default=50, help="denoising steps")
-    wish = parser.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--speedup", type=float, help="how many times fewer blocks are to run")
-    wish.add_argument(
-        "--max-error", type=float, help="largest error of the final latents, as a fraction"
+    parser.add_argument(
+        "--steps", type=whole_number(2, MAX_STEPS), default=50, help="denoising steps"
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise")
+    wish = parser.add_mutually_exclusive_group(required=True)
+    wish.add_argument(
+        "--speedup", type=number(0, above=True), help="how many times fewer blocks are to run"
+    )
+    wish.add_argument(
+        "--max-error", type=number(0), help="largest error of the final latents, as a fraction"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the noise"
+    )
     add_json_option(parser)
     add_cache_options(parser)
     add_clip_options(parser)
@@ -43,17 +50,21 @@ def add_suggest_threshold(commands: Any) -> None:
 def _suggest_threshold(arguments: argparse.Namespace) -> None:
     """Run the command."""
     check_writable(arguments.json)
+    check_prompts(arguments.prompt)
     if arguments.model is not None and not arguments.prompt:
         raise ModelError("a prompt is needed: vidaccel suggest-threshold --model ... PROMPT")
     cache = cache_of(arguments)
 
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from vidaccel.calibration.threshold import suggest_threshold
     from vidaccel.clips.embedded import EMBEDDED_PROMPT
     from vidaccel.environment import environment
+    from vidaccel.resolve import Resolver
 
-    pipe = pipeline_of(arguments)
+    # Any threshold will do to hold the other settings against the model.
+    resolver = Resolver(None, replace(cache, threshold=0.0))
+    pipe = pipeline_of(arguments, resolver, arguments.steps)
     pipe.set_progress_bar_config(disable=True)
     found = suggest_threshold(
         pipe,

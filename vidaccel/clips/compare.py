@@ -6,7 +6,9 @@ from typing import Any
 
 from vidaccel.api import accelerate, restore
 from vidaccel.clips import metrics, scenes, video
+from vidaccel.clips.fidelity import in_words, sheet_of
 from vidaccel.clips.generate import Run, generate
+from vidaccel.clips.notes import COMPRESSION, notes_on
 from vidaccel.clips.video import Clip
 from vidaccel.engine.stats import StepKind
 
@@ -17,9 +19,10 @@ def compare(
     *,
     seed: int = 0,
     progress: bool = True,
+    warm_up: bool = True,
     **acceleration: Any,
 ) -> tuple[Run, Run, dict[str, Any]]:
-    """Run a pipeline plain and accelerated on the same noise, after a warm-up of two steps.
+    """Run a pipeline plain and accelerated on the same noise.
 
     Leaves the pipeline accelerated.
 
@@ -28,21 +31,24 @@ def compare(
         call: arguments of its call.
         seed: seed of the noise.
         progress: show a bar for each run.
+        warm_up: run two steps first, which the first run of a process needs to be timed.
         acceleration: arguments of `accelerate`; a `Resolver` as policy is read no second time.
 
     Returns:
         The plain run, the accelerated run, and a dict for JSON: "steps", "steps_computed",
         "blocks_run", "seconds" and "denoising_seconds" of both, "speedup" (whole call and
         denoising), "metrics" (`clips.metrics.summary` of the accelerated clip against the plain
-        one), "adherence" (`adherence_of` both) and "report" (that of the accelerated run).
+        one), "adherence" (`adherence_of` both), "notes" (what a reader of the numbers should
+        know) and "report" (that of the accelerated run).
 
     Raises:
         UnsupportedPipelineError, PlanError: as `accelerate` does, before anything runs.
     """
     accelerate(pipe, **acceleration)
     restore(pipe)
-    warm_up = {**call, "num_inference_steps": 2}
-    generate(pipe, warm_up, seed=seed, label="warm-up ", progress=progress)
+    if warm_up:
+        short = {**call, "num_inference_steps": 2}
+        generate(pipe, short, seed=seed, label="warm-up ", progress=progress)
     plain = generate(pipe, call, seed=seed, label="plain   ", progress=progress)
     accelerate(pipe, **acceleration)
     fast = generate(pipe, call, seed=seed, label="vidaccel", progress=progress)
@@ -63,6 +69,7 @@ def compare(
         else None,
         "metrics": metrics.summary(plain.frames, fast.frames),
         "adherence": [adherence_of(run.frames, call.get("prompt")) for run in (plain, fast)],
+        "notes": [*notes_on(pipe, call, fast), COMPRESSION],
         "report": fast.report,
     }
     return plain, fast, result
@@ -87,17 +94,30 @@ def write_comparison(out: Path, clips: dict[str, Clip], fps: int) -> list[Path]:
     Returns:
         The files: `out`, and -plain.mp4, -side-by-side.mp4 and -contact-sheet.png.
     """
+    alone, both, sheet = files_beside(out)
     plain, fast = clips.values()
-    beside = {
-        out: fast,
-        out.with_stem(f"{out.stem}-plain"): plain,
-        out.with_stem(f"{out.stem}-side-by-side"): video.side_by_side(clips),
-    }
-    for path, frames in beside.items():
+    written = {out: fast, alone: plain, both: video.side_by_side(clips)}
+    for path, frames in written.items():
         video.write_video(path, frames, fps)
-    sheet = out.with_name(f"{out.stem}-contact-sheet.png")
     video.write_image(sheet, video.contact_sheet(clips))
-    return [*beside, sheet]
+    return [*written, sheet]
+
+
+def files_beside(out: Path) -> list[Path]:
+    """Return the files that a comparison writes beside the accelerated clip."""
+    plain, both = (out.with_stem(f"{out.stem}-{name}") for name in ("plain", "side-by-side"))
+    return [plain, both, sheet_of(out)]
+
+
+def attention_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Return rows of a table: the attention, plain beside accelerated, and its density."""
+    parts = [part["attention"] for part in report["transformers"] if part["attention"]]
+    densities = [part["density_with_dense"] for part in parts]
+    sparse = [density for density in densities if density is not None]
+    if not sparse:
+        return [["attention", "dense", "dense"]]
+    shown = " and ".join(f"{density:.1%}" for density in sparse)
+    return [["attention", "dense", "sparse"], ["  density", "100.0%", shown]]
 
 
 def comparison_table(result: dict[str, Any]) -> str:
@@ -107,8 +127,9 @@ def comparison_table(result: dict[str, Any]) -> str:
     def seconds(values: Sequence[float | None]) -> list[str]:
         return ["-" if value is None else f"{value:.2f} s" for value in values]
 
-    def metric(name: str, form: str) -> str:
-        return "not available" if measured[name] is None else format(measured[name], form)
+    def metric(name: str) -> str:
+        known = name not in measured["unavailable"]
+        return in_words(name, measured[name]) if known else "not available"
 
     def speedup(value: float | None) -> list[str]:
         return ["1.00x", "-" if value is None else f"{value:.2f}x"]
@@ -121,9 +142,10 @@ def comparison_table(result: dict[str, Any]) -> str:
         ["  speedup", *speedup(result["denoising_speedup"])],
         ["whole call", *seconds(result["seconds"])],
         ["  speedup", *speedup(result["speedup"])],
-        ["PSNR", "", f"{metric('psnr', '.1f')} dB"],
-        ["SSIM", "", metric("ssim", ".3f")],
-        ["LPIPS", "", metric("lpips", ".3f")],
+        *attention_rows(result["report"]),
+        ["PSNR", "", metric("psnr")],
+        ["SSIM", "", metric("ssim")],
+        ["LPIPS", "", metric("lpips")],
     ]
     plain, fast = result["adherence"]
     if plain is not None and fast is not None:
@@ -137,6 +159,10 @@ def comparison_table(result: dict[str, Any]) -> str:
         for name, a, b in rows
     ]
     lines[1:1] = ["-" * len(lines[0])]
-    lines += [f"policy  {result['report']['transformers'][0]['policy']}"]
-    lines += [f"{name}: {why}" for name, why in measured["unavailable"].items()]
+    for part in result["report"]["transformers"]:
+        lines += [f"policy: {part['policy']}"]
+        lines += [f"attention: {part['attention']['settings']}"] if part["attention"] else []
+        lines += [f"note: {note}" for note in part["notes"]]
+    lines += [f"{name.upper()}: {why}" for name, why in measured["unavailable"].items()]
+    lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join(lines)

@@ -116,10 +116,15 @@ def compare_files(
     a, b = labels or (reference.name, clip.name)
     clips = {a: first, (b if b != a else f"{b} (second)"): second}
     video.write_video(out, video.side_by_side(clips), fps)
-    sheet = out.with_name(f"{out.stem}-contact-sheet.png")
+    sheet = sheet_of(out)
     video.write_image(sheet, video.contact_sheet(clips))
     size = [first.shape[2], first.shape[1]]
     return {"frames": len(first), "size": size, "fps": [fps, other_fps]} | result, [out, sheet]
+
+
+def sheet_of(out: Path) -> Path:
+    """Return the file of the contact sheet that goes beside a clip."""
+    return out.with_name(f"{out.stem}-contact-sheet.png")
 
 
 def fidelity_table(result: dict[str, Any]) -> str:

@@ -98,7 +98,7 @@ def generate(
         following = nullcontext() if calls_back else follow_steps(pipe, on_step_end)
         with without_bar(pipe), following:
             started = time.perf_counter()
-            frames = as_uint8(pipe(**call).frames[0])
+            frames = as_uint8(_first_clip(pipe(**call)))
             seconds = time.perf_counter() - started
     return Run(
         frames,
@@ -106,6 +106,11 @@ def generate(
         step_ends[-1] - started if step_ends else None,
         report(pipe).to_dict() if engines else None,
     )
+
+
+def _first_clip(output: Any) -> Any:
+    """Return the clip of what a pipeline gives; the picture of an image pipeline is one frame."""
+    return output.frames[0] if hasattr(output, "frames") else output.images[:1]
 
 
 def latents_of(pipe: Any, call: dict[str, Any], seed: int = 0) -> torch.Tensor:

@@ -185,15 +185,20 @@ def _pair(reference: Any, clip: Any) -> tuple[Clip, Clip]:
     return first, second
 
 
+def lpips_weights(net: str = "alex") -> tuple[str, Path]:
+    """Return the address of a backbone's weights, and the file that they are kept in."""
+    import torch
+    from torchvision.models import get_weight
+
+    url: str = get_weight(LPIPS_BACKBONES[net]).url
+    return url, Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+
+
 def _require_weights(net: str) -> None:
     """Raise MetricUnavailable unless the backbone's weights are cached or can be downloaded."""
     from urllib.request import Request, urlopen
 
-    import torch
-    from torchvision.models import get_weight
-
-    url = get_weight(LPIPS_BACKBONES[net]).url
-    file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    url, file = lpips_weights(net)
     if file.is_file():
         return
     try:

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vidaccel.errors import VideoError
 
@@ -135,6 +135,20 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     target = _with_suffix(path, ".mp4")
     with _scratch(target) as temporary:
         _encode(temporary, np.zeros((1, 16, 16, 3), np.uint8), fps=16)
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture as red, green and blue, turned as its camera says.
+
+    Raises VideoError if the file is missing, damaged or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return (ImageOps.exif_transpose(image) or image).convert("RGB")
+    except FileNotFoundError as error:
+        raise VideoError(f"no picture at {path}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path} is damaged or no picture") from error
 
 
 def write_image(path: str | os.PathLike[str], image: Any) -> None:

@@ -1,0 +1,51 @@
+"""Notes for readers of the numbers of a clip, a sentence each."""
+
+from typing import Any
+
+from vidaccel.clips.generate import Run
+from vidaccel.engine.stats import StepKind
+
+COMPRESSION = (
+    "measured on the frames as they were generated; vidaccel compare of the .mp4 files counts what "
+    "their compression has lost, too"
+)
+
+
+def notes_on(pipe: Any, call: dict[str, Any], run: Run) -> list[str]:
+    """Return what is to be said of one accelerated run.
+
+    Args:
+        pipe: the pipeline.
+        call: the arguments of its call.
+        run: what came of it.
+    """
+    parts = (run.report or {"transformers": []})["transformers"]
+    notes = list(_other_size(pipe, call, run))
+    timeline = "".join(part["timeline"] for part in parts)
+    told = any(note.startswith("nothing was reused") for part in parts for note in part["notes"])
+    if not told and timeline and timeline.count(StepKind.COMPUTED) == len(timeline):
+        notes.append("nothing was reused: every step was computed, which takes no less time")
+    sparse = any(part["attention"] and part["attention"]["sparse_calls"] for part in parts)
+    if sparse and str(pipe.device).startswith("cpu"):
+        notes.append(
+            "sparse attention runs as its PyTorch reference on a CPU, where it costs time; it "
+            "saves some on a GPU"
+        )
+    return notes
+
+
+def _other_size(pipe: Any, call: dict[str, Any], run: Run) -> list[str]:
+    """Return a note where the clip has not the size that was asked for."""
+    frames, height, width, _ = run.frames.shape
+    made = {"num_frames": frames, "height": height, "width": width}
+    differing = {
+        name: (call[name], value)
+        for name, value in made.items()
+        if call.get(name) is not None and call[name] != value
+    }
+    name = type(pipe).__name__
+    words = {"num_frames": "frames", "height": "rows", "width": "columns"}
+    return [
+        f"{name} made {got} {words[key]}, not {asked}: it rounds to a number that its VAE can make"
+        for key, (asked, got) in differing.items()
+    ]
