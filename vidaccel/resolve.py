@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from vidaccel.dbcache import DBCache
@@ -19,6 +18,7 @@ from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.shipped import load_shipped
 from vidaccel.plans.store import shipped_as
 from vidaccel.svg2.settings import SVG2
+from vidaccel.svg2.support import gpu_of, why_dense, why_not_on
 
 # How much of the threshold of a model's row each preset allows.
 _TOLERANCE = {"quality": 0.5, "balanced": 1.0, "fast": 2.0}
@@ -326,10 +326,12 @@ def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -
 
     Args:
         attention: None leaves attention alone; an `SVG2` makes it sparse; "auto" does so with
-            `SVG2()` where there is a GPU and the model allows it.
+            `SVG2()` where there is a GPU that runs the kernels and the model allows it, and tells
+            in the report where not.
 
     Raises:
-        AttentionError: it is none of these, or this attention cannot be made sparse.
+        AttentionError: it is none of these, or this attention cannot be made sparse, by an `SVG2`
+            on the GPU of this machine. Without one an `SVG2` runs in torch.
     """
     if attention is None:
         return AttentionHook()
@@ -337,13 +339,24 @@ def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -
         raise AttentionError(
             f"attention is 'auto', None or an SVG2, found {type(attention).__name__}"
         )
-    if attention == "auto" and not torch.cuda.is_available():
+    gpu = gpu_of(transformer)
+    if attention == "auto" and gpu is None:
         return AttentionHook()
     # Only here, since Triton and Diffusers' attention take seconds to import.
-    from vidaccel.svg2.runner import SparseAttention, why_dense
+    from vidaccel.svg2.runner import SparseAttention
 
     if isinstance(attention, SVG2):
-        return SparseAttention(transformer, host, attention)
-    if reason := why_dense(transformer, host):
+        sparse = SparseAttention(transformer, host, attention)
+        # On all other devices torch runs in the place of the kernels.
+        if gpu is None or gpu.type != "cuda":
+            return sparse
+        if reason := why_not_on(gpu, transformer, host):
+            raise AttentionError(
+                f"the attention of {type(transformer).__name__} cannot be made sparse on this "
+                f"machine: {reason}; pass attention=None"
+            )
+        return sparse
+    assert gpu is not None  # with "auto"
+    if reason := why_dense(transformer, host) or why_not_on(gpu, transformer, host):
         return AttentionHook(f"dense, since {reason}")
     return SparseAttention(transformer, host, SVG2(), gpu_only=True)

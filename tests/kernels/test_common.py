@@ -1,10 +1,9 @@
 """Which kernels run for which inputs, and why the others are refused."""
 
-import sys
-
 import pytest
 import torch
 
+from tiny.machine import card, without_triton
 from vidaccel.kernels import common
 from vidaccel.kernels.common import KernelError, resolve, why_no_kernels
 from vidaccel.kernels.kmeans import kmeans
@@ -14,11 +13,6 @@ from vidaccel.kernels.semantic_attention import cluster_tokens, semantic_attenti
 from vidaccel.kernels.state import SemanticConfig, SemanticState
 
 GPU = torch.device("cuda", 0)
-
-
-def card(monkeypatch, capability=(9, 0), hip=None):
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
@@ -42,11 +36,9 @@ def test_other_vendors_are_named(monkeypatch):
         assert f"this is {kind}" in why_no_kernels(torch.device(kind))
 
 
-def test_a_triton_that_is_missing_or_broken_is_named(monkeypatch):
+def test_a_triton_that_is_missing_is_named(monkeypatch):
     card(monkeypatch)
-    name = "vidaccel.kernels.semantic_attention_triton"
-    monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delattr(sys.modules["vidaccel.kernels"], "semantic_attention_triton")
+    without_triton(monkeypatch)
     assert "the kernels need Triton, which cannot be imported" in why_no_kernels(GPU)
 
 

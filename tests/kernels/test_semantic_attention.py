@@ -230,6 +230,38 @@ def test_a_state_follows_the_shape_and_can_be_reset():
         state.density()
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("video", [(0, 64), (16, 80)])
+def test_padding_has_no_share_in_density_and_recall(impl, video, device):
+    q, k, v = (x.to(device) for x in tokens(batch=2))
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, :9] = mask[1, :1] = True
+    valid = torch.ones(2, 80, dtype=torch.bool)
+    around = [i for i in range(80) if not video[0] <= i < video[1]]
+    valid[:, around] = mask
+    for top_p in (1.0, 0.3):
+        state, config = SemanticState(), SemanticConfig(4, 6, top_p, min_ratio=0.0, init_iters=1)
+        text = {"video": video, "text_mask": mask.to(device)}
+        semantic_attention(q, k, v, state, config, **text, impl=impl)
+        labels = state.query.labels, state.key.labels
+        rows = torch.arange(video[0], video[1], 5, device=device)
+        recall = reference.attention_recall(
+            q, k, *labels, state.selection, scale=0.125, rows=rows, valid=valid.to(device)
+        )
+        # Pair by pair.
+        seen = state.selection.mask().gather(2, labels[0].long()[..., None].expand(2, 1, 80, 8))
+        seen = seen.gather(3, labels[1].long()[:, :, None, :].expand(2, 1, 80, 80)).cpu()
+        pairs = (valid[:, None, :, None] & valid[:, None, None, :]).double()
+        expected = (seen * pairs).sum((2, 3)) / pairs.sum((2, 3))
+        torch.testing.assert_close(state.density().cpu().double(), expected, rtol=1e-6, atol=0)
+        scores = (q @ k.transpose(-1, -2) * 0.125).cpu()
+        mass = scores.masked_fill(~valid[:, None, None, :], -torch.inf).softmax(-1) * seen
+        torch.testing.assert_close(recall.cpu(), mass.sum(-1)[..., rows.cpu()])
+        if top_p == 1.0:
+            assert (state.density() == 1).all()
+            torch.testing.assert_close(recall, torch.ones_like(recall))
+
+
 def test_clustering_alone_prepares_the_next_call():
     q, k, v = tokens()
     config = SemanticConfig(4, 6, init_iters=3, kmeans_iters=0)

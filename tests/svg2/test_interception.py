@@ -1,20 +1,25 @@
 """Interception of self-attention: what is caught, what is not, and that it leaves no trace."""
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from tiny import CASES, CORE, STEPS, Case, embeds
+from tiny import CASES, CORE, STEPS, Case, embeds, generator
 from tiny.base import LAYERS
 from tiny.looking import snapshot, transformers_of
 from tiny.wan import wan, wan_i2v
 from vidaccel import SVG2, accelerate, report, restore
 from vidaccel.api import engines_of
+from vidaccel.engine.state import CallContext
 from vidaccel.errors import AttentionError
 from vidaccel.hosts.registry import HOSTS
+from vidaccel.svg2 import interception
 from vidaccel.svg2.interception import Interception, under
+from vidaccel.svg2.runner import SparseAttention, SparseCall
 
 SPARSE = SVG2(
     top_p=0.5, query_clusters=2, key_clusters=3, min_tokens=0, dense_steps=0, dense_layers=0
@@ -173,6 +178,79 @@ def test_what_is_no_self_attention_is_refused_inside_a_block():
     catch.remove()
     with torch.no_grad():
         assert torch.equal(alone, attention(x))
+
+
+# Gradients.
+
+
+def trained(case: Case, block: Any) -> list[torch.Tensor]:
+    """The result of a self-attention, and its gradients by input and by a weight."""
+    x = torch.randn(1, 48, 24, generator=generator(0), requires_grad=True)
+    out = block(x)
+    weight = case.pipe.transformer.blocks[1].attn1.to_q.weight
+    return [out, *torch.autograd.grad(out.square().sum(), [x, weight])]
+
+
+def test_with_gradients_attention_is_dense_and_they_are_those_of_the_model():
+    case = wan()
+    block = case.pipe.transformer.blocks[1].attn1
+    baseline = trained(case, block)
+    config = replace(SPARSE, cluster_while_dense=True, dense_steps=1)
+    for steps in (SPARSE, config):
+        sparse = SparseAttention(case.pipe.transformer, HOSTS["WanTransformer3DModel"], steps)
+        sparse.attach()
+        call = SparseCall(sparse, {}, CallContext(0, 6, "cond", True), steps, "")
+        with call.block(1, None, (), {}):
+            torch.testing.assert_close(trained(case, block), baseline, rtol=0, atol=0)
+            with torch.no_grad():
+                sample = block(torch.randn(1, 48, 24))
+        call.end()
+        assert not sample.requires_grad
+        assert sparse.report().dense_calls["gradients"] == 1
+        assert sparse.report().sparse_calls == (1 if steps is SPARSE else 0)
+        sparse.detach()
+
+
+def test_nothing_is_refused_of_a_block_that_is_nobodys_layer(monkeypatch):
+    """Such as a causal one, or one with arguments that only its backend knows."""
+    q, k, v = (torch.randn(1, 12, 2, 8, generator=generator(i)) for i in range(3))
+    seen = []
+
+    def look(*args, **kwargs):
+        seen.append(args[8])
+        return dispatch_attention_fn(*args[:8], **kwargs)
+
+    monkeypatch.setattr(interception, "dispatch_attention_fn", look)
+    arguments = {"is_causal": True, "attention_kwargs": {"of": "a backend"}}
+    out = interception._dispatch(q, k, v, **arguments)
+    assert seen == [{"of": "a backend"}]
+    assert torch.equal(out, dispatch_attention_fn(q, k, v, is_causal=True))
+    with under(lambda *_: q):
+        for name, message in (("is_causal", "causal: True"), ("attention_kwargs", "of its own")):
+            with pytest.raises(AttentionError, match=message):
+                interception._dispatch(q, k, v, **{name: arguments[name]})
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_compiled_blocks_have_gradients_too(name):
+    """CogVideoX calls torch's attention, Wan that of Diffusers."""
+    case = CASES[name]()
+    model = case.pipe.transformer
+    block = modules_of(model)[1]
+    size = block.to_q.in_features
+    x = torch.randn(1, 24, size, generator=generator(0), requires_grad=True)
+    texts = [torch.randn(1, 4, size, generator=generator(1))] if name == "cogvideox" else []
+
+    def run():
+        out = block(x, *texts)
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        return [out, *torch.autograd.grad(out.square().sum(), [x, block.to_q.weight])]
+
+    baseline = run()
+    accelerate(case.pipe, policy=None, cache=None, attention=SPARSE)
+    torch._dynamo.reset()
+    block.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(), baseline)
 
 
 # torch.compile.

@@ -255,10 +255,13 @@ def in_words(error: Exception, settings: Settings) -> str:
 
 def _attention_of(pipe: Any) -> str:
     # Only here, since Triton and Diffusers' attention take seconds to import.
-    from vidaccel.svg2.runner import why_dense
+    from vidaccel.svg2.support import gpu_of, why_dense, why_not_on
 
     for transformer, host in find_transformers(pipe).values():
-        if reason := why_dense(transformer, host):
+        reason = why_dense(transformer, host)
+        if not reason and (gpu := gpu_of(transformer)) is not None:
+            reason = why_not_on(gpu, transformer, host)
+        if reason:
             return f"Attention stays dense with this model: {reason}."
     if not torch.cuda.is_available():
         return (

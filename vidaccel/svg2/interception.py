@@ -172,13 +172,20 @@ def _dispatch(
     parallel_config: Any = None,
 ) -> torch.Tensor:
     """Stand in for Diffusers' `dispatch_attention_fn`; tensors are [B, S, H, D]."""
+    how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    compiling = torch.compiler.is_compiling()
+    if want_gradients(query, key, value) if compiling else _RUNNING.get() is None:
+        plain: torch.Tensor = dispatch_attention_fn(
+            query, key, value, *how, attention_kwargs,
+            backend=backend, parallel_config=parallel_config,
+        )  # fmt: skip
+        return plain
     if attention_kwargs or not _is_plain(attn_mask):
         raise AttentionError(
             "this call of attention has a block mask or arguments of its own, which sparse "
             "attention does not honour: pass attention=None"
         )
-    how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if torch.compiler.is_compiling():
+    if compiling:
         if parallel_config is not None:
             raise AttentionError(
                 "sparse attention in compiled blocks does not run in context parallel: leave the "
@@ -226,7 +233,8 @@ def _scaled_dot_product_attention(
     """Stand in for torch's function of this name; tensors are [B, H, S, D]."""
     how = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling and not want_gradients(query, key, value):
         result: torch.Tensor = _self_attention(q, k, v, *how, _TORCH)
         return result.transpose(1, 2)
 
@@ -235,6 +243,8 @@ def _scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         ).transpose(1, 2)
 
+    if compiling:
+        return dense().transpose(1, 2)
     return _attend(q, k, v, *how[:-1], dense).transpose(1, 2)
 
 
@@ -293,6 +303,11 @@ def _attend(
             "be made sparse: pass attention=None"
         )
     return attend(query, key, value, mask, scale, dense)
+
+
+def want_gradients(*tensors: torch.Tensor) -> bool:
+    """Tell whether what is computed from tensors has to have a gradient."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _is_plain(mask: Any) -> bool:

@@ -1,6 +1,8 @@
 """Counts what sparse attention did, without waiting for the device until somebody asks."""
 
+import threading
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,9 +13,12 @@ from vidaccel.engine.timing import Stopwatch
 from vidaccel.kernels.common import density
 from vidaccel.kernels.state import SemanticState
 
+# Layers, and for each: density, share of empty query and of empty key clusters, recall.
+_Table = tuple[list[int], torch.Tensor]
+
 
 class _Call(NamedTuple):
-    """One sparse call.
+    """One sparse call of attention.
 
     Attributes:
         layer: position of the block.
@@ -59,23 +64,20 @@ class _Sums:
 
 
 @dataclass
-class SparsityStats:
-    """Counts what was sparse, and how sparse it was.
+class CallSparsity:
+    """What was sparse in one call of the transformer, and how sparse it was.
 
     Attributes:
-        dense: dense calls, by reason.
+        dense: dense calls of attention, by reason.
+        watches: those of each call of attention, if they are timed.
     """
 
     dense: Counter[str] = field(default_factory=Counter)
-    _calls: list[_Call] = field(default_factory=list)  # of the running call of the transformer
-    # Layers, and for each: density, share of empty query and of empty key clusters, recall.
-    _gathered: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
-    _watches: list[Stopwatch] = field(default_factory=list)
-    _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _layers: dict[int, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
+    watches: list[Stopwatch] = field(default_factory=list)
+    _calls: list[_Call] = field(default_factory=list)
 
     def add(self, layer: int, state: SemanticState, recall: torch.Tensor | None) -> None:
-        """Count one sparse call in."""
+        """Count one sparse call of attention in."""
         assert state.selection is not None
         assert state.query is not None
         assert state.key is not None
@@ -85,17 +87,17 @@ class SparsityStats:
         self._calls.append(_Call(layer, selected_keys, q_counts, k_counts, num_clusters, recall))
 
     def watch(self, device: torch.device) -> Stopwatch:
-        """Start to time one call."""
-        self._watches.append(Stopwatch(device))
-        return self._watches[-1]
+        """Start to time one call of attention."""
+        self.watches.append(Stopwatch(device))
+        return self.watches[-1]
 
-    def gather(self) -> None:
+    def tables(self) -> Iterator[_Table]:
         """Reduce what was added to a few numbers: a few launches for all layers together."""
         alike = defaultdict(list)
         for call in self._calls:
-            alike[call.selected_keys.shape, call.k_counts.shape, call.num_clusters].append(call)
-        self._calls = []
-        for (_, _, (num_q, num_k)), calls in alike.items():
+            shapes = call.selected_keys.shape, call.k_counts.shape
+            alike[shapes, call.num_clusters, call.k_counts.device].append(call)
+        for (_, (num_q, num_k), _), calls in alike.items():
             q_counts = torch.stack([call.q_counts for call in calls])
             k_counts = torch.stack([call.k_counts for call in calls])
             selected_keys = torch.stack([call.selected_keys for call in calls])
@@ -107,27 +109,53 @@ class SparsityStats:
             recalls = [call.recall for call in calls if call.recall is not None]
             if recalls:
                 columns.append(torch.stack(recalls).double())
-            self._gathered.append(([call.layer for call in calls], torch.stack(columns, 1)))
+            yield [call.layer for call in calls], torch.stack(columns, 1)
+
+
+class SparsityStats:
+    """Adds up what was sparse over calls, which several threads may hand in."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._dense: Counter[str] = Counter()
+        self._tables: list[_Table] = []
+        self._watches: list[Stopwatch] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._layers: dict[int, _Sums] = defaultdict(_Sums)
+
+    def add(self, call: CallSparsity) -> None:
+        """Count one call of the transformer in."""
+        tables = list(call.tables())
+        with self._lock:
+            self._dense.update(call.dense)
+            self._tables += tables
+            self._watches += call.watches
 
     def finalize(self) -> None:
         """Add everything up on the host; waits for the device."""
-        self.gather()
-        for layers, table in self._gathered:
+        with self._lock:
+            self._finalize()
+
+    def _finalize(self) -> None:
+        for layers, table in self._tables:
             for layer, row in zip(layers, table.tolist(), strict=True):
                 self._layers[layer].add(*row)
-        self._gathered = []
         for watch in self._watches:
             for phase, seconds in watch.seconds():
                 self._seconds[phase] += seconds
-        self._watches = []
+        self._tables, self._watches = [], []
 
     def report(self, settings: str, bytes_held: int) -> AttentionReport:
         """Return the means as they stand; waits for the device."""
-        self.finalize()
+        with self._lock:
+            self._finalize()
+            return self._report(settings, bytes_held)
+
+    def _report(self, settings: str, bytes_held: int) -> AttentionReport:
         total = _Sums()
         for sums in self._layers.values():
             total.add(**vars(sums))
-        calls, dense = total.calls, sum(self.dense.values())
+        calls, dense = total.calls, sum(self._dense.values())
 
         def mean(value: float) -> float | None:
             return value / calls if calls else None
@@ -135,7 +163,7 @@ class SparsityStats:
         return AttentionReport(
             settings=settings,
             sparse_calls=calls,
-            dense_calls=dict(self.dense),
+            dense_calls=dict(self._dense),
             density=mean(total.density),
             density_with_dense=(total.density + dense) / (calls + dense) if calls + dense else None,
             empty_query_clusters=mean(total.empty_query_clusters),

@@ -1,0 +1,24 @@
+"""Other machines than the one that runs the tests, as far as somebody asks about them."""
+
+import sys
+
+import pytest
+import torch
+
+
+def card(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), hip: str | None = None
+) -> None:
+    """Let the machine have a GPU; one of AMD's where there is a version of HIP."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no module of kernels find Triton, also those that have found it before."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vidaccel.kernels.") and hasattr(module, "triton"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "vidaccel.kernels.semantic_attention_triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
