@@ -7,7 +7,12 @@ import random
 import pytest
 
 from vidaccel import Plan
-from vidaccel.calibration.candidates import candidates, head_and_gap
+from vidaccel.calibration.candidates import (
+    candidates,
+    head_and_gap,
+    most_validation_forwards,
+    validated_budgets,
+)
 from vidaccel.lemica import search
 from vidaccel.plans.edge import Edge
 
@@ -97,3 +102,15 @@ def test_a_head_of_steps_is_followed_by_equal_gaps():
     assert plan is not None and plan.steps[0] == 0 and len(plan.steps) == 8
     assert gaps(plan) == sorted(gaps(plan)) and set(gaps(plan)) == {1, 4}
     assert head_and_gap(18, STEPS, 5) is None
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_the_cost_of_a_validation_is_not_underestimated(lines):
+    held = held_edges()
+    edges = with_lines(held) if lines else held
+    total = STEPS
+    for budget in validated_budgets(STEPS):
+        total += budget * (len(candidates(edges, budget, STEPS)) + 1)
+    most = most_validation_forwards(STEPS, lines=lines, improved=False)
+    assert total <= most <= 2 * total
+    assert most_validation_forwards(STEPS, lines=lines, improved=True) > most

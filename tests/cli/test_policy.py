@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +153,13 @@ def test_a_build_that_cannot_be_is_refused_before_the_model_is_loaded(
     prompts.write_text("a red circle moving up\na blue square\n", encoding="utf-8")
     code, _, stderr = run("build-policy", tmp_path / "p.json", "--prompts", prompts, *options)
     assert code == 2 and message in stderr and stderr.count("\n") == 1
+
+
+def test_workers_without_ray_are_refused_before_the_model_is_loaded(run, no_weights, monkeypatch):
+    Path("prompts.txt").write_text("a red circle\na blue square\n", encoding="utf-8")
+    monkeypatch.setattr("vidaccel.calibration.build.find_spec", lambda name: None)
+    code, _, stderr = run("build-policy", "p.json", "--prompts", "prompts.txt", "--workers", 2)
+    assert code == 2 and 'pip install "vidaccel[ray]"' in stderr
 
 
 @pytest.mark.parametrize("wish", [[], ["--speedup", "1.5"]], ids=" ".join)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,12 +12,12 @@ from vidaccel.calibration.assemble import assemble_policy
 from vidaccel.calibration.candidates import candidates, most_validation_forwards, validated_budgets
 from vidaccel.calibration.improve import improved
 from vidaccel.calibration.measure import announce, measure, measured_before
-from vidaccel.calibration.ray_runner import ray_runner
+from vidaccel.calibration.ray_runner import NO_RAY, ray_runner
 from vidaccel.calibration.runners import LocalRunner, Runner, Worker
 from vidaccel.calibration.task import Task, model_identity
 from vidaccel.calibration.validate import validated_policy
 from vidaccel.calibration.work_folder import WorkFolder
-from vidaccel.errors import PlanError
+from vidaccel.errors import BuildError, PlanError
 from vidaccel.lemica import search
 from vidaccel.lemica.graph import Aggregation, aggregator, search_edges
 from vidaccel.plans.policy import CachePolicy
@@ -187,6 +188,7 @@ def check_build(
 
     Raises:
         PlanError: an argument is out of range.
+        BuildError: workers need Ray, which is not here.
         MetricUnavailable: the metric needs something that is not here.
     """
     if validate and len(prompts) < 2:
@@ -194,6 +196,8 @@ def check_build(
             "prompts: validation needs at least 2, of which one is kept for it; pass more, or "
             "validate=False"
         )
+    if workers > 0 and find_spec("ray") is None:
+        raise BuildError(NO_RAY)
     Task(tuple(prompts), tuple(seeds), num_inference_steps, max_skip, method, {}, {}, metric=metric)
     search.solve([[0, 0, 0]] * 3, objective=objective)
     aggregator(aggregation)

@@ -80,7 +80,8 @@ def most_validation_forwards(steps: int, *, lines: bool, improved: bool) -> int:
         near = len(REACHES) + 2
         gaps = sum(head_and_gap(budget, steps, gap) is not None for gap in GAPS)
         # Evenly spaced and best paths, with lines half way and all the way along; see `candidates`.
-        tried = 2 + 2 + 4 + near + gaps if lines else 2 + len(OBJECTIVES) + near
+        paths = 1 + len(OBJECTIVES)
+        tried = paths + 1 + 4 + near + gaps if lines else paths + near
         total += budget * (tried + improved + 1)  # and a plain run of so many sampling steps
     return total
 

@@ -45,11 +45,15 @@ def measure(
     """
     steps, samples = task.num_inference_steps, range(len(task.samples()))
     measured: Measured = defaultdict(dict)
-    total = task.forwards() / steps
-    done = measured_before(task, folder) / steps
-    with tqdm(total=total, initial=done, bar_format=_BAR, disable=not progress) as bar:
+    with tqdm(
+        total=task.forwards(),
+        initial=measured_before(task, folder),
+        unit_scale=1 / steps,
+        bar_format=_BAR,
+        disable=not progress,
+    ) as bar:
         info = runner.run_info()
-        bar.update(2 - steps // 2 / steps)
+        bar.update(2 * steps - steps // 2)
         # Samples whose generation with every step computed has run, or is not asked for any more.
         references = {0} | _whole_samples(task, folder)
 
@@ -63,11 +67,11 @@ def measure(
                 else:
                     measured[sample][item] = known
                     if item not in first:  # those are where the bar began
-                        bar.update(item.forwards(task) / steps)
+                        bar.update(item.forwards(task))
             for sample, item, errors in runner.run(todo):
                 folder.save(sample, item, errors)
                 measured[sample][item] = errors
-                bar.update(item.forwards(task) / steps + (sample not in references))
+                bar.update(item.forwards(task) + steps * (sample not in references))
                 references.add(sample)
 
         first = set(task.items())

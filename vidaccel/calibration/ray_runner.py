@@ -20,6 +20,8 @@ from vidaccel.plans.plan import Plan
 # How many new workers may take the place of dead ones, for each worker asked for.
 REPLACEMENTS = 2
 
+NO_RAY = 'workers need Ray: pip install "vidaccel[ray]"'
+
 _Request = tuple[int, Any]  # a sample, and a work item or plan
 
 Result = TypeVar("Result")
@@ -89,7 +91,7 @@ def ray_runner(
     try:
         import ray
     except ImportError as error:
-        raise BuildError('workers need Ray: pip install "vidaccel[ray]"') from error
+        raise BuildError(NO_RAY) from error
     started = not ray.is_initialized()
     if started:
         here: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}

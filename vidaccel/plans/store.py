@@ -5,6 +5,7 @@ What its fields say is checked in `vidaccel.plans.policy`.
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -161,6 +162,8 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None) -> Path
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # of each of its attempts
     try:
         return Path(hf_hub_download(repo, FILE_NAME, revision=revision, token=token))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -168,6 +171,8 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None) -> Path
         raise PolicyError(
             f"no policy file or folder {repo}, and not on the hub: {reason}"
         ) from error
+    finally:
+        logging.disable(before)
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
