@@ -313,6 +313,55 @@ def test_docstrings_say_what_a_thing_does_or_is():
     )
 
 
+def module_lines() -> list[str]:
+    """The list of modules in CONTRIBUTING.md as it has to be: a line each, rooms from the top."""
+    rank = {room: position for position, room in enumerate(ROOMS)}
+    found = sorted(sources().values(), key=lambda m: (rank[room_of(m.name)], m.name))
+    lines = []
+    for module in found:
+        said = (ast.get_docstring(module.tree) or "").partition("\n\n")[0]
+        lines.append(f"- `{module.path.relative_to(ROOT)}`: {' '.join(said.split())}")
+    return lines
+
+
+def test_the_list_of_modules_is_that_of_the_modules():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- `(?:vidaccel|kernels)/.*", text, re.MULTILINE)
+    wanted = module_lines()
+    missing = [f"add:    {line}" for line in wanted if line not in listed]
+    wrong = [f"remove: {line}" for line in listed if line not in wanted]
+    assert not missing + wrong, "CONTRIBUTING.md:\n" + "\n".join(missing + wrong)
+    assert listed == wanted, "the list of modules in CONTRIBUTING.md is in another order"
+
+
+def defined() -> set[str]:
+    """Names that the modules define: functions, classes, methods as Class.method, attributes."""
+    names = set()
+    for module in sources().values():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ClassDef):
+                members = [m for m in ast.walk(node) if isinstance(m, ast.FunctionDef)]
+                names |= {f"{node.name}.{member.name}" for member in members}
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    return names
+
+
+def test_the_walks_pass_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walks = text[text.index("## Two walks") :]
+    quoted = set(re.findall(r"`([\w./]+)`", walks))
+    paths = {word for word in quoted if word.endswith(".py")}
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vidaccel").rglob("*.py")}
+    package |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").glob("*.py")}
+    lost = [path for path in paths if not any(f"/{name}".endswith(f"/{path}") for name in package)]
+    other = {"allow_transfer", "pipe"}
+    lost += [word for word in quoted - paths - other if word not in defined()]
+    assert not lost, f"the walks in CONTRIBUTING.md pass what is not there: {', '.join(lost)}"
+
+
 def test_a_test_lies_where_its_module_does():
     """Of tests/integration, which cross rooms, and of this one nothing is asked."""
     strangers = []
