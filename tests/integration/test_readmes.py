@@ -1,6 +1,7 @@
 """What the Markdown pages say, against the repository: links, commands, make targets, lists."""
 
 import ast
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -96,3 +97,21 @@ def test_a_page_names_every_file_of_its_folder(page, files):
     text = (ROOT / page).read_text(encoding="utf-8")
     for path in (ROOT / page).parent.glob(files):
         assert path.name in text
+
+
+def test_the_table_of_generated_code_is_that_of_the_file():
+    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "assets" / "results" / "codegen.json").read_text())
+    assert found["problems"] == [] and {row["spills"] for row in found["rows"]} == {0}
+    for row in found["rows"]:
+        if row["name"] == "attend d128 bf16":
+            tile, cycles = row["constants"], row["predicted"]
+            names = ("tensor_cycles", "issue_cycles", "exponent_cycles")
+            cells = [
+                f"sm_{row['chip']}",
+                f"{tile['BLOCK_M']} x {tile['BLOCK_N']}",
+                str(row["registers"]),
+                f"{row['shared_bytes'] / 1000:.0f} KB",
+                ", ".join(f"{cycles[name]:.0f}" for name in names),
+            ]
+            assert f"| {' | '.join(cells)} |" in text
