@@ -116,14 +116,22 @@ def why_no_kernels(device: torch.device) -> str:
         kind = "AMD" if device.type == "cuda" else device.type
         return f"the kernels have been shown to run on NVIDIA GPUs alone, and this is {kind}"
     major, minor = torch.cuda.get_device_capability(device)
-    if major * 10 + minor < LEAST_CAPABILITY:
-        least = f"{LEAST_CAPABILITY // 10}.{LEAST_CAPABILITY % 10}"
-        return f"the kernels need compute capability {least}, and this GPU has {major}.{minor}"
+    try:
+        check_chip(major * 10 + minor)
+    except KernelError as error:
+        return str(error)
     try:
         import vidaccel.kernels.semantic_attention_triton  # noqa: F401 (all kernels)
     except Exception as error:  # another version of Triton may fail in any way
         return f"the kernels need Triton, which cannot be imported ({error})"
     return ""
+
+
+def check_chip(capability: int) -> None:
+    """Refuse a chip of a compute capability, such as 75, that the kernels are not made for."""
+    if capability < LEAST_CAPABILITY:
+        least, found = (f"{x // 10}.{x % 10}" for x in (LEAST_CAPABILITY, capability))
+        raise KernelError(f"the kernels need compute capability {least}, and this GPU has {found}")
 
 
 def interpreting() -> bool:

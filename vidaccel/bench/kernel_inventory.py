@@ -19,7 +19,7 @@ from vidaccel.kernels import (
     select,
     sort,
 )
-from vidaccel.kernels.common import HEAD_DIMS
+from vidaccel.kernels.common import HEAD_DIMS, check_chip
 from vidaccel.kernels.tiles import block_d
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -66,7 +66,12 @@ class Shipped:
         return " ".join(parts + ([self.dtype] if self.dtype else []))
 
     def compile(self, capability: int) -> Any:
-        """Compile for a chip of this compute capability, such as 90; needs no GPU."""
+        """Compile for a chip of this compute capability, such as 90; needs no GPU.
+
+        Raises:
+            KernelError: the kernels do not run on it.
+        """
+        check_chip(capability)
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
@@ -88,7 +93,16 @@ class Shipped:
 
 
 def shipped(chip: int) -> Iterator[Shipped]:
-    """List all that runs on a chip of this compute capability, such as 90."""
+    """List all that runs on a chip of this compute capability, such as 90.
+
+    Raises:
+        KernelError: the kernels do not run on it.
+    """
+    check_chip(chip)
+    return _all(chip)
+
+
+def _all(chip: int) -> Iterator[Shipped]:
     for dtype in _TYPES:
         for head_dim in HEAD_DIMS:
             yield from _attention(head_dim, dtype, chip)

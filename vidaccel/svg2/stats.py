@@ -65,7 +65,7 @@ class _Sums:
 
 @dataclass
 class CallSparsity:
-    """What was sparse in one call of the transformer, and how sparse it was.
+    """Counts what was sparse in one call of the transformer, and how sparse it was.
 
     Attributes:
         dense: dense calls of attention, by reason.
