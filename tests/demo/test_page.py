@@ -1,7 +1,9 @@
 """The demo page in a real browser, where there is one."""
 
+import json
 import re
 import shutil
+import time
 
 import pytest
 
@@ -22,14 +24,81 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+STREAM_PATIENCE = 15.0  # seconds
 DONE = "#status:has-text('Done')"
 
-# Keeps every first line that the status shows, however late anybody looks.
+# Keeps every first line that the status shows, and how many steps' bars were there, however late
+# anybody looks.
 RECORD_STATUS = """() => {
   const status = document.querySelector('#status');
   window.statusLines = [];
-  const note = () => window.statusLines.push(status.innerText.split('\\n')[0]);
+  window.bars = 0;
+  const note = () => {
+    window.statusLines.push(status.innerText.split('\\n')[0]);
+    window.bars += status.querySelectorAll('.va-bar').length;
+  };
   new MutationObserver(note).observe(status, {subtree: true, childList: true, characterData: true});
+}"""
+
+# The texts that can be seen with a contrast of less than 4.5 to 1 (WCAG 2.2, 1.4.3; what is
+# disabled is exempt), each with its contrast.
+PALE_TEXTS = """() => {
+  const context = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
+  const rgba = (colour) => {
+    context.clearRect(0, 0, 1, 1);
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const over = ([r, g, b, a], under) => [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
+  const luminance = (colour) => {
+    const [r, g, b] = colour.map(c => c / 255).map(
+      c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const contrast = (element) => {
+    const line = [];
+    for (let e = element; e; e = e.parentElement) line.unshift(e);
+    let under = [255, 255, 255], opacity = 1;
+    for (const e of line) {
+      const style = getComputedStyle(e), [r, g, b, a] = rgba(style.backgroundColor);
+      opacity *= style.opacity;
+      under = over([r, g, b, a * opacity], under);
+    }
+    if (opacity < 0.05) return 21;
+    const [r, g, b, a] = rgba(getComputedStyle(element).color);
+    const [low, high] = [over([r, g, b, a * opacity], under), under].map(luminance)
+      .sort((x, y) => x - y);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const texts = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode())
+    if (walker.currentNode.data.trim())
+      texts.push([walker.currentNode.parentElement, walker.currentNode.data.trim()]);
+  for (const field of document.querySelectorAll('input, textarea'))
+    if (field.value && !['file', 'radio', 'checkbox'].includes(field.type))
+      texts.push([field, field.value]);
+  const seen = texts.filter(([e]) => e.checkVisibility({visibilityProperty: true})
+    && e.getBoundingClientRect().width > 1 && !e.closest(':disabled, svg, script, style'));
+  return {
+    looked_at: seen.length,
+    pale: seen.map(([e, text]) => [contrast(e), text]).filter(([c]) => c < 4.5),
+  };
+}"""
+
+# The pictures, clips and controls that can be seen and have no name for those who do not see them.
+NAMELESS = """() => {
+  const given = (e) => e?.alt || e?.getAttribute('aria-label') || e?.title;
+  const name = (e) => given(e) || given(e.querySelector('[aria-label]')) || e.innerText?.trim()
+    || (e.getAttribute('aria-labelledby') || '').split(' ').map(
+      id => document.getElementById(id)?.innerText).join('').trim()
+    || Array.from(e.labels || [], label => label.innerText).join('').trim();
+  return Array.from(document.querySelectorAll('img, video, progress, button, a, input, textarea, '
+      + '[role=button], [role=img], [role=progressbar]'))
+    .filter(e => e.checkVisibility({visibilityProperty: true}) && e.type !== 'file' && !name(e))
+    .map(e => e.outerHTML.slice(0, 300));
 }"""
 
 
@@ -45,15 +114,30 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def log_without_errors(server, out):
+    """The server's log, in which no test may leave an error of the page or of Gradio."""
+    yield
+    log = (out.parent / "server.log").read_text()
+    assert "Traceback" not in log and "Error:" not in log, log
+
+
 @pytest.fixture
 def tab(browser, server):
-    """A page in a browser that has not been here before."""
+    """A page in a browser that has not been here before; neither page nor server may complain."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(1000 * PATIENCE)
     urls = []
     context.on("request", lambda request: urls.append(request.url))
+    complaints = []
+    context.on("weberror", lambda error: complaints.append(str(error.error)))
+    context.on(
+        "console",
+        lambda message: message.type == "error" and complaints.append(message.text),
+    )
     tab = open_page(context, server)
     yield tab
+    assert complaints == []
     assert [url for url in urls if not url.startswith((server, "data:", "blob:"))] == []
     context.close()
 
@@ -77,11 +161,19 @@ def settle(tab):
     Gradio's fields can be seen before they listen, and forget what was written into them when a
     part or an answer that was on its way arrives.
     """
+    asked_since = {"at": time.monotonic(), "requests": set()}
 
     def at_rest():
-        # In this time the page handles what has arrived, and asks for what that makes it need.
-        tab.evaluate("() => new Promise(resolve => setTimeout(resolve, 100))")
-        return not any(awaited(request) for request in tab.running)
+        # By then the page has handled what has arrived, and asked for what that makes it need.
+        tab.evaluate("() => new Promise(done => requestIdleCallback(() => setTimeout(done, 100)))")
+        waited_for = {request for request in tab.running if awaited(request)}
+        if waited_for != asked_since["requests"]:
+            asked_since.update(at=time.monotonic(), requests=waited_for)
+        # Gradio may leave a stream of answers open though all of them have come.
+        only_streams = all("/queue/data" in request.url for request in waited_for)
+        return not waited_for or (
+            only_streams and time.monotonic() - asked_since["at"] > STREAM_PATIENCE
+        )
 
     until(lambda: at_rest() and at_rest())
 
@@ -126,7 +218,8 @@ def wait_until_done(tab):
 
 
 def step(tab):
-    match = re.search(r"step (\d+)/", tab.inner_text("#status"))
+    """Return how many steps of a long run have ended; those of its warm-up do not count."""
+    match = re.search(r"step (\d+)/100", tab.inner_text("#status"))
     return int(match[1]) if match else 0
 
 
@@ -149,6 +242,20 @@ def both_pause(tab, pause):
     return [clip[1] for clip in playing(tab)] == [pause, pause]
 
 
+def in_sight(tab, selector):
+    """Tell whether the whole of an element is on the screen."""
+    box = tab.locator(selector).first.bounding_box()
+    return box is not None and 0 <= box["y"] <= tab.viewport_size["height"] - box["height"]
+
+
+def assert_nothing_is_shown(tab):
+    """Assert that no clip, no numbers and no files of any run are there."""
+    tab.wait_for_selector("#pair video", state="detached")
+    tab.wait_for_selector("#numbers .va-cards", state="detached")
+    tab.wait_for_selector("#files a", state="detached")
+    tab.wait_for_selector("#reuse[disabled]")
+
+
 def test_an_example_is_there_before_any_run(tab):
     tab.wait_for_selector("#numbers .va-cards")
     tab.wait_for_selector("#accelerated video")
@@ -162,10 +269,8 @@ def test_an_example_is_there_before_any_run(tab):
 def test_generate_compare_and_look_back(tab, tmp_path):
     tab.evaluate(RECORD_STATUS)
     tab.click("#generate")
-    tab.wait_for_selector("#status .va-bar")
-    # Nothing of the example is left to be taken for this run.
-    assert tab.locator("#files a").count() == 0 and tab.locator("#numbers .va-cards").count() == 0
     wait_until_done(tab)
+    assert tab.evaluate("window.bars") > 0
     seen = set(tab.evaluate("window.statusLines"))
     assert len(seen) > 3, seen
     assert any("reused" in line for line in seen) and any("s left" in line for line in seen)
@@ -183,6 +288,9 @@ def test_generate_compare_and_look_back(tab, tmp_path):
     until(lambda: both_pause(tab, False))
 
     until(lambda: tab.locator("#history .grid-container button").count() == 1)
+    tab.click("#frames-shown button")
+    tab.wait_for_selector("#frames-shown img:visible")
+    assert tab.evaluate(NAMELESS) == []
     with tab.expect_download() as download:
         tab.locator("#files a", has_text="B").first.click()
     clip = tmp_path / "clip.mp4"
@@ -192,10 +300,12 @@ def test_generate_compare_and_look_back(tab, tmp_path):
     tab.reload()
     tab.wait_for_selector("#generate:has-text('Generate')")
     tab.wait_for_selector("#history .grid-container button")
+    settle(tab)
     fill(tab, prompt="something else", seed=5)
     with tab.expect_file_chooser() as chooser:
         tab.click("#load")
     chooser.value.set_files(clip)
+    tab.wait_for_selector("#settings-note:has-text('the settings of clip.mp4')")
     until(lambda: tab.input_value("#prompt textarea").startswith("a magenta"))
     assert tab.input_value("#seed input") == "0"
     fill(tab, prompt="something else")
@@ -283,10 +393,24 @@ def test_sparse_attention_from_the_page(tab):
 
 def test_a_reload_in_the_middle_goes_on_where_it_was(tab):
     long_run(tab)
+    fill(tab, prompt="a red circle", seed=7)
     tab.click("#generate")
     until(lambda: step(tab) >= 2)
     tab.reload()
     tab.wait_for_selector("#status .va-bar")
+    # The example that the page comes with is not taken for this run.
+    assert_nothing_is_shown(tab)
+    # The controls are as they were, and as open.
+    tab.wait_for_selector("#steps input:visible")
+    tab.wait_for_selector("#plan textarea:visible")
+    tab.wait_for_selector("#attention-note:has-text('no GPU here')")
+    wanted = {"prompt": "a red circle", "seed": "7", "steps": "100", "plan": "all"}
+    until(
+        lambda: all(
+            tab.locator(f"#{name} :is(input, textarea)").first.input_value() == value
+            for name, value in wanted.items()
+        )
+    )
     before = step(tab)
     until(lambda: step(tab) > before)
     assert tab.locator("#generate").is_disabled()
@@ -339,6 +463,8 @@ def test_bad_input_is_answered_in_words(tab, fields, message):
     tab.wait_for_selector("#status .va-error")
     assert message in tab.inner_text("#status")
     assert tab.locator("#generate").is_enabled()
+    # A clip of before would look like what this message is about.
+    assert_nothing_is_shown(tab)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -351,3 +477,83 @@ def test_nothing_sticks_out(tab, width):
     boxes = [tab.locator(f"#{name}").bounding_box() for name in ("original", "accelerated")]
     assert boxes[0]["y"] == boxes[1]["y"]  # side by side on a phone too
     assert boxes[1]["x"] + boxes[1]["width"] <= width
+
+
+@pytest.mark.parametrize("size", [(390, 844), (375, 667), (1280, 900)], ids=str)
+def test_progress_is_in_sight(tab, size):
+    tab.set_viewport_size({"width": size[0], "height": size[1]})
+    long_run(tab)
+    tab.click("#generate")
+    tab.wait_for_selector("#status .va-bar")
+    until(lambda: in_sight(tab, "#status .va-bar") and in_sight(tab, "#stop"))
+    # Nothing of the example is left to be taken for this run.
+    assert_nothing_is_shown(tab)
+    tab.click("#stop")
+    tab.wait_for_selector("#status:has-text('Stopped')")
+    until(lambda: in_sight(tab, "#status"))
+
+
+def test_what_is_chosen_is_brought_into_sight(tab):
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.locator("#examples button.thumbnail-item").nth(2).click()
+    tab.wait_for_selector("#numbers:has-text('a yellow checkered circle')")
+    until(lambda: in_sight(tab, "#pair"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_is_legible(tab, scheme):
+    tab.emulate_media(color_scheme=scheme)
+    tab.reload()
+    tab.wait_for_selector("#generate:has-text('Generate')")
+    tab.wait_for_selector("#numbers .va-cards")
+    settle(tab)
+    fill(tab, steps=101)
+    tab.locator("#attention label", has_text="SVG2").click()
+    tab.wait_for_selector("#top-p input:visible")
+    looked = tab.evaluate(PALE_TEXTS)
+    assert looked["looked_at"] > 60 and looked["pale"] == []
+    tab.click("#generate")
+    tab.wait_for_selector("#status .va-error")
+    assert tab.evaluate(PALE_TEXTS)["pale"] == []
+
+
+def test_examples_say_what_they_show(tab):
+    label, first = (
+        tab.locator(f"#examples {part}").first.bounding_box()
+        for part in ("[data-testid=block-label]", "img")
+    )
+    assert label["y"] + label["height"] <= first["y"]  # no picture below the label
+    prompts = ("a magenta striped square", "a cyan dotted square", "a yellow checkered circle")
+    buttons = tab.locator("#examples button.thumbnail-item")
+    assert buttons.count() == len(prompts)
+    for index, prompt in enumerate(prompts):
+        button = buttons.nth(index)
+        alt = button.locator("img").get_attribute("alt")
+        for text in (button.inner_text(), alt, button.get_attribute("aria-label")):
+            assert text.startswith(prompt) and "as fast" in text and "PSNR" in text
+
+
+def test_everything_has_a_name(tab):
+    fill(tab)
+    tab.wait_for_selector("#accelerated video")
+    assert tab.evaluate(NAMELESS) == []
+    names = [
+        tab.get_attribute(f"#{name} video", "aria-label") for name in ("original", "accelerated")
+    ]
+    assert names == ["The original clip", "The accelerated clip"]
+
+
+def test_a_file_without_settings_is_answered_beside_its_button(tab, tmp_path):
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps({"no": "settings"}))
+    tab.wait_for_selector("#accelerated video")
+    with tab.expect_file_chooser() as chooser:
+        tab.click("#load")
+    chooser.value.set_files(file)
+    tab.wait_for_selector("#settings-note .va-error:has-text('holds no settings')")
+    # It says nothing about the clip, which stays.
+    assert tab.locator("#accelerated video").count() == 1
+    assert tab.locator("#status .va-error").count() == 0
+    tab.click("#reuse")
+    tab.wait_for_selector("#settings-note:has-text('the settings of this run')")
+    assert tab.locator("#settings-note .va-error").count() == 0

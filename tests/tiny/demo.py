@@ -8,7 +8,7 @@ from vidaccel.demo.job_queue import Job, JobQueue, Progress
 from vidaccel.demo.run_store import SavedRun
 from vidaccel.demo.settings import Settings
 
-PATIENCE = 120.0  # seconds; only reached when something is broken
+PATIENCE = 300.0  # seconds; only reached when something is broken
 
 PROMPT = "a red striped circle moving right on a navy dotted background"
 SMALL = {"prompt": PROMPT, "width": 48, "height": 48, "frames": 5, "steps": 6, "guidance": 5.0}

@@ -56,6 +56,8 @@ class Controls:
     Attributes:
         generate, stop: the buttons.
         seed: the field that a run with a new seed fills in.
+        accordions: those that open and close, by their element ids.
+        attention_note: says what becomes of the attention of this model; see `describe_attention`.
     """
 
     def __init__(
@@ -80,22 +82,33 @@ class Controls:
             defaults.compare, label="Also make the original, and compare", elem_id="compare"
         )
         with gr.Row():
-            self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
-        with gr.Row():
-            self.seed = gr.Number(
-                defaults.seed, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed"
+            self.generate = gr.Button(
+                "Generate", variant="primary", min_width=120, elem_id="generate"
             )
-            self._randomise = gr.Checkbox(
-                False, label="New seed each time", min_width=120, elem_id="randomise"
+            self.stop = gr.Button(
+                "Stop", variant="stop", interactive=False, min_width=120, elem_id="stop"
             )
-        with gr.Accordion("Size, steps, guidance", open=False, elem_id="details"):
-            self._build_details(defaults, limits, sizes)
-        with gr.Accordion("Custom acceleration", open=False, elem_id="custom") as self._custom:
-            self._build_policy()
-            self._build_cache()
-            self._build_attention()
-            self._connect()
+        with gr.Column(elem_id="more"):
+            with gr.Row():
+                self.seed = gr.Number(
+                    defaults.seed,
+                    label="Seed",
+                    precision=0,
+                    minimum=0,
+                    min_width=120,
+                    elem_id="seed",
+                )
+                self._randomise = gr.Checkbox(
+                    False, label="New seed each time", min_width=120, elem_id="randomise"
+                )
+            with gr.Accordion("Size, steps, guidance", open=False, elem_id="details") as details:
+                self._build_details(defaults, limits, sizes)
+            with gr.Accordion("Custom acceleration", open=False, elem_id="custom") as self._custom:
+                self._build_policy()
+                self._build_cache()
+                self._build_attention()
+                self._connect()
+        self.accordions = {"details": details, "custom": self._custom}
 
     def _build_details(self, defaults: Settings, limits: Limits, sizes: list[str]) -> None:
         self._negative = gr.Textbox(
@@ -127,7 +140,7 @@ class Controls:
             elem_id="plan",
         )
         self._file = gr.File(
-            label="Policy file", file_types=[".json"], height=110, elem_id="policy"
+            label="Policy file", file_types=[".json"], height=150, elem_id="policy"
         )
         self._budget = gr.Slider(
             1, 2, 1, step=1, label="Steps that are computed", visible=False, elem_id="budget"
@@ -162,7 +175,7 @@ class Controls:
             "tokens",
             elem_id="attention",
         )
-        self._attention_note = gr.HTML(elem_id="attention-note")
+        self.attention_note = gr.HTML(elem_id="attention-note")
         with gr.Row(visible=False) as self._sparse_row:
             self._sparse = [
                 _number(
@@ -186,18 +199,21 @@ class Controls:
             self._sparse_row,
             **quiet,
         )
-        self._custom.expand(self._note, None, self._attention_note, **quiet)
+        self._custom.expand(self.describe_attention, None, self.attention_note, **quiet)
         self._file.upload(self._read_policy, self._file, [*drawn, self._acceleration], **quiet)
         self._file.clear(lambda: (None, gr.update(visible=False), ""), None, drawn, **quiet)
         self._budget.change(self._draw, [self._policy, self._budget], self._curve, **quiet)
-        self._acceleration.change(
+        # Only when a visitor chooses; what else changes it opens the accordion itself, in `show`.
+        # One event after the other: Gradio now and then keeps a stream open for two at once.
+        self._acceleration.input(
             lambda choice: gr.update(open=choice == CUSTOM),
             self._acceleration,
             self._custom,
             **quiet,
-        ).then(self._note, None, self._attention_note, **quiet)
+        ).then(self.describe_attention, None, self.attention_note, **quiet)
 
-    def _note(self) -> Iterator[str]:
+    def describe_attention(self) -> Iterator[str]:
+        """Say what becomes of the attention of this model, and again when more is known."""
         yield from map(html.note, self._on_attention())
 
     @property
@@ -234,7 +250,7 @@ class Controls:
     @property
     def outputs(self) -> list[Any]:
         """The components that `show` changes."""
-        return [*self.inputs, self._curve]
+        return [*self.inputs, self._curve, self._custom, self.attention_note]
 
     def settings(self, values: list[Any]) -> Settings:
         """Return what the controls say, with a new seed if one is asked for.
@@ -307,6 +323,14 @@ class Controls:
             },
             self._attention: settings.attention,
             **dict(zip(self._sparse, settings.svg2.model_dump().values(), strict=True)),
+            **(self.open_custom() if settings.acceleration == CUSTOM else {}),
+        }
+
+    def open_custom(self) -> dict[Any, Any]:
+        """Return the updates that open the controls of custom acceleration."""
+        return {
+            self._custom: gr.update(open=True),
+            self.attention_note: next(self.describe_attention()),
         }
 
     def show_busy(self, busy: bool) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from html import escape
+from textwrap import shorten
 from typing import Any
 
 from vidaccel.clips.fidelity import in_words
@@ -25,6 +26,8 @@ WHY_DENSE = {
     "first layers": "of the first layers",
 }
 
+CAPTION_PROMPT = 90  # characters of a prompt under a thumbnail
+
 # The drawing of a policy's curve, in the units of its viewBox.
 WIDTH, HEIGHT = 560, 190
 LEFT, RIGHT, TOP, BASE = 70, 15, 15, 150
@@ -46,11 +49,12 @@ def status(progress: Progress) -> str:
     if progress.state == "running" and progress.steps:
         share = 100 * progress.step / progress.steps
         bar = (
-            f'<div class="va-bar" role="progressbar" aria-valuenow="{share:.0f}" '
-            f'aria-valuemin="0" aria-valuemax="100"><div style="width:{share:.1f}%"></div></div>'
+            f'<div class="va-bar" role="progressbar" aria-label="steps" '
+            f'aria-valuenow="{share:.0f}" aria-valuemin="0" aria-valuemax="100">'
+            f'<div style="width:{share:.1f}%"></div></div>'
         )
     if not progress.final and progress.preview:
-        picture = f'<img class="va-preview" alt="preview" src="{progress.preview}">'
+        picture = f'<img class="va-preview" alt="preview of the clip" src="{progress.preview}">'
     if progress.state == "running" and progress.timeline:
         rest = progress.steps - len(progress.timeline)
         cells = strip(progress.timeline, rest=max(0, rest))
@@ -235,12 +239,15 @@ def _details(report: dict[str, Any]) -> dict[int, str]:
 
 
 def caption(saved: SavedRun) -> str:
-    """Return one line for under a thumbnail."""
-    result = saved.result
-    parts = [f"{result['speedup']:.2f}x"] if "speedup" in result else []
+    """Return what a run shows, as text for a thumbnail: its prompt, and how it was made."""
+    result, settings = saved.result, saved.settings
+    parts: list[str] = [settings.acceleration]
+    if "speedup" in result:
+        parts.append(f"{result['speedup']:.2f}x as fast")
     if saved.fidelity is not None:
-        parts.append(in_words("psnr", saved.fidelity["mean"]["psnr"]))
-    return ", ".join(parts) or saved.settings.acceleration
+        parts.append(f"PSNR {in_words('psnr', saved.fidelity['mean']['psnr'])}")
+    prompt = shorten(settings.prompt, CAPTION_PROMPT, placeholder="...")
+    return f"{prompt} ({', '.join(parts)})"
 
 
 def curve(policy: CachePolicy, budget: int) -> str:

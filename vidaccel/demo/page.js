@@ -1,24 +1,34 @@
 // The visitor of the page, and its two clips in step. Runs in the head, before Gradio.
 
 // Who this browser is, kept in it, and the run that this tab follows, kept in the tab: after a
-// reload the page goes on where it was. Gradio asks with each event, since one can come before
-// the page has answered that it was opened.
+// reload the page goes on where it was, with the same accordions open. Gradio asks with each event,
+// since one can come before the page has answered that it was opened.
 (() => {
   let token = Array.from(crypto.getRandomValues(new Uint8Array(16)),
                          byte => byte.toString(16).padStart(2, '0')).join('');
-  let following = '';
+  let following = '', opened = '';
   try {  // a browser can forbid storage; then the page forgets when it is reloaded
     token = localStorage.vidaccelOwner ||= token;
     following = sessionStorage.vidaccelJob || '';
+    opened = sessionStorage.vidaccelOpened || '';
   } catch {}
+  addEventListener('pagehide', () => {
+    const open = Array.from(document.querySelectorAll('[id] > .label-wrap.open'),
+                            header => header.parentElement.id);
+    try { sessionStorage.vidaccelOpened = open.join(','); } catch {}
+  });
+  const bring = (selector) => document.querySelector(selector)
+    .scrollIntoView({block: 'nearest', behavior: 'smooth'});
   window.vidaccel = {
     owner: () => token,
     job: () => following,
+    opened: () => opened,
     remember: (job) => {
       following = job;
       try { sessionStorage.vidaccelJob = job; } catch {}
-      document.querySelector('#status').scrollIntoView({block: 'nearest', behavior: 'smooth'});
+      bring('#status');
     },
+    look: () => bring(document.querySelector('#status .va-error') ? '#status' : '#pair'),
   };
 })();
 
@@ -45,4 +55,35 @@
   document.addEventListener('timeupdate', (event) => {
     if (event.target.closest?.('#accelerated') && !event.target.paused) follow(event);
   }, true);
+})();
+
+// Names for those who do not see the page, where Gradio gives none or only a number.
+(() => {
+  const name = (selector, text) => {
+    for (const element of document.querySelectorAll(selector))
+      if (element.getAttribute('aria-label') !== text(element))
+        element.setAttribute('aria-label', text(element));
+  };
+  const nameAll = () => {
+    name('#original video', () => 'The original clip');
+    name('#accelerated video', () => 'The accelerated clip');
+    name('#pair progress', () => 'Position in the clip');
+    name('#frames-shown img', () => 'Frames of the original, of the accelerated clip, and the '
+      + 'difference of both');
+    name(':is(#examples, #history) .thumbnail-item', button => button.innerText.trim());
+  };
+  new MutationObserver(nameAll).observe(document, {subtree: true, childList: true});
+})();
+
+// Gradio ends its own connection when the page is left, and calls that an error. Its listener comes
+// before this one, so what it says then is held back until it is known whether the page is left.
+(() => {
+  let leaving = false;
+  addEventListener('beforeunload', () => { leaving = true; });
+  const error = console.error;
+  console.error = (...words) => {
+    if (/Connection errored out|AbortError/.test(words.join(' ')))
+      setTimeout(() => leaving || error(...words));
+    else error(...words);
+  };
 })();

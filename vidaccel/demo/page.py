@@ -17,19 +17,44 @@ from vidaccel.demo.settings import Settings
 from vidaccel.errors import VidaccelError
 
 TITLE = "vidaccel"
-MADE_BEFORE = "An example, made before."
+MADE_BEFORE = "Shown below: an example, made before."
+YOURS = "Shown below: a run of yours, made before."
 
 OWNER = re.compile(r"[0-9a-f]{32}")
 
 # What page.js is asked as an event begins; see there.
 VISITOR = "() => [vidaccel.owner(), vidaccel.job()]"
+ARRIVAL = "() => [vidaccel.owner(), vidaccel.job(), vidaccel.opened()]"
 OWNER_AND_VALUES = "(_, ...values) => [vidaccel.owner(), ...values]"
+LOOK = "() => vidaccel.look()"
 REMEMBER = "(job) => vidaccel.remember(job)"
 
 # Of every event: no overlay while it is handled, and no place in the public API.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-Updates = dict[Any, Any]  # component -> its new value
+# component -> its new value. Where nothing changes, it is gr.skip(): Gradio takes an empty one for
+# a value, and clears the outputs of a generator that yields nothing.
+Updates = dict[Any, Any]
+
+
+# The colours of Gradio's theme that are too pale: text has to have a contrast of 4.5 to 1.
+LEGIBLE = {
+    "body_text_color_subdued": "*neutral_600",
+    "body_text_color_subdued_dark": "*neutral_300",
+    "block_info_text_color": "*neutral_600",
+    "block_info_text_color_dark": "*neutral_300",
+    "block_label_text_color": "*neutral_600",
+    "block_label_text_color_dark": "*neutral_200",
+    "block_title_text_color": "*neutral_600",
+    "block_title_text_color_dark": "*neutral_200",
+    "link_text_color_dark": "*secondary_300",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+    "button_cancel_background_fill": gr.themes.colors.red.c700,
+    "button_cancel_background_fill_hover": gr.themes.colors.red.c800,
+}
 
 
 def create_demo(
@@ -53,7 +78,7 @@ def look() -> dict[str, Any]:
     # Gradio's default fonts are fetched from elsewhere.
     theme = gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
+    ).set(**LEGIBLE)
     return {
         "theme": theme,
         "css": (folder / "page.css").read_text(encoding="utf-8"),
@@ -87,8 +112,9 @@ class Page:
             )
             self._owner = gr.Textbox(visible=False)
             self._job = gr.Textbox(visible=False)
+            self._opened = gr.Textbox(visible=False)
             self._history_ids = gr.State([])
-            with gr.Row():
+            with gr.Row(elem_id="board"):  # page.css lays it out on a narrow screen
                 with gr.Column(scale=2, min_width=320):
                     self._controls = Controls(
                         defaults, queue.limits, sizes, on_attention=queue.worker.attention
@@ -97,7 +123,9 @@ class Page:
                     self._status = gr.HTML(
                         html.note(MADE_BEFORE) if first else "", elem_id="status"
                     )
-                    self._view = RunView(first)
+                    with gr.Column(elem_id="shown"):
+                        self._view = RunView(first)
+            self._accordions = self._controls.accordions | self._view.accordions
             self._gallery = _gallery("Examples, made before", "examples", self._examples)
             self._history = _gallery("Your runs", "history", [])
             self._connect()
@@ -108,8 +136,13 @@ class Page:
         controls, view, status = self._controls, self._view, self._status
         visitor, history = [self._owner, self._job], [self._history, self._history_ids]
         board = [status, controls.generate, controls.stop, *view.outputs, *history]
+        arrival = [self._owner, *history, *controls.outputs, *self._accordions.values()]
         self.blocks.load(
-            self.arrive, visitor, [self._owner, *history, *controls.blank], js=VISITOR, **QUIET
+            self.arrive,
+            [*visitor, self._opened],
+            list(dict.fromkeys(arrival)),
+            js=ARRIVAL,
+            **QUIET,
         ).then(self.follow, visitor, board, js=VISITOR, **QUIET)
         controls.generate.click(
             self.submit,
@@ -121,23 +154,37 @@ class Page:
             self.follow, visitor, board, js=VISITOR, **QUIET
         )
         controls.stop.click(self.stop, visitor, None, js=VISITOR, queue=False, **QUIET)
-        self._gallery.select(self.choose_example, None, [status, *view.outputs], **QUIET)
+        self._gallery.select(self.choose_example, None, [status, *view.outputs], **QUIET).then(
+            None, None, None, js=LOOK
+        )
         self._history.select(
             self.choose_run,
             [self._owner, self._history_ids],
             [status, *history, *view.outputs],
             **QUIET,
-        )
-        view.reuse.click(self.use, view.shown, controls.outputs, **QUIET)
-        view.upload.upload(self.read, view.upload, [status, *controls.outputs], **QUIET)
+        ).then(None, None, None, js=LOOK)
+        view.reuse.click(self.use, view.shown, [view.note, *controls.outputs], **QUIET)
+        view.upload.upload(self.read, view.upload, [view.note, *controls.outputs], **QUIET)
 
-    def arrive(self, token: str, _: str) -> Updates:
-        """Answer a visitor who has opened the page, perhaps again and with a run under way."""
-        # The answer may come after a run was begun, so nothing of a run is in it.
+    def arrive(self, token: str, job_id: str, opened: str) -> Updates:
+        """Answer a visitor who has opened the page, perhaps again and with a run under way.
+
+        Args:
+            token: the visitor's.
+            job_id: the run that this tab follows; "" for none.
+            opened: names of the accordions that were open before, joined by commas.
+        """
+        # The answer may come after a run was begun, so nothing of a run's progress is in it.
+        job = self._queue.job(_checked(token), job_id)
+        controls = self._controls
+        fields = dict.fromkeys(controls.blank) if job is None else controls.show(job.settings)
+        was_open = [name for name in opened.split(",") if name in self._accordions]
         return {
-            self._owner: _checked(token),
+            self._owner: token,
             **self._show_history(token),
-            **dict.fromkeys(self._controls.blank),
+            **fields,
+            **(controls.open_custom() if "custom" in was_open else {}),
+            **{self._accordions[name]: gr.update(open=True) for name in was_open},
         }
 
     def submit(self, token: str, *values: Any) -> Updates:
@@ -146,12 +193,13 @@ class Page:
             settings = self._controls.settings(list(values))
             job = self._queue.submit(_checked(token), settings)
         except VidaccelError as error:
-            return {self._job: "", self._status: html.problem(str(error))}
+            problem = html.problem(str(error))
+            return {self._job: "", self._status: problem, **self._view.clear()}
         return {
             self._job: job.id,
             self._controls.seed: settings.seed,
             self._status: html.status(job.progress),
-            **self._view.clear(),  # nothing of it belongs to this run
+            **self._view.clear(),
             **self._controls.show_busy(True),
         }
 
@@ -159,17 +207,17 @@ class Page:
         """Show the progress of a run until it has ended."""
         job = self._queue.job(_checked(token), job_id)
         if job is None:
-            yield {}
+            yield gr.skip()
             return
-        last: SavedRun | None = None
+        view: tuple[SavedRun | None] | None = None  # the run that is shown, once this has shown one
         for progress in self._queue.follow(job):
             updates = {
                 self._status: html.status(progress),
                 **self._controls.show_busy(not progress.final),
             }
-            if progress.saved is not last:
-                last = progress.saved
-                updates |= self._view.show(last)
+            if view != (progress.saved,):
+                view = (progress.saved,)
+                updates |= self._view.show(progress.saved)
             if progress.final:
                 updates |= self._show_history(token)
             yield updates
@@ -190,19 +238,25 @@ class Page:
         run = self._queue.store.load(_checked(token), ids[event.index])
         if run is None:
             problem = html.problem("this run is no longer there")
-            return {self._status: problem, **self._show_history(token)}
-        return {self._status: html.note("A run of yours, made before."), **self._view.show(run)}
+            return {self._status: problem, **self._show_history(token), **self._view.clear()}
+        return {self._status: html.note(YOURS), **self._view.show(run)}
 
     def use(self, run: SavedRun | None) -> Updates:
         """Put the settings of the shown run into the controls."""
-        return {} if run is None else self._controls.show(run.settings)
+        if run is None:
+            unchanged: Updates = gr.skip()
+            return unchanged
+        note = html.note("The controls show the settings of this run now.")
+        return {self._view.note: note, **self._controls.show(run.settings)}
 
     def read(self, path: str) -> Updates:
         """Put the settings of a file into the controls, or show what is wrong with it."""
+        note, name = self._view.note, Path(path).name
         try:
-            return self._controls.show(Settings.from_file(Path(path)))
+            fields = self._controls.show(Settings.from_file(Path(path)))
         except VidaccelError as error:
-            return {self._status: html.problem(str(error))}
+            return {note: html.problem(str(error))}
+        return {note: html.note(f"The controls show the settings of {name} now."), **fields}
 
     def _show_history(self, token: str) -> Updates:
         """Show the runs of a visitor."""
@@ -227,6 +281,7 @@ def _gallery(label: str, name: str, runs: list[SavedRun]) -> gr.Gallery:
         columns=4,
         height="auto",
         allow_preview=False,
+        buttons=[],
         visible=bool(runs),
         elem_id=name,
     )
