@@ -153,6 +153,8 @@ def test_the_words_on_whether_attention_can_be_sparse(pipe, monkeypatch):
     worker.load()
     assert "no GPU here" in next(words)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ["kernels for heads of size 64" in line for line in worker.attention()] == [True]
+    monkeypatch.setattr("vidaccel.svg2.support.why_not_on", lambda *_: "")
     assert ["shorter than 16384 tokens" in line for line in worker.attention()] == [True]
     (transformer, host), *_ = find_transformers(pipe).values()
     linear = replace(host, attention=None, attention_note="linear attention")
