@@ -142,17 +142,6 @@ class Watched:
         assert self.walks and all(walk == whole for walk in self.walks), self.walks
 
 
-# Not placed yet, with the reason.
-OPEN = {
-    (
-        "cosmos25_transfer",
-        "bf16",
-    ): "a walk is taken to begin at the entry nearest to its first time",
-    ("cosmos25_i2w", "bf16"): "the noise level of the conditioning frames is close to an entry",
-    ("cosmos25_i2w", "fp16"): "the noise level of the conditioning frames is close to an entry",
-}
-
-
 def cases():
     """Every case in both types; those that round alike repeat the first of their kind."""
     for name in CASES:
@@ -160,9 +149,7 @@ def cases():
         first = name in (STANDING_FOR if rounds else CORE)
         marks = [] if first else [pytest.mark.repeats]
         for short, dtype in DTYPES.items():
-            open_ = OPEN.get((name, short))
-            also = [pytest.mark.xfail(strict=True, reason=open_)] if open_ else []
-            yield pytest.param(name, dtype, marks=marks + also, id=f"{name}-{short}")
+            yield pytest.param(name, dtype, marks=marks, id=f"{name}-{short}")
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(cases()))

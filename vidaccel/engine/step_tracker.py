@@ -16,6 +16,8 @@ from vidaccel.hosts.spec import Time
 # Pipelines cast the timestep to the transformer's dtype, and some divide it by 1000 in that dtype,
 # which rounds a second time; bfloat16 keeps 8 significant bits.
 _ROUNDING = 2.0**-7 * 1.01
+# Closer than this, on the scale of the table, a time was not rounded.
+_EXACT = 1e-6
 
 # What a pipeline tells its transformer about the time, made of the tables of its scheduler.
 _TABLES: dict[Time, tuple[str, Callable[[float], float]]] = {
@@ -113,8 +115,7 @@ class StepTracker:
         following = self._step + 1
         moved, stepped, step = restarted, True, self._step
         if restarted:
-            begin = self._begin_index
-            step = begin if begin is not None and _close(table, begin, value) else nearest
+            step = self._start(table, nearest, value)
         else:
             moved = value != self._value or counter != self._counter
             # Some schedulers do not count, and two neighbouring timesteps can round to one value.
@@ -142,6 +143,15 @@ class StepTracker:
         index = self.index_of(timestep)
         return read_times(timestep) if index is None else (self._read_tables()["t"][index],)
 
+    def _start(self, table: list[float], nearest: int, value: float) -> int:
+        """The entry at which a walk begins."""
+        begin = self._begin_index
+        if begin is not None and _close(table, begin, value):
+            return begin
+        # A rounded time may be nearer to a later entry than to the first.
+        exact = abs(table[nearest] - value) <= _EXACT * max(abs(table[0]), abs(table[-1]))
+        return nearest if exact or not _close(table, 0, value) else 0
+
     @property
     def length(self) -> int:
         """Number of entries of the table."""
@@ -159,6 +169,9 @@ class StepTracker:
     def _entry(self, values: tuple[float, ...]) -> tuple[list[float], int, float] | None:
         """The table, the entry nearest to one of the times, and that time; None: none is close."""
         tables = self._read_tables()
+        if len(values) > 1 and not self._has_new_table:
+            # Conditioning frames have a time of their own, which may be in the table too.
+            values = tuple(sorted(values, key=self._is_unexpected))
         for value in values:
             fitting = []
             for time in self._times if self._has_new_table else (self._time,):
@@ -173,6 +186,14 @@ class StepTracker:
                 nearest, self._time = min(fitting, key=lambda entry: entry[0])
                 return tables[self._time], nearest, value
         return None
+
+    def _is_unexpected(self, value: float) -> tuple[bool, bool]:
+        """A key that sorts the times of a call by how well they go on from the last one."""
+        same = value == self._value
+        follows = _close(self._tables[1][self._time], self._step + 1, value)
+        counter = getattr(self.scheduler, "step_index", None)
+        went_on = counter is None or counter != self._counter
+        return (not follows, not same) if went_on else (not same, not follows)
 
     def _read_tables(self) -> dict[Time, list[float]]:
         """The tables on the host, read once per walk."""
@@ -233,4 +254,4 @@ def _close(table: list[float], index: int, value: float) -> bool:
     scale = max(abs(table[0]), abs(table[-1]))
     # Some pipelines cut the timestep to a whole number.
     whole = 1.0 if scale > 100.0 and value.is_integer() else 0.0
-    return abs(table[index] - value) <= max(1e-6 * scale, _ROUNDING * abs(value), whole)
+    return abs(table[index] - value) <= max(_EXACT * scale, _ROUNDING * abs(value), whole)
