@@ -435,7 +435,7 @@ def _add_means(
         k_offsets += batch_head * (num_k_clusters + 1)
         use_mean += (batch_head * num_q_clusters + q_cluster) * num_means
 
-        m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         offs_n = tl.arange(0, BLOCK_N)
@@ -452,7 +452,7 @@ def _add_means(
             # [BLOCK_M, BLOCK_N]
             scores = tl.dot(q_tile, k_tile, input_precision="ieee") * qk_scale_log2
             scores = tl.where(mask_n[None, :], scores + size_log2[None, :], float("-inf"))
-            m_i, l_i, acc, p = online_softmax_update(m_i, l_i, acc, scores, None)
+            m_i, l_i, acc, p = online_softmax_update(m_i, l_i, acc, scores, None, ALL_HIDDEN=True)
             # [BLOCK_N, BLOCK_D]
             v_tile = load_tile(v_means, mean, HEAD_DIM, offs_d, mask_n, HEAD_DIM)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")

@@ -1,0 +1,39 @@
+"""Whole pipelines of every family through the kernels, against the reference."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from tiny import Case
+from vidaccel import SVG2, accelerate, report
+from vidaccel.api import engines_of
+from vidaccel.hosts.registry import find_transformers
+from vidaccel.kernels import common
+from vidaccel.kernels.semantic_attention import semantic_attention
+
+SPARSE = SVG2(
+    top_p=0.5, query_clusters=2, key_clusters=4, min_tokens=0, min_ratio=0.0,
+    dense_steps=0, dense_layers=0.5, init_iters=1, kmeans_iters=1,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_kernels_give_the_clip_of_the_reference(family: Case, monkeypatch):
+    """On the CPU, so that the kernels are interpreted; with means and mass, as by default."""
+    if torch.cuda.is_available():
+        pytest.skip("tiny heads have no kernels, but where they are interpreted")
+    if not any(host.attention for _, host in find_transformers(family.pipe).values()):
+        pytest.skip("its attention is never sparse")
+    monkeypatch.setattr(common, "HEAD_DIMS", range(1, 129))
+    clips, parts = {}, {}
+    for impl in ("reference", "triton"):
+        accelerate(family.pipe, policy=None, cache=None, attention=SPARSE)
+        for engine in engines_of(family.pipe).values():
+            engine.attention.method = partial(semantic_attention, impl=impl)
+        clips[impl] = family.run(num_inference_steps=2)
+        found = report(family.pipe).transformers
+        parts[impl] = [(part.attention.sparse_calls, part.attention.density) for part in found]
+    torch.testing.assert_close(clips["triton"], clips["reference"], rtol=1e-4, atol=1e-5)
+    assert parts["triton"] == parts["reference"]
+    assert sum(calls for calls, _ in parts["triton"]) > 0
