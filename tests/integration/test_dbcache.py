@@ -64,7 +64,7 @@ def test_reusing_on_the_same_input_gives_the_same_output(case: Case):
     case.run()
     handle.remove()
     call = dict(calls[0])
-    times = torch.tensor([900.0, 899.9999])
+    times = torch.tensor([900.0, 899.9999, 899.9998])
     case.pipe.scheduler.timesteps = times
     accelerate(case.pipe, policy=None, cache=replace(EAGER, corrector_blocks=corrected(case)))
     outputs = []
@@ -72,7 +72,7 @@ def test_reusing_on_the_same_input_gives_the_same_output(case: Case):
         for time in times:
             call["timestep"] = torch.full_like(call["timestep"], float(time), dtype=torch.float32)
             outputs.append(model(**call)[0])
-    assert report(case.pipe).transformers[0].timeline == "Cp"
+    assert report(case.pipe).transformers[0].timeline == "Cpp"
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
 
 
@@ -303,13 +303,13 @@ def test_a_plan_for_other_steps_stops_before_any_block():
     assert counts["blocks"] == 0
 
 
-def test_a_warm_up_as_long_as_the_run_stops_before_any_block():
+def test_a_warm_up_as_long_as_the_run_computes_every_step():
     case = wan()
-    counts = count_blocks(case.pipe)
+    plain = case.run()
     accelerate(case.pipe, policy=None, cache=DBCache(warmup_steps=STEPS))
-    with pytest.raises(PlanError, match=f"warmup_steps is {STEPS}, but this run has {STEPS}"):
-        case.run()
-    assert counts["blocks"] == 0
+    assert torch.equal(case.run(), plain)
+    why = f"every step, since the warm-up takes {STEPS} and the run has {STEPS}"
+    assert why in report(case.pipe).transformers[0].policy
 
 
 class Reads(torch.utils._python_dispatch.TorchDispatchMode):
