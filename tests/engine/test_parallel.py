@@ -228,7 +228,7 @@ def test_ranks_decide_as_one(ranks, name):
     assert set("".join(first["timelines"])) == {"C", "p"}  # there was something to decide
 
 
-@pytest.mark.parametrize(("name", "reason"), [("ring", "ring attention"), ("joint", "text and")])
+@pytest.mark.parametrize(("name", "reason"), [("ring", "ring attention"), ("joint", "text beside")])
 def test_sparse_attention_is_refused_without_whole_sequences(ranks, name, reason):
     for results in ranks:
         assert reason in results[name][0]["refused"]
