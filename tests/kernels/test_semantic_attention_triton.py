@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tiny import Case
+from tiny.looking import two_steps
 from vidaccel import SVG2, accelerate, report
 from vidaccel.api import engines_of
 from vidaccel.hosts.registry import find_transformers
@@ -31,7 +32,7 @@ def test_the_kernels_give_the_clip_of_the_reference(family: Case, monkeypatch):
         accelerate(family.pipe, policy=None, cache=None, attention=SPARSE)
         for engine in engines_of(family.pipe).values():
             engine.attention.method = partial(semantic_attention, impl=impl)
-        clips[impl] = family.run(num_inference_steps=2)
+        clips[impl] = family.run(**two_steps(family))
         found = report(family.pipe).transformers
         parts[impl] = [(part.attention.sparse_calls, part.attention.density) for part in found]
     torch.testing.assert_close(clips["triton"], clips["reference"], rtol=1e-4, atol=1e-5)

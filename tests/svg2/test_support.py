@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tiny import Case
+from tiny.looking import two_steps
 from tiny.machine import card, without_triton
 from tiny.wan import wan, wan_transformer
 from vidaccel import SVG2, accelerate, report
@@ -135,7 +136,7 @@ def test_the_size_of_the_heads_is_found_in_every_family(family: Case):
     accelerate(family.pipe, policy=None, cache=None, attention=SPARSE)
     for engine in engines_of(family.pipe).values():
         engine.attention.method = look
-    family.run(num_inference_steps=2)
+    family.run(**two_steps(family))
     assert seen == set(known.values())
 
 

@@ -1,9 +1,11 @@
 """What a pipeline consists of, and what it runs."""
 
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
+from tiny.base import Case
 from vidaccel.hosts.registry import find_transformers
 
 
@@ -39,3 +41,9 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
         "hooks": hooks,
         "forward": vars(module).get("forward"),
     }
+
+
+def two_steps(case: Case) -> dict[str, int]:
+    """The arguments for a run of two steps; those of a pipeline with a fixed number are none."""
+    name = "num_inference_steps"
+    return {name: 2} if name in signature(type(case.pipe).__call__).parameters else {}
