@@ -31,19 +31,17 @@ def test_a_policy_that_is_not_there(policy, tmp_path, monkeypatch):
         Resolver(policy)
 
 
-def test_auto_is_evenly_spaced_without_a_policy_for_the_model():
+def test_auto_is_the_generic_schedule_without_a_policy_for_the_model():
     budgets = [
-        len(plan_of("auto", run_settings(num_inference_steps=50), preset).steps)
+        len(plan_of("auto", run_settings(num_inference_steps=50, sigmas=None), preset).steps)
         for preset in ("quality", "balanced", "fast")
     ]
     assert budgets == [25, 17, 10]
-    plan = plan_of("auto", run_settings(num_inference_steps=50))
-    assert plan.steps == tuple(range(0, 50, 3)) and "evenly spaced" in plan.origin
 
 
 def test_auto_computes_every_step_of_a_few_step_model():
     assert plan_of("auto", run_settings()).steps == tuple(range(6))
-    assert len(plan_of("auto", run_settings(num_inference_steps=8)).steps) < 8
+    assert len(plan_of("auto", run_settings(num_inference_steps=8, sigmas=None)).steps) < 8
 
 
 def test_auto_takes_a_shipped_policy_that_fits():
@@ -52,7 +50,7 @@ def test_auto_takes_a_shipped_policy_that_fits():
     assert plan.steps[:9] == (0, 1, 2, 3, 4, 5, 7, 10, 17)
     assert "published, not validated here" in plan.origin
     other = plan_of("auto", replace(wan, num_inference_steps=40))
-    assert "evenly spaced" in other.origin
+    assert "carried over by position" in other.origin
 
 
 @pytest.mark.parametrize(
@@ -70,17 +68,18 @@ def test_auto_tells_a_copy_in_a_folder_by_its_config(layers, heads, width, model
         num_inference_steps=50,
         model_id=None,
         config=config,
+        sigmas=None,
         pipeline="WanPipeline",
         experts=1,
     )
     origin = plan_of("auto", local).origin
     if model is None:
-        assert "evenly spaced" in origin
+        assert "generic schedule" in origin
     else:
         assert origin.startswith(model.replace("/", "--"))
         assert origin.endswith(f"; model taken for {model} by its class and config alone")
     for changes in ({"experts": 2}, {"config": config | {"in_channels": 36}}):
-        assert "evenly spaced" in plan_of("auto", replace(local, **changes)).origin
+        assert "generic schedule" in plan_of("auto", replace(local, **changes)).origin
 
 
 def test_a_policy_that_tells_too_little_says_so():

@@ -30,6 +30,7 @@ ROOMS = (
     "vidaccel",
     "api",
     "resolve",
+    "automatic",
     "precision",
     "svg2",
     "engine",

@@ -33,15 +33,15 @@ def accelerate(
     Args:
         pipe: a Diffusers pipeline whose transformer is in the table of supported ones. With two
             transformers (Wan 2.2), one plan runs over the steps of both.
-        policy: which steps are computed. "auto": a policy that comes with vidaccel and is made for
-            this model, scheduler and number of steps, otherwise evenly spaced steps, and every
-            step in runs of fewer than 8; None: every step; "every N"; a list of step indices that
-            starts with 0; a `Plan`; or a policy, as a `CachePolicy`, a file or a hub id. It is held
-            against the run at the first call of each generation, before any block runs.
+        policy: which steps are computed. "auto": the best that is known of the run, otherwise a
+            generic schedule (see `vidaccel.automatic`), and every step in runs of fewer than 8;
+            None: every step; "every N"; a list of step indices that starts with 0; a `Plan`; or a
+            policy, as a `CachePolicy`, a file or a hub id. It is held against the run at the first
+            call of each generation, before any block runs.
         cache: the block cache, which probes a few blocks of a step and decides by their change. A
-            `DBCache` decides alone with policy=None, and where policy="auto" has no policy that
-            fits; beside a plan it can only have more steps computed. "auto": a `DBCache` where no
-            policy fits and the model has a known threshold; None: none.
+            `DBCache` decides alone with policy=None, and with policy="auto" on a model of which
+            nothing is known; beside a plan it can only have more steps computed. None and "auto":
+            none.
         attention: how the self-attention of the blocks that run is made sparse: an `SVG2`; "auto":
             `SVG2()` on a GPU, where sequences are long enough to gain; None: not at all.
         preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or

@@ -8,20 +8,18 @@ from typing import Any, Literal
 
 from torch import nn
 
+from vidaccel.automatic import FEW, generic, known_plan, with_doubt
 from vidaccel.dbcache import DBCache
 from vidaccel.engine.attention_hook import AttentionHook
 from vidaccel.engine.state import Decision
 from vidaccel.errors import AttentionError, PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.hosts.spec import HostSpec
-from vidaccel.plans.plan import FEW_STEPS, PRESETS, Plan, RunSettings
+from vidaccel.plans.plan import PRESETS, Plan, RunSettings
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.shipped import load_shipped
 from vidaccel.plans.store import shipped_as
 from vidaccel.svg2.settings import SVG2
 from vidaccel.svg2.support import gpu_of, why_dense, why_not_on
-
-# How much of the threshold of a model's row each preset allows.
-_TOLERANCE = {"quality": 0.5, "balanced": 1.0, "fast": 2.0}
 
 _EVERY = re.compile(r"\s*every[ :]?(\d{1,6})\s*")
 _STEPS = re.compile(r"-?\d{1,9}(\s*,\s*-?\d{1,9})*")  # Python refuses to read endless digits
@@ -35,7 +33,6 @@ Preset = Literal["quality", "balanced", "fast"]
 
 # Runs this short are those with which servers warm up; they pass whatever was asked for.
 WARM_UP_STEPS = 2
-FEW = "every step, since the run has few"
 
 # The run -> its plan; None where nothing is known of such a run.
 _Planner = Callable[[RunSettings], Plan | None]
@@ -48,12 +45,12 @@ class Resolver:
     reads no file twice.
 
     Args:
-        policy: "auto" (a policy that comes with vidaccel and fits the run, otherwise what `cache`
-            says, otherwise evenly spaced steps), None (every step), "every N", a sequence of
-            computed steps, a `Plan`, a `CachePolicy`, or a file, folder or hub id that holds one.
+        policy: "auto" (what `vidaccel.automatic` finds), None (every step), "every N", a sequence
+            of computed steps, a `Plan`, a `CachePolicy`, or a file, folder or hub id that holds
+            one.
         cache: None; a `DBCache`, which guards the plan of a policy and decides alone where there
-            is none (policy=None, or "auto" without one that fits); or "auto": a `DBCache` where the
-            policy is "auto", none fits, and the model's row has a threshold.
+            is none (policy=None, or "auto" on a model of which nothing is known). "auto" is None
+            by another name.
         preset: "quality", "balanced" or "fast": a speedup of 2, 3 or 5, as far as a policy goes.
         allow_transfer: carry a policy that was given over to another number of steps, scheduler or
             noise grid of the same model; without it such a run is refused.
@@ -85,7 +82,6 @@ class Resolver:
         self.cache = cache if isinstance(cache, DBCache) else None
         self._alone = self.cache is not None and policy is None
         automatic = isinstance(policy, str) and policy == "auto"
-        self._by_threshold = automatic and isinstance(cache, str)
         self._preset = preset
         if self.cache is not None and not self.cache.probe_blocks and (self._alone or automatic):
             raise PlanError(
@@ -119,10 +115,7 @@ class Resolver:
         plan = None if self._alone else self.plan(run)
         if plan is None and self.cache is not None:
             return _by_cache(self.cache, run, host)
-        if plan is None and self._by_threshold and host.threshold is not None:
-            threshold = host.threshold * _TOLERANCE[self._preset]
-            return _by_cache(DBCache(threshold=threshold), run, host)
-        plan = plan or _evenly_spaced(run, self._preset)
+        plan = plan or generic(run, self._preset)
         guard = None if self.cache is None else self.cache.with_threshold(host.threshold)
         return Decision(plan, guard, plan.origin)
 
@@ -210,7 +203,7 @@ def _planner(
         return str(policy), lambda run: _fitting(policy, run.num_inference_steps)
     if isinstance(policy, str):
         if policy == "auto":
-            return "auto", lambda run: _known(run, preset)
+            return "auto", lambda run: known_plan(run, preset)
         match = _EVERY.fullmatch(policy)
         if match is None:
             raise PlanError(f"policy is 'auto', 'every N' or a list of steps, found {policy!r}")
@@ -261,8 +254,8 @@ def _of_policies(
             moved = choose(transferred(policy, run))
             total = policy.num_inference_steps
             origin = f"{moved}, transferred from {total} steps, not validated"
-            return replace(moved, origin=_with_doubt(origin, policy, run))
-        return replace(choose(policy), origin=_with_doubt("", policy, run))
+            return replace(moved, origin=with_doubt(origin, policy, run))
+        return replace(choose(policy), origin=with_doubt("", policy, run))
 
     return told, plan_for
 
@@ -271,36 +264,13 @@ def _wished(run: RunSettings, choose: Callable[[CachePolicy], Plan]) -> Plan:
     """Choose a plan of the policy that comes with vidaccel and is made for this run."""
     for name, policy in load_shipped():
         if policy.fits(run):
-            origin = _with_doubt(f"{name} ({policy.provenance})", policy, run)
+            origin = with_doubt(f"{name} ({policy.provenance})", policy, run)
             return replace(choose(policy), origin=origin)
     raise PolicyError(
         f"no policy that comes with vidaccel fits this run of {run.num_inference_steps} steps, so "
         "there is no plan to choose by budget, speedup or error: name a policy file, or take "
         'other steps, such as "every 3"'
     )
-
-
-def _known(run: RunSettings, preset: str) -> Plan | None:
-    """The plan of a policy that comes with vidaccel and is made for this run, if there is one."""
-    steps = run.num_inference_steps
-    if steps < FEW_STEPS:
-        return replace(Plan.every(1, steps), origin=FEW)
-    for name, policy in load_shipped():
-        if policy.fits(run):
-            note = "" if policy.validation else ", not validated here"
-            origin = _with_doubt(f"{name} ({policy.provenance}{note})", policy, run)
-            return replace(policy.preset(preset), origin=origin)
-    return None
-
-
-def _with_doubt(origin: str, policy: CachePolicy, run: RunSettings) -> str:
-    """Add to an origin what is not known of the model of the run."""
-    return "; ".join(filter(None, (origin, policy.doubt(run))))
-
-
-def _evenly_spaced(run: RunSettings, preset: str) -> Plan:
-    n, steps = PRESETS[preset], run.num_inference_steps
-    return replace(Plan.every(n, steps), origin=f"every {n}, evenly spaced, not calibrated")
 
 
 def _fitting(plan: Plan, total: int) -> Plan:

@@ -22,8 +22,10 @@ from vidaccel.bench.variants import GUARDS, MethodContext, Variant
 from vidaccel.dbcache import DBCache
 from vidaccel.errors import PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.lemica import search
-from vidaccel.plans.plan import PRESETS, Plan
+from vidaccel.plans.generic import generic_plan
+from vidaccel.plans.plan import PRESETS, Plan, RunSettings
 from vidaccel.plans.shipped import shipped_policies
+from vidaccel.resolve import Resolver
 from vidaccel.svg2.settings import SVG2
 
 WIDENING = 1.8  # exponent of the position of a dense start's steps; 1 is evenly spaced
@@ -129,6 +131,31 @@ def _even(order: int) -> MakeVariants:
     def make(name: str, context: MethodContext) -> list[Variant]:
         plans = [Plan.spread(budget, context.steps) for budget in context.budgets]
         return [_planned(name, plan.forecast(order) if order else plan) for plan in plans]
+
+    return make
+
+
+class _GenericSchedule(Resolver):
+    """Decides for the generic schedule of one budget, whatever is known of the run."""
+
+    def __init__(self, budget: int, held: bool) -> None:
+        super().__init__("auto", None)
+        self._budget, self._held = budget, held
+
+    def plan(self, run: RunSettings) -> Plan:
+        """Return the schedule on the noise levels of a run."""
+        sigmas = None if self._held else run.sigmas
+        return generic_plan(self._budget, run.num_inference_steps, sigmas)
+
+
+def _generic(held: bool) -> MakeVariants:
+    """The steps that `policy="auto"` takes where nothing is known of a run."""
+
+    def make(name: str, context: MethodContext) -> list[Variant]:
+        return [
+            _accelerated(name, {"budget": budget}, policy=_GenericSchedule(budget, held))
+            for budget in context.budgets
+        ]
 
     return make
 
@@ -287,6 +314,8 @@ METHODS: dict[str, MakeVariants] = {
     "DBCache F1B0 + SVG2": _sparse(probe=1),
     "plan + SVG2": _sparse(plan=True),
     "plan + DBCache F1B0 + SVG2": _sparse(plan=True, probe=1),
+    "generic schedule": _generic(held=False),
+    "generic schedule (held)": _generic(held=True),
     "evenly spaced": _even(0),
     "evenly spaced + line": _even(1),
     "dense start + line": _dense_start,

@@ -110,9 +110,9 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cache",
-        default="auto",
+        default="none",
         metavar="THRESHOLD",
-        help='the block cache: "auto", "none", "model" (the threshold of the model\'s row), or a '
+        help='the block cache: "none", "model" (the threshold of the model\'s row), or a '
         "threshold; with a policy it can only have more steps computed",
     )
     group.add_argument(
