@@ -51,7 +51,7 @@ heads = (vidaccel.Head("head", streams=("tokens",)),)
 vidaccel.register_host(
     vidaccel.HostSpec("MyTransformer", (), blocks, heads, main="tokens", sample="latents")
 )
-pipe = MyPipeline(MyTransformer(), FlowMatchEulerDiscreteScheduler())
+pipe = MyPipeline(MyTransformer().eval(), FlowMatchEulerDiscreteScheduler())
 plain = pipe()
 vidaccel.accelerate(pipe, policy="every 3")
 error = (pipe() - plain).norm() / plain.norm()

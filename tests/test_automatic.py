@@ -44,6 +44,12 @@ def test_a_measured_one_is_carried_over_to_another_number_of_steps(preset, most)
     assert known_plan(own_run(40), preset) == plan
 
 
+@pytest.mark.parametrize("steps", [8, 10, 12])
+def test_a_short_run_of_a_measured_model_reuses_gently(steps):
+    plan = known_plan(own_run(steps), "balanced") or generic(own_run(steps), "balanced")
+    assert "generic schedule" in plan.origin and len(plan.steps) < steps
+
+
 def test_a_published_list_is_carried_over_by_position():
     wan = RunSettings(
         30, "WanTransformer3DModel", "Wan-AI/Wan2.1-T2V-14B-Diffusers", sigmas=falling(30)

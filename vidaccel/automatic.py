@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from vidaccel.errors import PolicyError
 from vidaccel.lemica.transfer import transferred
-from vidaccel.plans.generic import along_damped_lines, generic_plan
+from vidaccel.plans.generic import SHORT_RUN, along_damped_lines, generic_plan
 from vidaccel.plans.plan import FEW_STEPS, PRESETS, Plan, RunSettings
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.shipped import load_shipped
@@ -18,6 +18,8 @@ from vidaccel.plans.shipped import load_shipped
 FEW = "every step, since the run has few"
 # Errors are carried over to runs of up to so many steps; the search grows with them.
 MOST_STEPS = 200
+# How much slower than its preset a plan may be that is carried over.
+SLOWER = 1.25
 # What makes the plan of a run better of which nothing is known.
 _ADVICE = "vidaccel build-policy measures a better one"
 
@@ -64,10 +66,15 @@ def _transferred(name: str, policy: CachePolicy, run: RunSettings, preset: str) 
     """The plan of measured errors that are carried over to the noise levels of this run."""
     if not policy.edges or policy.model.proof(run) is None or run.sigmas is None:
         return None
+    # Errors of a longer run say little of the few large steps of a short one.
+    if run.num_inference_steps < SHORT_RUN:
+        return None
     try:
         policy.check_model(run)
         plan = _plan_on(name, run.scheduler, run.sigmas, preset)
     except PolicyError:  # another model, or a noise grid that errors cannot be carried over to
+        return None
+    if len(plan.steps) * PRESETS[preset] > SLOWER * run.num_inference_steps:
         return None
     total = policy.num_inference_steps
     origin = f"{plan}, transferred from {name} ({total} steps), not validated"

@@ -48,7 +48,7 @@ def transferred(policy: CachePolicy, run: RunSettings) -> CachePolicy:
     edges = _edges(policy, np.append(grid, 0.0), np.append(other, 0.0))
     objective = policy.objective or "leximax"
     plans = solve_edges([*without_reuse(steps), *edges], steps, objective=objective)
-    if not plans:
+    if not plans or not edges:
         raise PolicyError(f"no plan of {steps} steps follows from this policy")
     return policy.model_copy(
         update={
