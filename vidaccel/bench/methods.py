@@ -152,6 +152,7 @@ def _generic(held: bool) -> MakeVariants:
     """The steps that `policy="auto"` takes where nothing is known of a run."""
 
     def make(name: str, context: MethodContext) -> list[Variant]:
+        """Make one schedule for each budget."""
         return [
             _accelerated(name, {"budget": budget}, policy=_GenericSchedule(budget, held))
             for budget in context.budgets
