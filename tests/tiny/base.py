@@ -1,10 +1,11 @@
 """What the tiny pipelines of all families share. Random weights, no download, one thread."""
 
+import contextlib
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +94,24 @@ def built(cls: str | type, seed: int = 0, **config: Any) -> Any:
         cls: the class, or its name in diffusers.
     """
     torch.manual_seed(seed)
-    return (getattr(diffusers, cls) if isinstance(cls, str) else cls)(**config).eval()
+    with _uninitialised_as_nan():
+        model = (getattr(diffusers, cls) if isinstance(cls, str) else cls)(**config).eval()
+    # Some classes leave parameters to the checkpoint: what torch.empty found in memory, NaN too.
+    for parameter in model.parameters():
+        if parameter.isnan().any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+@contextlib.contextmanager
+def _uninitialised_as_nan() -> Iterator[None]:
+    """Let torch.empty fill what it gives with NaN, so that it can be told from what was set."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def case(
