@@ -6,6 +6,7 @@ for a GPU; all of it is vectorised, so that short sequences are quick on a CPU.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -25,6 +26,9 @@ from vidaccel.kernels.common import (
 _CHUNK = 1 << 24  # scores held at a time
 SAMPLES = 64  # keys whose mean stands for the mean of all
 LEAST = 1e-30  # a row without a larger element is rounded to zeros
+SCALE_FORMATS = ("float32", "ue8m0", "e4m3")
+E4M3_LEAST, E4M3_MOST = 2.0**-9, 448.0
+_ROOT_HALF = math.sqrt(0.5)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -533,3 +537,380 @@ def attention_recall(
     seen = mask.gather(2, picked[..., None].expand(*picked.shape, mask.shape[3]))
     seen = seen.gather(3, k_labels.long()[:, :, None, :].expand_as(scores))
     return (scores.softmax(-1) * seen).sum(-1)
+
+
+def rotate_quantise(
+    x: Tensor,
+    *,
+    qmax: int = 127,
+    block: int | None = None,
+    scale_format: str = "float32",
+    tensor_scale: Tensor | None = None,
+    rotation: Tensor | None = None,
+    high: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotated rows as whole numbers from -qmax to qmax, and what one of them stands for.
+
+    The channels of a row are cut into groups of G, and y = rotation @ x in each of them; the
+    rotation is rounded to the dtype of x, as the tensor cores take it. The channels are then cut
+    into blocks with a scale each, the least for which none of them is clipped (INT v.s. FP, arXiv
+    2510.25602, section 2): largest |y| / qmax as it is ("float32"), rounded up to a power of two
+    ("ue8m0"), or as a multiple of `tensor_scale` rounded to the nearest E4M3 from 2^-9 to 448
+    ("e4m3", which clips what is over). Codes are y times the reciprocal of the scale, rounded to
+    the nearest, halves to even.
+
+    A block without an element over 1e-30 has codes 0 and the scale 1, with "e4m3" the least one.
+    A block that holds NaN or infinity, and any block where `tensor_scale` is not positive, has
+    codes 0 and the scale NaN.
+
+    Args:
+        x: [..., K].
+        qmax: largest code, from 1 to 127.
+        block: channels that share a scale; a divisor of K, or all of them if left out.
+        scale_format: "float32", "ue8m0" or "e4m3".
+        tensor_scale: one number in fp32, for "e4m3" alone.
+        rotation: [G, G] for every group of channels, or [K / G, G, G], one for each.
+        high: [rows] bool, the rows that have codes up to 127 instead; a row is an index into all
+            but the last dimension of x.
+
+    Returns:
+        codes [..., K] int8, scales [..., K / block] fp32 (or float64).
+
+    Raises:
+        KernelError: arguments do not fit each other.
+    """
+    check_rotate_quantise(x, qmax, block, scale_format, tensor_scale, rotation, high)
+    kind = _accumulator(x)
+    rows = x.reshape(-1, x.shape[-1]).to(kind)
+    if rotation is not None:
+        exact = rotation.to(x.dtype).to(kind)
+        groups = rows.unflatten(1, (-1, rotation.shape[-1]))
+        if rotation.dim() == 2:
+            rows = (groups @ exact.T).flatten(1)
+        else:
+            rows = (groups.transpose(0, 1) @ exact.transpose(1, 2)).transpose(0, 1).flatten(1)
+    blocks = rows.unflatten(1, (-1, block or x.shape[-1]))
+    size = blocks.abs()
+    largest = torch.where(size < math.inf, size, math.inf).amax(-1, keepdim=True)
+    top = torch.full((len(rows), 1, 1), float(qmax), dtype=kind, device=x.device)
+    if high is not None:
+        top = torch.where(high.reshape(-1, 1, 1), 127.0, top)
+    ratio = largest / top
+    if scale_format == "float32":
+        scale, least = ratio, torch.ones_like(ratio)
+    elif scale_format == "ue8m0":
+        mantissa, exponent = torch.frexp(ratio)
+        scale = torch.ldexp(torch.ones_like(ratio), exponent - (mantissa == 0.5).int())
+        least = torch.ones_like(ratio)
+    else:
+        assert tensor_scale is not None
+        unit = torch.where(tensor_scale > 0, tensor_scale, math.nan).to(kind)
+        steps = (ratio / unit).clamp(E4M3_LEAST, E4M3_MOST).to(torch.float8_e4m3fn)
+        scale, least = steps.to(kind) * unit, (E4M3_LEAST * unit).expand_as(ratio)
+    scale = torch.where(largest > LEAST, scale, least)
+    scale = torch.where(largest < math.inf, scale, math.nan)
+    sound = (largest > LEAST) & (scale > 0)
+    codes = (blocks * scale.reciprocal()).clamp(-top, top).round()
+    codes = torch.where(sound, codes, 0.0).to(torch.int8)
+    sizes = x.shape[:-1]
+    return codes.reshape(x.shape), scale.reshape(*sizes, blocks.shape[1])
+
+
+def quantised_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    block: int | None = None,
+    packed: bool = False,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The linear layer of rounded activations and rounded weights.
+
+    out[m, n] = bias[n] + the sum over blocks b of scales[m, b] * weight_scales[n, b] * (codes[m] .
+    weight[n] over the channels of b), where scales of one column are those of all blocks. A scale
+    that is NaN makes NaN of its whole row or column.
+
+    Args:
+        codes: [..., K] int8.
+        scales: [..., K / block] or [..., 1] fp32 (or float64).
+        weight: [N, K] int8, or [N, K / 2] uint8 as `pack_int4` makes it.
+        weight_scales: [N, K / block] or [N, 1], in the dtype of `scales`.
+        bias: [N] in any floating-point dtype.
+        block: channels that share a scale; all of them if left out.
+        packed: the weights are of 4 bits, two per byte.
+        out_dtype: dtype of the result.
+
+    Returns:
+        [..., N] in `out_dtype`.
+
+    Raises:
+        KernelError: arguments do not fit each other.
+    """
+    check_quantised_linear(codes, scales, weight, weight_scales, bias, block, packed, out_dtype)
+    kind = scales.dtype
+    channels = codes.shape[-1]
+    if packed:
+        weight = unpack_int4(weight)
+
+    def spread(scale: Tensor) -> Tensor:
+        """Repeat the scale of each block for its channels."""
+        return scale.repeat_interleave(channels // scale.shape[-1], -1)
+
+    if scales.shape[-1] == weight_scales.shape[-1] == 1:
+        out = (codes.to(kind) @ weight.to(kind).T) * scales * weight_scales[:, 0]
+    else:
+        out = (codes * spread(scales)) @ (weight * spread(weight_scales)).T
+    if bias is not None:
+        out = out + bias.to(kind)
+    return out.to(out_dtype)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Codes of 4 bits, two per byte: the low half of a byte is the even channel.
+
+    Args:
+        codes: [N, K] int8 from -8 to 7, K even.
+
+    Returns:
+        [N, K / 2] uint8.
+
+    Raises:
+        KernelError: the codes are not such ones.
+    """
+    if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] % 2:
+        raise KernelError(
+            "codes of 4 bits are packed from int8 [N, K] with an even K, found "
+            f"{codes.dtype} {list(codes.shape)}"
+        )
+    if codes.numel() and not -8 <= int(codes.amin()) <= int(codes.amax()) <= 7:
+        raise KernelError(
+            f"codes of 4 bits are from -8 to 7, found {int(codes.amin())} to {int(codes.amax())}"
+        )
+    even, odd = codes[:, 0::2], codes[:, 1::2]
+    return ((even & 15) | (odd << 4)).view(torch.uint8)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Undo `pack_int4`: [N, K / 2] uint8 -> [N, K] int8."""
+    if packed.dtype != torch.uint8 or packed.dim() != 2:
+        raise KernelError(
+            f"packed codes are uint8 [N, K / 2], found {packed.dtype} {list(packed.shape)}"
+        )
+    pairs = packed.view(torch.int8)
+    return torch.stack([(pairs << 4) >> 4, pairs >> 4], -1).flatten(1)
+
+
+def token_haar(
+    x: Tensor, grid: tuple[int, int, int], *, inverse: bool = False, levels: int = 3
+) -> Tensor:
+    """The orthonormal 3-D Haar wavelet transform along the tokens of a video, or its inverse.
+
+    A level turns a box of tokens into eight: along frames, then height, then width, neighbours a
+    and b become (a + b) / sqrt(2) and (a - b) / sqrt(2), and the last of an odd length is carried
+    on with the former. The box of sums alone, of sizes rounded up, goes on to the next level.
+    Mixing tokens commutes with a linear layer, and after it few tokens hold most of the energy
+    (STaMP, arXiv 2510.26771).
+
+    The order is from coarse to fine: the last box of sums, then the seven boxes of differences of
+    the last level, ..., then those of the first. The boxes of a level count up in binary, 001 to
+    111, where the digits stand for frames, height and width and 1 for differences; within a box
+    tokens are row by row.
+
+    Args:
+        x: [B, S, K] or [S, K], token (f * H + h) * W + w at its place, or coefficients if inverse.
+        grid: frames F, height H, width W, in tokens; F * H * W = S.
+        inverse: undo it.
+        levels: number of levels, 1 or more.
+
+    Returns:
+        Like x; computed in fp32 (or float64).
+
+    Raises:
+        KernelError: the grid does not fit the tokens.
+    """
+    check_token_haar(x, grid, levels)
+    run = _haar_synthesis if inverse else _haar_analysis
+    return run(x.to(_accumulator(x)), grid, levels).to(x.dtype)
+
+
+def haar_sums(grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The sizes of the box of sums after one level."""
+    frames, height, width = ((size + 1) // 2 for size in grid)
+    return frames, height, width
+
+
+def _haar_analysis(x: Tensor, grid: tuple[int, int, int], levels: int) -> Tensor:
+    if levels == 0:
+        return x
+    boxes = [x.unflatten(-2, grid)]
+    for dim in (-4, -3, -2):
+        boxes = [half for box in boxes for half in _haar_split(box, dim)]
+    sums, *differences = (box.flatten(-4, -2) for box in boxes)
+    return torch.cat([_haar_analysis(sums, haar_sums(grid), levels - 1), *differences], -2)
+
+
+def _haar_synthesis(x: Tensor, grid: tuple[int, int, int], levels: int) -> Tensor:
+    if levels == 0:
+        return x
+    halves = [((size + 1) // 2, size // 2) for size in grid]
+    sizes = list(itertools.product(*halves))
+    sums, *differences = x.split([math.prod(size) for size in sizes], -2)
+    inner = _haar_synthesis(sums, haar_sums(grid), levels - 1)
+    boxes = [
+        box.unflatten(-2, size) for box, size in zip((inner, *differences), sizes, strict=True)
+    ]
+    for dim in (-2, -3, -4):
+        boxes = [_haar_join(*pair, dim) for pair in zip(boxes[0::2], boxes[1::2], strict=True)]
+    return boxes[0].flatten(-4, -2)
+
+
+def _haar_split(box: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Sums, the last of an odd length among them, and differences of neighbours."""
+    box = box.movedim(dim, 0)
+    pairs = len(box) // 2
+    even, odd = box[: 2 * pairs : 2], box[1::2]
+    sums = torch.cat([(even + odd) * _ROOT_HALF, box[2 * pairs :]])
+    return sums.movedim(0, dim), ((even - odd) * _ROOT_HALF).movedim(0, dim)
+
+
+def _haar_join(sums: Tensor, differences: Tensor, dim: int) -> Tensor:
+    """Undo `_haar_split`."""
+    sums, differences = sums.movedim(dim, 0), differences.movedim(dim, 0)
+    pairs = len(differences)
+    even = (sums[:pairs] + differences) * _ROOT_HALF
+    odd = (sums[:pairs] - differences) * _ROOT_HALF
+    box = torch.cat([torch.stack([even, odd], 1).flatten(0, 1), sums[pairs:]])
+    return box.movedim(0, dim)
+
+
+def check_rotate_quantise(
+    x: Tensor,
+    qmax: int,
+    block: int | None,
+    scale_format: str,
+    tensor_scale: Tensor | None,
+    rotation: Tensor | None,
+    high: Tensor | None,
+) -> None:
+    """Refuse arguments of `rotate_quantise` that do not fit each other."""
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
+        raise KernelError(
+            f"x must be floating-point with channels last, found {x.dtype} {list(x.shape)}"
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise KernelError(
+            "x requires a gradient, and whole numbers have none: call rotate_quantise under "
+            "torch.no_grad()"
+        )
+    channels = x.shape[-1]
+    if not 1 <= qmax <= 127:
+        raise KernelError(f"qmax must be from 1 to 127, found {qmax}")
+    _check_block(block, channels)
+    if scale_format not in SCALE_FORMATS:
+        known = ", ".join(SCALE_FORMATS)
+        raise KernelError(f"scale_format must be one of {known}, found {scale_format!r}")
+    if (scale_format == "e4m3") != (tensor_scale is not None):
+        raise KernelError("tensor_scale belongs to the scale_format e4m3, and to no other")
+    if tensor_scale is not None and (
+        tensor_scale.numel() != 1 or not tensor_scale.is_floating_point()
+    ):
+        raise KernelError(
+            "tensor_scale must be one floating-point number, found "
+            f"{tensor_scale.dtype} {list(tensor_scale.shape)}"
+        )
+    if rotation is not None:
+        group = rotation.shape[-1]
+        if rotation.dim() not in (2, 3) or rotation.shape[-2] != group:
+            raise KernelError(
+                f"rotation must be [G, G] or [K / G, G, G], found {list(rotation.shape)}"
+            )
+        if (
+            group == 0
+            or channels % group
+            or (rotation.dim() == 3 and len(rotation) * group != channels)
+        ):
+            raise KernelError(f"rotation {list(rotation.shape)} does not fit {channels} channels")
+        if not rotation.is_floating_point():
+            raise KernelError(f"rotation must be floating-point, found {rotation.dtype}")
+    rows = math.prod(x.shape[:-1])
+    if high is not None and (high.dtype != torch.bool or high.numel() != rows):
+        raise KernelError(
+            f"high must be bool with one element for each of {rows} rows, found "
+            f"{high.dtype} {list(high.shape)}"
+        )
+    for name, other in (("tensor_scale", tensor_scale), ("rotation", rotation), ("high", high)):
+        if other is not None:
+            check_like(name, other, "x", x)
+
+
+def check_quantised_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    block: int | None,
+    packed: bool,
+    out_dtype: torch.dtype,
+) -> None:
+    """Refuse arguments of `quantised_linear` that do not fit each other."""
+    if codes.dtype != torch.int8 or codes.dim() == 0 or codes.shape[-1] == 0:
+        raise KernelError(
+            f"codes must be int8 with channels last, found {codes.dtype} {list(codes.shape)}"
+        )
+    channels = codes.shape[-1]
+    _check_block(block, channels)
+    kind, width = (torch.uint8, channels / 2) if packed else (torch.int8, channels)
+    if weight.dtype != kind or weight.dim() != 2 or weight.shape[1] != width:
+        raise KernelError(
+            f"weight must be {kind} [N, {width:g}] for {channels} channels"
+            f"{', packed' if packed else ''}, found {weight.dtype} {list(weight.shape)}"
+        )
+    blocks = channels // (block or channels)
+    for name, scale, sizes in (
+        ("scales", scales, codes.shape[:-1]),
+        ("weight_scales", weight_scales, weight.shape[:1]),
+    ):
+        if scale.shape[:-1] != sizes or scale.dim() == 0 or scale.shape[-1] not in (1, blocks):
+            raise KernelError(
+                f"{name} must be {[*sizes, blocks]} or {[*sizes, 1]}, found {list(scale.shape)}"
+            )
+        if scale.dtype != scales.dtype or scale.dtype not in (torch.float32, torch.float64):
+            raise KernelError(f"{name} must be float32, found {scale.dtype}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise KernelError(
+            f"bias must be floating-point [{len(weight)}], found {bias.dtype} {list(bias.shape)}"
+        )
+    if not out_dtype.is_floating_point:
+        raise KernelError(f"out_dtype must be a floating-point dtype, found {out_dtype}")
+    for name, other in (
+        ("scales", scales),
+        ("weight", weight),
+        ("weight_scales", weight_scales),
+        ("bias", bias),
+    ):
+        if other is not None:
+            check_like(name, other, "codes", codes)
+
+
+def check_token_haar(x: Tensor, grid: tuple[int, int, int], levels: int) -> None:
+    """Refuse arguments of `token_haar` that do not fit each other."""
+    if not x.is_floating_point() or x.dim() not in (2, 3):
+        raise KernelError(
+            "x must be floating-point [batch, tokens, channels] or [tokens, channels], found "
+            f"{x.dtype} {list(x.shape)}"
+        )
+    if len(grid) != 3 or min(grid) < 1 or math.prod(grid) != x.shape[-2]:
+        raise KernelError(
+            f"the grid {tuple(grid)} of frames, height and width does not hold {x.shape[-2]} tokens"
+        )
+    if levels < 1:
+        raise KernelError(f"levels must be 1 or more, found {levels}")
+
+
+def _check_block(block: int | None, channels: int) -> None:
+    if block is not None and (block < 1 or channels % block):
+        raise KernelError(f"blocks of {block} channels do not divide {channels}")
