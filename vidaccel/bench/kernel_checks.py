@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,22 @@ class CheckError(VidaccelError):
     """A kernel gave a wrong result, so that its speed means nothing."""
 
 
-def check(dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, float]]:
+def check(
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    device: str = "cuda",
+    head_dims: Sequence[int] = HEAD_DIMS,
+    size: tuple[int, int, int] = (2, 3, 1111),
+    clusters: tuple[int, int] = (70, 90),
+) -> dict[str, dict[str, float]]:
     """Hold every kernel against its reference in float64, on fresh random input.
+
+    Args:
+        dtype: that of q, k and v.
+        device: a GPU; or the CPU, where Triton's interpreter has to be on.
+        head_dims: head sizes to check.
+        size: batch items, heads and tokens.
+        clusters: of queries and keys.
 
     Returns:
         The name of each check -> its "error" and "limit".
@@ -27,11 +42,11 @@ def check(dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, float]]:
         CheckError: an error is over its limit, or two runs differ.
     """
     checks = _Checks()
-    for head_dim in HEAD_DIMS:
-        q, k, v = (torch.randn(2, 3, 1111, head_dim, device="cuda", dtype=dtype) for _ in range(3))
+    for head_dim in head_dims:
+        q, k, v = (torch.randn(*size, head_dim, device=device, dtype=dtype) for _ in range(3))
         checks.suffix = f", D {head_dim}"
-        _check_clustering(checks, q, k, v)
-        _check_semantic_attention(checks, q, k, v)
+        _check_clustering(checks, q, k, v, *clusters)
+        _check_semantic_attention(checks, q, k, v, *(count // 2 for count in clusters))
     return checks.found
 
 
@@ -55,39 +70,44 @@ class _Checks:
             raise CheckError(f"{name} is wrong: error {value:.2e}, at most {limit:.2e} allowed")
 
 
-def _check_clustering(checks: _Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_clustering(
+    checks: _Checks, q: Tensor, k: Tensor, v: Tensor, num_q: int, num_k: int
+) -> None:
     """Check k-means, sorting, permuting and selection, and attention with what they give."""
     from vidaccel.kernels import kmeans, permute, reference, select, sort
 
-    start = reference.initial_centroids(q, 70)
-    centroids, labels, _ = kmeans.kmeans(q, start, 2)
-    again = kmeans.kmeans(q, start, 2)
+    start = reference.initial_centroids(q, num_q)
+    centroids, labels, _ = kmeans.kmeans(q, start, 2, impl="triton")
+    again = kmeans.kmeans(q, start, 2, impl="triton")
     checks.note("k-means twice", (again[0] - centroids).abs().max(), 0.0)
-    moved = reference.cluster_means(q.double(), labels, 70, start)
+    moved = reference.cluster_means(q.double(), labels, num_q, start)
     checks.note("k-means means", (centroids - moved).abs().max(), 1e-4)
-    _, assigned, _ = kmeans.kmeans(q, start, 0)
+    _, assigned, _ = kmeans.kmeans(q, start, 0, impl="triton")
     distance = torch.cdist(q.double(), start.to(q.dtype).double())
     picked = distance.gather(3, assigned.long()[..., None])[..., 0]
     checks.note("k-means labels", (picked - distance.amin(-1)).max(), 1e-3)
-    q_idx, q_offsets = sort.sort_by_label(labels, 70)
-    expected = reference.sort_by_label(labels, 70)
+    q_idx, q_offsets = sort.sort_by_label(labels, num_q, impl="triton")
+    expected = reference.sort_by_label(labels, num_q)
     differ = (q_idx != expected[0]).sum() + (q_offsets != expected[1]).sum()
     checks.note("sort", differ, 0.0)
-    there = permute.permute(q, q_idx)
+    there = permute.permute(q, q_idx, impl="triton")
     checks.note("permute", (there - reference.permute(q, q_idx)).abs().max(), 0.0)
-    checks.note("unpermute", (permute.unpermute(there, q_idx) - q).abs().max(), 0.0)
+    back = permute.unpermute(there, q_idx, impl="triton")
+    checks.note("unpermute", (back - q).abs().max(), 0.0)
 
     options = {"scale": q.shape[3] ** -0.5, "top_p": 0.7, "min_ratio": 0.1}
-    k_centroids, k_labels, k_counts = kmeans.kmeans(k, reference.initial_centroids(k, 90), 2)
-    selection = select.select_top_p(centroids, k_centroids, k_counts, **options)
+    start = reference.initial_centroids(k, num_k)
+    k_centroids, k_labels, k_counts = kmeans.kmeans(k, start, 2, impl="triton")
+    scored = (centroids, k_centroids, k_counts)
+    selection = select.select_top_p(*scored, **options, impl="triton")
     wanted = reference.select_top_p(centroids.double(), k_centroids.double(), k_counts, **options)
     differ = (selection.mask() != wanted.mask()).float().mean()
     checks.note("selection", differ, 1e-3)
-    k_idx, k_offsets = sort.sort_by_label(k_labels, 90)
-    sorted_k, sorted_v = permute.permute(k, k_idx), permute.permute(v, k_idx)
+    k_idx, k_offsets = sort.sort_by_label(k_labels, num_k, impl="triton")
+    sorted_k, sorted_v = (permute.permute(x, k_idx, impl="triton") for x in (k, v))
     means = {
-        "k_means": reference.cluster_means(k, k_labels, 90),
-        "v_means": reference.cluster_means(v, k_labels, 90),
+        "k_means": reference.cluster_means(k, k_labels, num_k),
+        "v_means": reference.cluster_means(v, k_labels, num_k),
     }
     lists = (q_offsets, k_offsets, selection)
     _check_attention(checks, (q, sorted_k, sorted_v), lists, q_idx, means)
@@ -105,14 +125,14 @@ def _check_attention(
     from vidaccel.kernels.block_sparse_attention import block_sparse_attention
 
     options: dict[str, Any] = {"scale": tensors[0].shape[3] ** -0.5, "q_order": q_idx}
-    out, lse = block_sparse_attention(*tensors, *lists, **options)
+    out, lse = block_sparse_attention(*tensors, *lists, **options, impl="triton")
     wide = [x.double() for x in tensors]
     exact, exact_lse = reference.block_sparse_attention(*wide, *lists, **options)
     checks.note("sparse attention", _distance(out, exact), 1e-2)
     checks.note("log-sum-exp", (lse - exact_lse).abs().max(), 2e-3)
 
     rounded = options | {"int8_qk": True}
-    eight, eight_lse = block_sparse_attention(*tensors, *lists, **rounded)
+    eight, eight_lse = block_sparse_attention(*tensors, *lists, **rounded, impl="triton")
     # In float64 a number half-way between two whole ones could be rounded to the other.
     single = [x.float() for x in tensors]
     twin, twin_lse = reference.block_sparse_attention(*single, *lists, **rounded)
@@ -120,17 +140,20 @@ def _check_attention(
     checks.note("log-sum-exp in int8", (eight_lse - twin_lse).abs().max(), 2e-3)
     checks.note("int8 against exact scores", _distance(eight, exact), 3e-2)
 
-    out, _ = block_sparse_attention(*tensors, *lists, **options, **means)
+    out, _ = block_sparse_attention(*tensors, *lists, **options, **means, impl="triton")
     exact, _ = reference.block_sparse_attention(*wide, *lists, **options, **means)
     checks.note("compensation", _distance(out, exact), 2e-2)
 
 
-def _check_semantic_attention(checks: _Checks, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_semantic_attention(
+    checks: _Checks, q: Tensor, k: Tensor, v: Tensor, num_q: int, num_k: int
+) -> None:
     """Check that attention with every cluster selected is dense attention."""
     from vidaccel.kernels.semantic_attention import semantic_attention
     from vidaccel.kernels.state import SemanticConfig, SemanticState
 
-    full = semantic_attention(q, k, v, SemanticState(), SemanticConfig(30, 60, top_p=1.0))
+    config = SemanticConfig(num_q, num_k, top_p=1.0)
+    full = semantic_attention(q, k, v, SemanticState(), config, impl="triton")
     dense = scaled_dot_product_attention(q.double(), k.double(), v.double())
     own = (scaled_dot_product_attention(q, k, v).double() - dense).abs().max().item()
     checks.note("everything selected", (full.double() - dense).abs().max(), 2 * own)

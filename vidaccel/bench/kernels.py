@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from vidaccel.bench.gpu_device import Device
 from vidaccel.bench.kernel_checks import check
 from vidaccel.environment import environment
 from vidaccel.errors import VidaccelError
+from vidaccel.kernels.common import Selection
+from vidaccel.kernels.common import density as computed_share
+from vidaccel.kernels.state import SemanticConfig
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,6 @@ SHAPES = {
     "LTX-Video 704p": Shape(32, 12_000, 64, 64, 128),
 }
 DENSITIES = (0.1, 0.2, 0.3, 0.5, 1.0)
-# Dense 16-bit floating-point operations per second of the chip's datasheet.
-_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def require_gpu() -> None:
@@ -90,23 +92,26 @@ def kernels(
         VidaccelError: there is no GPU.
     """
     require_gpu()
+    device = Device()
     checks = check(dtype)
     for name, found in checks.items():
         report(f"{name:44} error {found['error']:.2e} of at most {found['limit']:.2e}")
     rows, layers = [], []
     for name in shapes:
         shape = SHAPES[name]
-        q, k, v = _video_like(shape, dtype)
-        dense = _dense(q, k, v, milliseconds)
+        q, k, v = video_like(device, shape, dtype)
+        dense = dense_times(device, q, k, v, milliseconds)
         for backend, time in dense.items():
-            rows.append(_measured(name, shape, backend, 1.0, time))
+            rows.append(measured(device, shape, backend, 1.0, time) | {"shape": name})
             report(_line(rows[-1]))
         for density in densities:
-            for method, (share, time) in _sparse(shape, q, k, v, density, milliseconds).items():
-                rows.append(_measured(name, shape, method, share, time))
+            times = sparse_times(device, shape, q, k, v, density, milliseconds)
+            for method, (share, time) in times.items():
+                rows.append(measured(device, shape, method, share, time) | {"shape": name})
                 report(_line(rows[-1]))
         for int8 in (False, True):
-            layers.append({"shape": name, **_layer(shape, q, k, v, milliseconds, int8)})
+            config = SemanticConfig(shape.query_clusters, shape.key_clusters, int8_qk=int8)
+            layers.append({"shape": name, **layer_times(device, q, k, v, config, milliseconds)})
             layers[-1]["share_of_dense"] = layers[-1]["overhead_ms"] / min(dense.values())
             report(f"{name}: {layers[-1]}")
         del q, k, v
@@ -128,16 +133,14 @@ def kernels_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measured(
-    name: str, shape: Shape, method: str, density: float, milliseconds: float
+def measured(
+    device: Device, shape: Shape, method: str, density: float, milliseconds: float
 ) -> dict[str, Any]:
     """Return the row of one measurement."""
     operations = 4 * shape.heads * shape.tokens**2 * shape.head_dim * density
     rate = operations / milliseconds / 1e9
-    card = torch.cuda.get_device_name()
-    peak = next((value for part, value in _PEAKS.items() if part in card), None)
+    peak = device.peak_rate()
     return {
-        "shape": name,
         "method": method,
         "density": density,
         "milliseconds": milliseconds,
@@ -156,27 +159,24 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _time(run: Callable[[], object], milliseconds: int) -> float:
-    """Return the median time of a call in milliseconds, measured with device events."""
-    from triton.testing import do_bench
-
-    return float(do_bench(run, warmup=50, rep=milliseconds, return_mode="median"))
-
-
-def _video_like(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def video_like(
+    device: Device, shape: Shape, dtype: torch.dtype, batch: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw random tokens around random centres, so that clustering finds something."""
     torch.manual_seed(0)
-    size = (1, shape.heads, shape.tokens, shape.head_dim)
+    size = (batch, shape.heads, shape.tokens, shape.head_dim)
     out = []
     for _ in range(3):
-        centres = torch.randn(shape.heads, 256, shape.head_dim, device="cuda", dtype=dtype)
-        which = torch.randint(0, 256, (shape.heads, shape.tokens, 1), device="cuda")
-        x = centres.gather(1, which.expand(-1, -1, shape.head_dim)).view(size)
-        out.append(x + 0.5 * torch.randn(size, device="cuda", dtype=dtype))
+        centres = torch.randn(*size[:2], 256, size[3], device=device.name, dtype=dtype)
+        which = torch.randint(0, 256, (*size[:3], 1), device=device.name)
+        x = torch.randn(size, device=device.name, dtype=dtype).mul_(0.5)
+        out.append(x.add_(centres.gather(2, which.expand(size))))
     return out[0], out[1], out[2]
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, milliseconds: int) -> dict[str, float]:
+def dense_times(
+    device: Device, q: Tensor, k: Tensor, v: Tensor, milliseconds: int
+) -> dict[str, float]:
     """Time every dense attention that torch has here: name -> milliseconds."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -191,57 +191,107 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, milliseconds: int) -> dict[str, floa
             run()
         except RuntimeError:  # this build of torch does not have it
             continue
-        times[f"dense {backend.name.split('_')[0].lower()}"] = _time(run, milliseconds)
+        name = f"dense {backend.name.split('_')[0].lower()}"
+        times[name] = device.milliseconds(run, milliseconds)
     if not times:
-        times["dense sdpa"] = _time(lambda: scaled_dot_product_attention(q, k, v), milliseconds)
+        times["dense sdpa"] = device.milliseconds(
+            lambda: scaled_dot_product_attention(q, k, v), milliseconds
+        )
     return times
 
 
-def _ragged(count: int, tokens: int, heads: int) -> Tensor:
+def sparse_times(
+    device: Device,
+    shape: Shape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    density: float,
+    milliseconds: int,
+    *,
+    others: bool = True,
+) -> dict[str, tuple[float, float]]:
+    """Time each sparse method on one random selection: method -> density, milliseconds.
+
+    Args:
+        device: where the tensors are.
+        shape: theirs, and the number of clusters.
+        q, k, v: [1, H, S, D].
+        density: computed share of all pairs, as nearly as whole clusters allow.
+        milliseconds: how long one measurement repeats.
+        others: time those of other libraries too.
+    """
+    from vidaccel.kernels.block_sparse_attention import block_sparse_attention
+
+    drawn = draw_selection(device, shape, density)
+    share = drawn.density(shape.tokens)
+    times = {}
+    for name, int8 in (("vidaccel", False), ("vidaccel int8, rounding counted", True)):
+
+        def ours(int8: bool = int8) -> object:
+            lists = (drawn.q_offsets, drawn.k_offsets, drawn.selection)
+            scale = shape.head_dim**-0.5
+            return block_sparse_attention(
+                q, k, v, *lists, scale=scale, int8_qk=int8, impl="triton"
+            )[0]
+
+        times[name] = (share, device.milliseconds(ours, milliseconds))
+    if others:
+        times |= _flashinfer(device, q, k, v, drawn, milliseconds)
+        times |= _flex(device, q, k, v, density, milliseconds)
+    return times
+
+
+@dataclass(frozen=True)
+class DrawnSelection:
+    """A random selection of key clusters of random sizes.
+
+    Attributes:
+        q_offsets, k_offsets: [1, H, Qc + 1] and [1, H, Kc + 1] int32.
+        mask: [1, H, Qc, Kc] bool.
+        selection: the same as lists.
+    """
+
+    q_offsets: Tensor
+    k_offsets: Tensor
+    mask: Tensor
+    selection: Selection
+
+    def density(self, tokens: int) -> float:
+        """Return the share of all pairs that is computed, the mean of the heads."""
+        shares = computed_share(self.selection.tokens, self.q_offsets.diff(), tokens)
+        return float(shares.mean())
+
+
+def draw_selection(device: Device, shape: Shape, share: float) -> DrawnSelection:
+    """Draw clusters of different sizes, and select each pair of them with this probability."""
+    from vidaccel.kernels import reference
+
+    q_offsets = _ragged(device, shape.query_clusters, shape.tokens, shape.heads)
+    k_offsets = _ragged(device, shape.key_clusters, shape.tokens, shape.heads)
+    size = (1, shape.heads, shape.query_clusters, shape.key_clusters)
+    mask = torch.rand(size, device=device.name) < share
+    return DrawnSelection(
+        q_offsets, k_offsets, mask, reference.selection_from_mask(mask, k_offsets.diff())
+    )
+
+
+def _ragged(device: Device, count: int, tokens: int, heads: int) -> Tensor:
     """Return offsets of `count` clusters of different sizes: [1, heads, count + 1] int32."""
-    weight = torch.rand(1, heads, count, device="cuda") + 0.3
+    weight = torch.rand(1, heads, count, device=device.name) + 0.3
     ends = (weight.cumsum(-1) / weight.sum(-1, keepdim=True) * tokens).round().int()
     ends[..., -1] = tokens
     return torch.nn.functional.pad(ends, (1, 0))
 
 
-def _sparse(
-    shape: Shape, q: Tensor, k: Tensor, v: Tensor, density: float, milliseconds: int
-) -> dict[str, tuple[float, float]]:
-    """Time each sparse method on one random selection: method -> density, milliseconds."""
-    from vidaccel.kernels import reference
-    from vidaccel.kernels.block_sparse_attention import block_sparse_attention
-    from vidaccel.kernels.common import density as computed
-
-    q_offsets = _ragged(shape.query_clusters, shape.tokens, shape.heads)
-    k_offsets = _ragged(shape.key_clusters, shape.tokens, shape.heads)
-    size = (1, shape.heads, shape.query_clusters, shape.key_clusters)
-    mask = torch.rand(size, device="cuda") < density
-    selection = reference.selection_from_mask(mask, k_offsets.diff())
-    share = computed(selection.tokens, q_offsets.diff(), shape.tokens).mean().item()
-    scale = shape.head_dim**-0.5
-
-    times = {}
-    for name, int8 in (("vidaccel", False), ("vidaccel int8, rounding counted", True)):
-
-        def ours(int8: bool = int8) -> object:
-            lists = (q_offsets, k_offsets, selection)
-            return block_sparse_attention(q, k, v, *lists, scale=scale, int8_qk=int8)[0]
-
-        times[name] = (share, _time(ours, milliseconds))
-    times |= _flashinfer(q, k, v, q_offsets, k_offsets, mask, share, milliseconds)
-    times |= _flex(q, k, v, density, milliseconds)
-    return times
-
-
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, density: float, milliseconds: int
+    device: Device, q: Tensor, k: Tensor, v: Tensor, density: float, milliseconds: int
 ) -> dict[str, tuple[float, float]]:
     """Time flex_attention with fixed blocks of 128 at the same density: it has no ragged ones."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     blocks = math.ceil(q.shape[2] / 128)
-    mask = torch.rand(1, q.shape[1], blocks, blocks, device="cuda") < density
+    mask = torch.rand(1, q.shape[1], blocks, blocks, device=device.name) < density
     mask[..., 0] = True
     count = mask.sum(-1).int()
     index = mask.int().argsort(dim=-1, descending=True, stable=True).int()
@@ -249,100 +299,91 @@ def _flex(
         made = BlockMask.from_kv_blocks(
             torch.zeros_like(count), torch.zeros_like(index), count, index, BLOCK_SIZE=128
         )
-        compiled = torch.compile(flex_attention)
+        # A compiler of C++ need not be there for a dry run.
+        attention = torch.compile(flex_attention) if device.on_gpu else flex_attention
 
         def run() -> Any:
-            return compiled(q, k, v, block_mask=made)
+            return attention(q, k, v, block_mask=made)
 
         run()
     except Exception as error:  # what does not run here is left out, and said so
         return {f"flex: {type(error).__name__}": (math.nan, math.nan)}
     share = (count.sum() / mask.numel()).item()
-    return {"flex_attention 128x128": (share, _time(run, milliseconds))}
+    return {"flex_attention 128x128": (share, device.milliseconds(run, milliseconds))}
 
 
 def _flashinfer(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    mask: Tensor,
-    share: float,
-    milliseconds: int,
+    device: Device, q: Tensor, k: Tensor, v: Tensor, drawn: DrawnSelection, milliseconds: int
 ) -> dict[str, tuple[float, float]]:
     """Time FlashInfer's variable-block wrapper, planning counted, where it is installed."""
     try:
         from flashinfer.sparse import VariableBlockSparseAttentionWrapper
     except ImportError:
         return {}
-    heads, head_dim = q.shape[1], q.shape[3]
+    heads, tokens, head_dim = q.shape[1:]
     wrapper = VariableBlockSparseAttentionWrapper(
-        torch.empty(128 * 2**20, dtype=torch.uint8, device="cuda")
+        torch.empty(128 * 2**20, dtype=torch.uint8, device=device.name)
     )
-    rows, columns = q_offsets[0].diff(), k_offsets[0].diff()
+    rows, columns = drawn.q_offsets[0].diff(), drawn.k_offsets[0].diff()
 
     def run() -> Any:
-        wrapper.plan(mask[0], rows, columns, heads, heads, head_dim, q_data_type=q.dtype)
+        wrapper.plan(drawn.mask[0], rows, columns, heads, heads, head_dim, q_data_type=q.dtype)
         return wrapper.run(q[0], k[0], v[0])
 
     run()
-    return {"FlashInfer with plan": (share, _time(run, milliseconds))}
+    share = drawn.density(tokens)
+    return {"FlashInfer with plan": (share, device.milliseconds(run, milliseconds))}
 
 
-def _layer(
-    shape: Shape, q: Tensor, k: Tensor, v: Tensor, milliseconds: int, int8_qk: bool
+def layer_times(
+    device: Device, q: Tensor, k: Tensor, v: Tensor, config: SemanticConfig, milliseconds: int
 ) -> dict[str, Any]:
-    """Time a whole layer in its steady state, and what of it is not attention."""
+    """Time a whole layer in its steady state, and what of it is not attention.
+
+    Raises:
+        RuntimeError: the host waits for the device.
+    """
     from vidaccel.kernels.block_lists import fill_block_lists
     from vidaccel.kernels.block_sparse_attention import attend, empty_block_lists
     from vidaccel.kernels.quantise import quantise_keys
     from vidaccel.kernels.semantic_attention import semantic_attention
-    from vidaccel.kernels.state import SemanticConfig, SemanticState
+    from vidaccel.kernels.state import SemanticState
 
-    config = SemanticConfig(shape.query_clusters, shape.key_clusters, int8_qk=int8_qk)
     state = SemanticState()
-    semantic_attention(q, k, v, state, config)
+    tokens, head_dim = q.shape[2:]
 
     def layer() -> object:
-        return semantic_attention(q, k, v, state, config)
+        return semantic_attention(q, k, v, state, config, impl="triton")
 
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")  # a host synchronisation raises
-    try:
-        layer()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        layer()
-        torch.cuda.synchronize()
-    launches = sum(
-        event.count for event in profile.key_averages() if str(event.device_type).endswith("CUDA")
-    )
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     layer()
-    scratch = torch.cuda.max_memory_allocated() - before - q.numel() * q.element_size()
-    total = _time(layer, milliseconds)
+    with device.no_waiting():
+        layer()
+    counts = device.counted(layer)
+    peak = device.peak_bytes(layer)
+    total = device.milliseconds(layer, milliseconds)
+    graph = device.milliseconds(device.captured(layer), milliseconds)
     query, key, selection = state.query, state.key, state.selection
     assert query is not None and key is not None and selection is not None
     num_clusters = (selection.num_queries, selection.num_keys)
-    lists = empty_block_lists(q, shape.tokens, *num_clusters, num_means=None, int8_qk=int8_qk)
+    lists = empty_block_lists(q, tokens, *num_clusters, num_means=None, int8_qk=config.int8_qk)
     fill_block_lists(lists, selection, query.offsets, key.offsets, selection.num_queries)
-    keys = quantise_keys(k, key.offsets, shape.key_clusters) if int8_qk else k
-    alone = _time(
+    keys = quantise_keys(k, key.offsets, config.key_clusters) if config.int8_qk else k
+    alone = device.milliseconds(
         lambda: attend(
             q, keys, v, query.offsets, key.offsets, lists,
-            scale=shape.head_dim**-0.5, sorted_idx=query.sorted_idx,
+            scale=head_dim**-0.5, sorted_idx=query.sorted_idx,
         ),
         milliseconds,
     )  # fmt: skip
     return {
-        "int8_qk": int8_qk,
+        "int8_qk": config.int8_qk,
         "layer_ms": total,
+        "graph_ms": graph,
         "attention_ms": alone,
         "overhead_ms": total - alone,
         "density": state.density().mean().item(),
-        "launches": launches,
-        "scratch_bytes": scratch,
+        "launches": counts.launches,
+        "waits": counts.waits,
+        "kernels_us": counts.to_dict()["kernels_us"],
+        "scratch_bytes": None if peak is None else peak - q.numel() * q.element_size(),
     }
