@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from vidaccel.hosts.spec import BlockList, Head, HostSpec
     from vidaccel.plans.plan import Plan
     from vidaccel.plans.policy import CachePolicy
+    from vidaccel.precision.calibrate import calibrate_precision
+    from vidaccel.precision.settings import LowPrecision
     from vidaccel.svg2.settings import SVG2
 
 # Each public name is imported when it is first used, so that `import vidaccel`, `vidaccel --help`
@@ -49,6 +51,8 @@ _HOME = {
     "HostSpec": "hosts.spec",
     "suggest_threshold": "calibration.threshold",
     "Plan": "plans.plan",
+    "calibrate_precision": "precision.calibrate",
+    "LowPrecision": "precision.settings",
     "SVG2": "svg2.settings",
     "VidaccelError": "errors",
 }
@@ -60,11 +64,13 @@ __all__ = [
     "DBCache",
     "Head",
     "HostSpec",
+    "LowPrecision",
     "Plan",
     "VidaccelError",
     "__version__",
     "accelerate",
     "build_policy",
+    "calibrate_precision",
     "recompute",
     "register_host",
     "report",

@@ -6,6 +6,8 @@ from vidaccel.engine.engine import Engine, engine_of
 from vidaccel.engine.report import Report, TransformerReport
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts.registry import find_transformers
+from vidaccel.precision.change import PrecisionChange, precision_report
+from vidaccel.precision.settings import Precision
 from vidaccel.resolve import Attention, Cache, Policy, Preset, Resolver, attention_of
 
 Pipeline = TypeVar("Pipeline")
@@ -19,6 +21,7 @@ def accelerate(
     policy: Policy | Resolver = "auto",
     cache: Cache = "auto",
     attention: Attention = "auto",
+    precision: Precision = None,
     preset: Preset = "balanced",
     allow_transfer: bool = False,
 ) -> Pipeline:
@@ -44,6 +47,8 @@ def accelerate(
             none.
         attention: how the self-attention of the blocks that run is made sparse: an `SVG2`; "auto":
             `SVG2()` on a GPU, where sequences are long enough to gain; None: not at all.
+        precision: the numbers that the linear layers of the blocks compute with: "int8", "int4", or
+            a `LowPrecision`; None: those that they have. Weights come back with `restore`.
         preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or
             the plan of a policy that is as fast as that.
         allow_transfer: let a given policy run with another number of steps, scheduler or noise
@@ -62,6 +67,8 @@ def accelerate(
         PolicyError: the policy file is malformed.
         AttentionError: `attention` is none of the above, or the attention of this model cannot be
             made sparse.
+        PrecisionError: `precision` is none of the above, or this model cannot be in it, is
+            quantised already, or is running.
     """
     found = find_transformers(pipe)
     scheduler = getattr(pipe, "scheduler", None)
@@ -76,12 +83,14 @@ def accelerate(
         resolver = policy
     else:
         resolver = Resolver(policy, cache, preset, allow_transfer=allow_transfer)
+    change = PrecisionChange(pipe, found, precision)
     engines = []
     for transformer, host in found.values():
         resolver.check(transformer, host)
         engines.append(
             Engine(transformer, host, resolver, attention_of(attention, transformer, host))
         )
+    change.make()
     for engine in engines:
         previous = engine_of(engine.transformer)
         if previous is not None:
@@ -100,7 +109,10 @@ def restore(pipe: Pipeline) -> Pipeline:
 
     Raises:
         UnsupportedPipelineError: `pipe` is not a pipeline that `accelerate` takes.
+        PrecisionError: its weights were dropped (`LowPrecision(keep_weights="drop")`), or it is
+            running in low precision. Nothing is changed.
     """
+    PrecisionChange(pipe, find_transformers(pipe), None).make()
     for engine in engines_of(pipe).values():
         engine.detach()
     return pipe
@@ -146,6 +158,7 @@ def report(pipe: Any) -> Report:
                 _threshold(engine),
                 engine.attention.report(),
                 notes=engine.notes,
+                precision=precision_report(engine.transformer),
             )
             for name, engine in engines.items()
         ),

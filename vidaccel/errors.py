@@ -23,6 +23,10 @@ class AttentionError(VidaccelError):
     """Settings of sparse attention that cannot be, or an attention that cannot be made sparse."""
 
 
+class PrecisionError(VidaccelError):
+    """Settings of low precision that cannot be, or a model that cannot run in it or come back."""
+
+
 class BuildError(VidaccelError):
     """A work folder belongs to another build, or cannot be read or written."""
 

@@ -68,6 +68,38 @@ def progress_bar_config(pipe: Any) -> dict[str, Any]:
     return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
+def sequential_offload(transformer: nn.Module) -> tuple[Any, bool] | None:
+    """Return device and whether buffers move too where layers are offloaded one by one."""
+    for module in transformer.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            if part is not None and getattr(part, "offload", False) is True:
+                return part.execution_device, part.offload_buffers
+    return None
+
+
+def remove_sequential_offload(transformer: nn.Module) -> None:
+    """Give every layer its own weights again."""
+    from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
+
+    remove_hook_from_module(transformer, recurse=True)
+
+
+def sequential_offload_again(transformer: nn.Module, found: tuple[Any, bool]) -> None:
+    """Offload layers one by one, as `sequential_offload` has found it."""
+    from accelerate import cpu_offload  # type: ignore[import-untyped]
+
+    device, buffers = found
+    cpu_offload(transformer, device, offload_buffers=buffers)
+
+
+def group_offload_again(transformer: nn.Module) -> None:
+    """Have group offloading, where it is enabled, know the layers that there are now."""
+    from diffusers.hooks import group_offloading
+
+    group_offloading._maybe_remove_and_reapply_group_offloading(transformer)
+
+
 def templated_context_parallel_attention(*args: Any, **kwargs: Any) -> Any:
     """Attention over the tokens of several ranks around a function for those of one."""
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention

@@ -55,6 +55,39 @@ class AttentionReport:
 
 
 @dataclass(frozen=True)
+class PrecisionReport:
+    """The linear layers of one transformer in low precision.
+
+    Attributes:
+        settings: the settings of the low precision.
+        layers: number of layers that are in it.
+        left_alone: number of layers that are not, by reason.
+        bytes_before, bytes_after: bytes of the weights of the blocks' linear layers.
+        bytes_kept: bytes of the weights that wait for `restore`.
+        kept_in: where they wait: "cpu", "disk" or "drop".
+        notes: what a reader should know.
+    """
+
+    settings: str
+    layers: int
+    left_alone: dict[str, int]
+    bytes_before: int
+    bytes_after: int
+    bytes_kept: int
+    kept_in: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        left = "".join(f", {count} not ({why})" for why, count in self.left_alone.items())
+        kept = f"{self.bytes_kept / 2**20:.1f} MiB wait in {self.kept_in}"
+        return (
+            f"precision: {self.settings}, {self.layers} layers{left}, "
+            f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB, "
+            f"{kept if self.kept_in != 'drop' else 'nothing is kept for restore'}"
+        )
+
+
+@dataclass(frozen=True)
 class BranchReport:
     """One guidance branch of one transformer; see `Totals` for the sums."""
 
@@ -111,6 +144,7 @@ class TransformerReport:
         steps: the calls of the last generation.
         notes: what a reader should know, such as why nothing was reused.
         attention: what was sparse; None when attention is left alone.
+        precision: what is in low precision; None when nothing is.
     """
 
     component: str
@@ -124,6 +158,7 @@ class TransformerReport:
     steps: tuple[StepReport, ...]
     notes: tuple[str, ...]
     attention: AttentionReport | None = None
+    precision: PrecisionReport | None = None
 
     @classmethod
     def of(
@@ -136,6 +171,7 @@ class TransformerReport:
         threshold: float | None = None,
         attention: AttentionReport | None = None,
         notes: tuple[str, ...] = (),
+        precision: PrecisionReport | None = None,
     ) -> "TransformerReport":
         """The report of one stats."""
         branches = tuple(
@@ -163,8 +199,9 @@ class TransformerReport:
             stats.peak_bytes,
             branches,
             steps,
-            (*_notes(steps, threshold), *notes),
+            (*_notes(steps, threshold), *notes, *(precision.notes if precision else ())),
             attention,
+            precision,
         )
 
 
@@ -236,6 +273,7 @@ class Report:
             ]
             lines += [f"  {line}" for line in _table(part.branches)] if part.branches else []
             lines += [f"  {part.attention}"] if part.attention is not None else []
+            lines += [f"  {part.precision}"] if part.precision is not None else []
             lines += [f"  note: {note}" for note in part.notes]
         return "\n".join(lines)
 
