@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 from vidaccel.engine.engine import Engine, engine_of
+from vidaccel.engine.loop_watch import unwatch_loops
 from vidaccel.engine.report import Report, TransformerReport
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts.registry import find_transformers
@@ -115,6 +116,7 @@ def restore(pipe: Pipeline) -> Pipeline:
     PrecisionChange(pipe, find_transformers(pipe), None).make()
     for engine in engines_of(pipe).values():
         engine.detach()
+    unwatch_loops([pipe])  # where another transformer is in the place of the accelerated one
     return pipe
 
 

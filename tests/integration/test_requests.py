@@ -13,7 +13,7 @@ from torch import nn
 
 import vidaccel
 from tiny import STEPS, Case, embeds
-from tiny.wan import wan, wan22
+from tiny.wan import wan, wan22, wan_transformer
 from vidaccel import DBCache, accelerate, report, restore
 from vidaccel.errors import PlanError, ScheduleError, UnsupportedPipelineError
 
@@ -530,12 +530,56 @@ def test_a_peft_model_around_the_transformer():
     assert "blocks" not in vars(wrapped.get_base_model())
 
 
-def test_another_transformer_is_noticed():
-    case = wan()
+def test_another_transformer_is_noticed_at_the_next_call():
+    case, other = wan(), wan()
+    other.pipe.transformer = wan_transformer(seed=1)
+    plain = other.run()
     accelerate(case.pipe, **PLAN)
-    case.pipe.transformer = wan().pipe.transformer
+    case.pipe.transformer = other.pipe.transformer
+    with pytest.warns(UserWarning, match=r"transformer of this WanPipeline is another .* again"):
+        replaced = case.run()
+    assert torch.equal(replaced, plain)
     with pytest.raises(vidaccel.VidaccelError, match="not accelerated"):
         report(case.pipe)
+    # Accelerated again, or restored, it is what it says it is, and nothing is left to warn of.
+    accelerate(case.pipe, **PLAN)
+    case.run()
+    assert report(case.pipe).transformers[0].timeline == "C--C--"
+    case.pipe.transformer = wan().pipe.transformer
+    restore(case.pipe)
+    case.run()
+    assert "progress_bar" not in vars(case.pipe)
+
+
+def test_a_transformer_that_comes_back_is_accelerated_still():
+    case = wan()
+    accelerate(case.pipe, **PLAN)
+    first, other = case.pipe.transformer, wan_transformer(seed=1)
+    case.pipe.transformer = other
+    with pytest.warns(UserWarning, match="another WanTransformer3DModel"):
+        case.run()
+    case.pipe.transformer = first
+    case.run()
+    assert report(case.pipe).transformers[0].timeline == "C--C--"
+
+
+def test_one_of_two_experts_that_is_replaced_is_named():
+    case = wan22()
+    accelerate(case.pipe, **PLAN)
+    case.pipe.transformer_2 = wan22().pipe.transformer_2
+    with pytest.warns(UserWarning, match="^transformer_2 of this") as told:
+        case.run(num_inference_steps=12)
+    assert len(told) == 1
+
+
+def test_a_compiled_or_wrapped_transformer_is_not_taken_for_another(recwarn):
+    peft = pytest.importorskip("peft")
+    case = wan()
+    accelerate(case.pipe, **PLAN)
+    config = peft.LoraConfig(r=2, target_modules=["to_q"])
+    case.pipe.transformer = peft.get_peft_model(case.pipe.transformer, config).eval()
+    case.run()
+    assert not [w for w in recwarn if "vidaccel" in str(w.message)]
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -604,6 +648,108 @@ def test_an_exception_frees_what_is_held():
     with pytest.raises(RuntimeError):
         step(case.pipe, 1, noise(0), embeds(0, width=5), "cond")
     assert engine.bytes_held == 0
+
+
+class Broken(Exception):
+    """Ends a run from outside of the transformer."""
+
+
+def broken(*args: Any, **kwargs: Any) -> Any:
+    raise Broken
+
+
+def in_a_callback(pipe: Any) -> dict[str, Any]:
+    return {
+        "callback_on_step_end": lambda pipe, index, *_: broken() if index == 2 else {},
+    }
+
+
+def in_the_scheduler(pipe: Any) -> dict[str, Any]:
+    step, calls = pipe.scheduler.step, []
+
+    def third(*args: Any, **kwargs: Any) -> Any:
+        calls.append(0)
+        return broken() if len(calls) == 3 else step(*args, **kwargs)
+
+    pipe.scheduler.step = third
+    return {}
+
+
+@pytest.mark.parametrize("bar", [True, False], ids=["with a bar", "without"])
+@pytest.mark.parametrize("where", [in_a_callback, in_the_scheduler])
+@pytest.mark.parametrize(
+    "options",
+    [PLAN, {"policy": None, "cache": DBCache(1e9, warmup_steps=1), "attention": None}],
+    ids=["plan", "cache"],
+)
+def test_an_exception_outside_of_the_transformer_frees_what_is_held(options, where, bar):
+    case = wan()
+    accelerate(case.pipe, **options)
+    expected = case.run()
+    engine = case.pipe.transformer._vidaccel_engine
+    case.pipe.set_progress_bar_config(disable=not bar)
+    with pytest.raises(Broken) as raised:
+        case.run(**where(case.pipe))
+    # While the exception and all that its frames hold are still there.
+    assert raised.value is not None and engine.bytes_held == 0
+    assert all(not past._conditions for past in engine.trajectories.all())
+    vars(case.pipe.scheduler).pop("step", None)
+    assert torch.equal(case.run(), expected)
+
+
+def test_one_broken_request_leaves_the_others_what_is_theirs():
+    case = wan()
+    first, second = case.pipe, sharing(case)
+    for pipe in (first, second):
+        accelerate(pipe, **PLAN)
+    expected = sampled(second, 1)
+    for pipe in (first, second):
+        pipe.scheduler.set_timesteps(STEPS)
+    x = noise(1)
+    for index in range(STEPS):
+        x = step(second, index, x, embeds(1), "cond")
+        if index == 1:  # in the middle of the second, within a segment
+            with pytest.raises(Broken):
+                case.run(**in_a_callback(first))
+    assert torch.equal(x, expected)
+
+
+def test_bars_are_what_they_are_without(capsys):
+    case = wan()
+    plain = type(case.pipe.progress_bar(total=2))
+    accelerate(case.pipe, **PLAN)
+    case.pipe.set_progress_bar_config(desc="making")
+    with case.pipe.progress_bar(total=2) as bar:
+        bar.update()
+    assert isinstance(bar, plain) and type(bar).__name__ == plain.__name__
+    assert list(case.pipe.progress_bar([1, 2])) == [1, 2]
+    assert "making" in capsys.readouterr().err
+    restore(case.pipe)
+    assert "progress_bar" not in vars(case.pipe)
+
+
+def test_copies_of_a_pipeline_have_bars_of_their_own():
+    case = wan()
+    accelerate(case.pipe, **PLAN)
+    shallow = copy.copy(case.pipe)
+    case.pipe = None
+    shallow.set_progress_bar_config(disable=True)
+    assert list(shallow.progress_bar([1, 2])) == [1, 2]
+
+
+def test_a_bar_of_the_users_own_comes_back():
+    case = wan()
+    made = []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        made.append(kwargs)
+        return type(case.pipe).progress_bar(case.pipe, *args, **kwargs)
+
+    vars(case.pipe)["progress_bar"] = own
+    accelerate(case.pipe, **PLAN)
+    case.run()
+    restore(case.pipe)
+    assert made and vars(case.pipe)["progress_bar"] is own
 
 
 def test_the_second_expert_has_a_warm_up_of_its_own():

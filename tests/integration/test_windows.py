@@ -1,5 +1,6 @@
 """Pipelines that run a schedule several times, call a model often in a step, or are modular."""
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -160,3 +161,40 @@ def test_a_modular_pipeline_is_one_like_any_other(calls: list[Call]):
     assert torch.equal(latents(case), reused)
     restore(case.pipe)
     assert torch.equal(latents(case), plain)
+
+
+def test_an_interrupted_modular_pipeline_frees_what_is_held():
+    case = modular()
+    accelerate(case.pipe, policy=PLAN, cache=None)
+    expected = latents(case)
+    step, calls = case.pipe.scheduler.step, []
+
+    def third(*args: Any, **kwargs: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    case.pipe.scheduler.step = third
+    with pytest.raises(KeyboardInterrupt):
+        latents(case)
+    assert case.pipe.transformer._vidaccel_engine.bytes_held == 0
+    del vars(case.pipe.scheduler)["step"]
+    assert torch.equal(latents(case), expected)
+
+
+def test_another_transformer_in_a_modular_pipeline_is_noticed():
+    case = modular()
+    accelerate(case.pipe, policy=PLAN, cache=None)
+    blocks = case.pipe.blocks  # a copy, as those are that another pipeline is made of
+    case.pipe.update_components(transformer=wan().pipe.transformer)
+    with pytest.warns(UserWarning, match="transformer of this WanModularPipeline is another"):
+        replaced = latents(case)
+    plain = modular()
+    assert torch.equal(replaced, latents(plain))
+    again = blocks.init_pipeline()
+    again.update_components(**plain.pipe.components)
+    again.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(latents(Case(again, plain.kwargs)), replaced)

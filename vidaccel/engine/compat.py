@@ -68,6 +68,22 @@ def progress_bar_config(pipe: Any) -> dict[str, Any]:
     return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
+def owners_of_loops(pipe: Any) -> list[Any]:
+    """Return what makes the progress bars of a pipeline: itself, or loops among its blocks."""
+    blocks = vars(pipe).get("_blocks")
+    return [pipe] if blocks is None else [part for part in _parts(blocks) if _has_loop(part)]
+
+
+def _parts(blocks: Any) -> list[Any]:
+    """The blocks of a modular pipeline, and those inside of them."""
+    inner = getattr(blocks, "sub_blocks", {}).values()
+    return [blocks, *(part for block in inner for part in _parts(block))]
+
+
+def _has_loop(blocks: Any) -> bool:
+    return hasattr(type(blocks), "progress_bar")
+
+
 def sequential_offload(transformer: nn.Module) -> tuple[Any, bool] | None:
     """Return device and whether buffers move too where layers are offloaded one by one."""
     for module in transformer.modules():

@@ -19,6 +19,7 @@ from vidaccel.engine.attachment import Attachment, ThreadState
 from vidaccel.engine.attention_hook import AttentionHook
 from vidaccel.engine.block_proxies import Argument, BlockArguments
 from vidaccel.engine.conditions import Conditions
+from vidaccel.engine.loop_watch import unwatch_loops, watch_loops
 from vidaccel.engine.observer import Observer
 from vidaccel.engine.parallel import group_of, seen_by, sequence_parallel_mode
 from vidaccel.engine.report import notes_of
@@ -115,18 +116,19 @@ class Engine:
     @property
     def bytes_held(self) -> int:
         """Bytes of the cached tensors that are kept at this moment."""
-        generations = (trajectory.generation for trajectory in self.trajectories.all())
-        return sum(g.bytes_held for g in generations if g is not None)
+        return sum(past.bytes_held for past in self.trajectories.all())
 
     def attach(self) -> None:
         """Start intercepting. Touches the instance `__dict__` and torch's own hook lists only."""
         self._attachment.attach()
         self.attention.attach()
+        watch_loops(self.trajectories.pipelines, self)
 
     def detach(self) -> None:
         """Leave the transformer as it was before `attach`."""
         self._attachment.detach()
         self.attention.detach()
+        unwatch_loops(self.trajectories.pipelines, self)
         self.generation = None
 
     def recompute(self) -> None:
@@ -135,12 +137,15 @@ class Engine:
             trajectory.forget_tensors()
         self.attention.forget()
 
-    def end_generation(self) -> None:
-        """Free what is kept of a generation of which its pipeline says that it has ended."""
-        last = self.trajectories.last()
-        if last is not None:
-            last.forget()
-            self.attention.forget(id(last))
+    def end_generation(self, scheduler: Any = None, thread: int = 0) -> None:
+        """Free what is kept of the last generation of this thread, or of those of a scheduler."""
+        past = self.trajectories
+        self._forget(past.last() if scheduler is None else past.of(scheduler, thread))
+
+    def _forget(self, past: Trajectory | None) -> None:
+        if past is not None:
+            past.forget()
+            self.attention.forget(id(past))
 
     def _drop(self, past: Trajectory) -> None:
         """Let go of a trajectory that no call will belong to any more."""
@@ -152,10 +157,7 @@ class Engine:
         self._thread.call = None
         refuse_unsupported_call(model)
         self._follow_changes()
-        if reason := why_plain(model):
-            self.stats.add_plain(reason)
-            return
-        found = self.trajectories.find(self._timestep.value(args, kwargs))
+        found = why_plain(model) or self.trajectories.find(self._timestep.value(args, kwargs))
         if isinstance(found, str):
             self.stats.add_plain(found)
             return
@@ -361,8 +363,7 @@ class Engine:
         self._thread.call = None
         call.attention.end()
         if output is None:  # an exception ends the call, and most likely the run
-            call.trajectory.forget()
-            self.attention.forget(id(call.trajectory))
+            self._forget(call.trajectory)
             self._writes.restart()
             return None
         if call.replayed:

@@ -98,6 +98,11 @@ class Trajectory:
         last = self.tracker.step == self.tracker.length - 1
         return last and len(self._seen) >= self._seen_before > 0
 
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the cached tensors that are kept at this moment."""
+        return 0 if self.generation is None else self.generation.bytes_held
+
     def forget_tensors(self) -> None:
         """Free what is kept for later steps."""
         self._conditions = {}
@@ -196,6 +201,10 @@ class Trajectories:
                     f"accelerated and is another {type(pipe.scheduler).__name__} now: call "
                     "vidaccel.accelerate(pipe) again after replacing it"
                 )
+
+    def of(self, scheduler: Any, thread: int) -> Trajectory | None:
+        """Return the one of a scheduler in a thread; None where no call has belonged to it."""
+        return self._known.get((thread, id(scheduler)))
 
     def last(self) -> Trajectory | None:
         """Return the one of the last call in this thread."""
