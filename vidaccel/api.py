@@ -1,12 +1,14 @@
 """The three verbs: accelerate, restore, report."""
 
+from functools import partial
 from typing import Any, TypeVar
 
+from vidaccel.engine.component_watch import unwatch_components, watch_components
 from vidaccel.engine.engine import Engine, engine_of
 from vidaccel.engine.loop_watch import unwatch_loops
 from vidaccel.engine.report import Report, TransformerReport
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
-from vidaccel.hosts.registry import find_transformers
+from vidaccel.hosts.registry import find_transformers, has_denoiser, rows_among
 from vidaccel.precision.change import PrecisionChange, precision_report
 from vidaccel.precision.settings import Precision
 from vidaccel.resolve import Attention, Cache, Policy, Preset, Resolver, attention_of
@@ -100,7 +102,24 @@ def accelerate(
                 engine.trajectories.serve(other)
         engine.trajectories.serve(pipe)
         engine.attach()
+    options = {"policy": resolver, "attention": attention, "precision": precision}
+    watch_components(pipe, partial(_follow_components, options))
     return pipe
+
+
+def _follow_components(options: dict[str, Any], pipe: Any, before: dict[str, Any]) -> None:
+    """Leave the transformers that a modular pipeline has no more, and accelerate those it has."""
+    kept = {id(module) for module, _ in rows_among(pipe.components).values()}
+    for name, (transformer, host) in rows_among(before).items():
+        engine = engine_of(transformer)
+        if engine is None or id(transformer) in kept:
+            continue
+        others = (other for other in engine.trajectories.pipelines if other is not pipe)
+        if not any(m is transformer for o in others for m, _ in rows_among(o.components).values()):
+            PrecisionChange(pipe, {name: (transformer, host)}, None).make()
+            engine.detach()
+    if has_denoiser(pipe):
+        accelerate(pipe, **options)
 
 
 def restore(pipe: Pipeline) -> Pipeline:
@@ -116,6 +135,7 @@ def restore(pipe: Pipeline) -> Pipeline:
     PrecisionChange(pipe, find_transformers(pipe), None).make()
     for engine in engines_of(pipe).values():
         engine.detach()
+    unwatch_components(pipe)
     unwatch_loops([pipe])  # where another transformer is in the place of the accelerated one
     return pipe
 

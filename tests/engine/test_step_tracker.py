@@ -10,6 +10,7 @@ from vidaccel.engine.conditions import Conditions
 from vidaccel.engine.step_tracker import StepTracker
 from vidaccel.engine.trajectory import Trajectories
 from vidaccel.errors import ScheduleError
+from vidaccel.hosts.spec import HostSpec
 
 SHAPE = (1, 16, 3, 8, 8)
 TABLE = [1000.0, 940.5, 860.25, 700.0, 400.0]
@@ -32,7 +33,7 @@ class Driven:
 
     def __init__(self, *schedulers, times=("t",)):
         self.pipes = [Pipe(source) for source in schedulers]
-        self.trajectories = Trajectories(lambda n: ("cond", "uncond")[n], 2, times)
+        self.trajectories = Trajectories(HostSpec("Transformer", (), times=times))
         for pipe in self.pipes:
             self.trajectories.serve(pipe)
         self.prompts = itertools.cycle((torch.ones(1), torch.zeros(1)))

@@ -37,7 +37,7 @@ def follow_steps(pipe: Any, on_step_end: Callable[[int, Any], None]) -> Iterator
         """End the running step if this call of a transformer begins another."""
         nonlocal begun, running, tracker
         # Two experts take turns within one schedule, so one tracker follows both.
-        tracker = tracker or StepTracker(pipe.scheduler, host.times)
+        tracker = tracker or StepTracker(pipe.scheduler, host.times, host.levels)
         timestep, sample = (
             Argument.of_forward(type(transformer), name).value(args, kwargs)
             for name in (host.timestep, host.sample)

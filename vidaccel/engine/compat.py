@@ -84,6 +84,31 @@ def _has_loop(blocks: Any) -> bool:
     return hasattr(type(blocks), "progress_bar")
 
 
+def guiders_of(pipe: Any) -> list[Any]:
+    """Return the guiders among the components of a pipeline."""
+    return [part for part in list(vars(pipe).values()) if hasattr(part, "prepare_models")]
+
+
+def prepared_by(guider: Any) -> tuple[Any, int] | None:
+    """Return step and number of the condition that a guider has prepared last; None before one."""
+    state = guider.get_state()
+    return (state["step"], state["count_prepared"]) if state["count_prepared"] else None
+
+
+def time_of(guider: Any) -> float:
+    """Return the time of the step that a guider is in."""
+    return float(guider.get_state()["timestep"])
+
+
+def guidance_branch(guider: Any) -> str | None:
+    """Return the name of the condition that a guider has prepared last; None where it has none."""
+    batches = guider.prepare_inputs({})  # one for each condition of the step, with its name alone
+    position = guider.get_state()["count_prepared"] - 1
+    if position >= len(batches):
+        return None
+    return getattr(batches[position], guider._identifier_key, None)
+
+
 def sequential_offload(transformer: nn.Module) -> tuple[Any, bool] | None:
     """Return device and whether buffers move too where layers are offloaded one by one."""
     for module in transformer.modules():

@@ -17,8 +17,9 @@ from torch import nn
 
 from vidaccel.engine.attachment import Attachment, ThreadState
 from vidaccel.engine.attention_hook import AttentionHook
-from vidaccel.engine.block_proxies import Argument, BlockArguments
-from vidaccel.engine.conditions import Conditions
+from vidaccel.engine.block_proxies import BlockArguments
+from vidaccel.engine.call_arguments import CallArguments
+from vidaccel.engine.guidance import GuidedCalls
 from vidaccel.engine.loop_watch import unwatch_loops, watch_loops
 from vidaccel.engine.observer import Observer
 from vidaccel.engine.parallel import group_of, seen_by, sequence_parallel_mode
@@ -74,12 +75,10 @@ class Engine:
         self.observer = Observer()
         self.stats = CallStats(host.block_count(transformer))
         self.generation: Generation | None = None
-        self.trajectories = Trajectories(host.branch, host.guided_calls, host.times, self._drop)
+        self.trajectories = Trajectories(host, self._drop)
         self._thread = ThreadState()
         self._attachment = Attachment(transformer, host, _ATTRIBUTE, self, self._thread)
-        self._sample = Argument.of_forward(type(transformer), host.sample)
-        self._timestep = Argument.of_forward(type(transformer), host.timestep)
-        self._prompt = Argument.find(type(transformer), host.prompt)
+        self._given, self._guided = CallArguments(transformer, host), GuidedCalls()
         self._writes = WriteWatch()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -157,16 +156,18 @@ class Engine:
         self._thread.call = None
         refuse_unsupported_call(model)
         self._follow_changes()
-        found = why_plain(model) or self.trajectories.find(self._timestep.value(args, kwargs))
+        if self._given.is_aside(args, kwargs):
+            return
+        found = why_plain(model) or self.trajectories.find(self._given.timestep(args, kwargs))
         if isinstance(found, str):
             self.stats.add_plain(found)
             return
         trajectory, values = found
-        samples = self._sample.value(args, kwargs)
-        samples = [samples] if isinstance(samples, torch.Tensor) else samples
+        samples = self._given.samples(args, kwargs)
         shape = tuple(size for sample in samples for size in sample.shape)
-        conditions = Conditions.of(model, self._prompt, args, kwargs)
-        context = trajectory.locate(values, self._thread.branch, conditions, shape)
+        conditions = self._given.conditions(model, args, kwargs)
+        name = self._thread.branch or self._guided.branch(self.trajectories.pipelines, values)
+        context = trajectory.locate(values, name, conditions, shape)
         generation = trajectory.generation
         if context.restarted or generation is None:
             generation = self._restart(trajectory, context)
@@ -174,7 +175,8 @@ class Engine:
             generation.forget_tensors()
         self.generation = generation
         device = samples[0].device
-        call = RunningCall(context, device, moment(device))
+        blocks = self._given.blocks(self.stats.blocks, args, kwargs)
+        call = RunningCall(context, blocks, device, moment(device))
         call.trajectory, call.generation = trajectory, generation
         if trajectory.begins_step:
             generation.begin_step(context.step)
@@ -230,7 +232,7 @@ class Engine:
         seen, seen_by_name = seen_by(block, args, kwargs)
         if call.replayed:
             return named.passed_through(seen, seen_by_name)
-        probe, corrector = generation.probe_blocks, self.stats.blocks - generation.corrector_blocks
+        probe, corrector = generation.probe_blocks, call.blocks - generation.corrector_blocks
         if index == 0 and probe:
             call.probe_input = self._kept(call, "probe", named.main(seen, seen_by_name))
         if index == probe:
@@ -248,7 +250,7 @@ class Engine:
             call.blocks_run += 1
             with call.attention.block(index, named, args, kwargs):
                 output = block(*args, **kwargs)
-        if index + 1 == corrector == self.stats.blocks and not self.host.heads:
+        if index + 1 == corrector == call.blocks and not self.host.heads:
             return self._after_last(call, generation, named, output)
         return output
 
@@ -358,8 +360,7 @@ class Engine:
         call = self._thread.call
         if call is None or call.generation is None:
             return None
-        generation = call.generation
-        context = call.context
+        generation, context = call.generation, call.context
         self._thread.call = None
         call.attention.end()
         if output is None:  # an exception ends the call, and most likely the run
@@ -372,7 +373,7 @@ class Engine:
             generation.end(call)
             return self.observer.replayed(context, call.device)
         self.observer.after_call(context, output, call.residuals)
-        if call.position != self.stats.blocks:
+        if call.position != call.blocks:
             call.trajectory.doubt = BYPASSED
             generation.forget()
         else:
@@ -387,6 +388,7 @@ class Engine:
                 reused=call.reused,
                 planned=generation.plan is None or generation.is_planned(context.step),
                 blocks=call.blocks_run,
+                total=call.blocks,
                 started=call.started,
                 ended=moment(call.device),
                 reason=call.reason or "",

@@ -24,6 +24,8 @@ class AttentionReport:
             dense calls; empty: not measured.
         layers: by position of the block, its own mean density and recall.
         bytes_held: bytes of clusters at this moment.
+        verdicts: how the first sparse call of each shape fared beside a dense one, in words; empty
+            where nobody held them against each other.
     """
 
     settings: str
@@ -37,11 +39,13 @@ class AttentionReport:
     seconds: dict[str, float] = field(default_factory=dict)
     layers: dict[int, dict[str, float | None]] = field(default_factory=dict)
     bytes_held: int = 0
+    verdicts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         dense = ", ".join(f"{calls} {reason}" for reason, calls in self.dense_calls.items())
         spent = ", ".join(f"{phase} {value:.2f} s" for phase, value in self.seconds.items())
         spent = f"; {spent}" if spent else ""
+        spent += f"; first calls: {', '.join(self.verdicts)}" if self.verdicts else ""
         if self.density is None:
             ran = f", all dense ({dense})" if dense else ""
             return f"attention: {self.settings}{ran}{spent}"
@@ -181,7 +185,7 @@ class TransformerReport:
                 steps_reused=sums.reused,
                 steps_computed_unplanned=sums.unplanned,
                 blocks_run=sums.blocks_run,
-                blocks_without_vidaccel=(sums.computed + sums.reused) * stats.blocks,
+                blocks_without_vidaccel=sums.blocks_total,
                 seconds_computed=sums.seconds_computed,
                 seconds_reused=sums.seconds_reused,
                 seconds_saved=sums.seconds_saved,

@@ -71,6 +71,7 @@ class RunningCall:
 
     Attributes:
         context: its place in the generation.
+        blocks: blocks that it reaches.
         device, started: where and when it began.
         replayed: a recorded output is given back, and nothing runs.
         reason: why every block runs; "" when the middle ones do not; None while the difference of
@@ -88,6 +89,7 @@ class RunningCall:
     """
 
     context: CallContext
+    blocks: int
     device: torch.device
     started: Any
     replayed: bool = False

@@ -24,6 +24,7 @@ class Call:
         reused: the middle blocks did not run.
         planned: nothing but the plan, where there is one, had the step computed.
         blocks: blocks that ran.
+        total: blocks that run without vidaccel.
         started, ended: seconds on the host's clock, or CUDA events.
         reason: the reason why it was computed; "" when it was reused.
         difference: relative change of the probe blocks' residual since the last computed step, a
@@ -35,6 +36,7 @@ class Call:
     reused: bool
     planned: bool
     blocks: int
+    total: int
     started: Any
     ended: Any
     reason: str = ""
@@ -69,12 +71,14 @@ class Totals:
     reused: int = 0
     unplanned: int = 0
     blocks_run: int = 0
+    blocks_total: int = 0
     seconds_computed: float = 0.0
     seconds_reused: float = 0.0
 
     def add(self, call: Call) -> None:
         """Count one call in."""
         self.blocks_run += call.blocks
+        self.blocks_total += call.total
         if call.reused:
             self.reused += 1
             self.seconds_reused += call.seconds

@@ -55,11 +55,14 @@ class StepTracker:
     Args:
         scheduler: the scheduler that drives the transformer.
         times: what the transformer is told about the time, where pipelines differ.
+        levels: it is told every noise level of a call once, as `HostSpec.levels` says.
     """
 
-    def __init__(self, scheduler: Any, times: tuple[Time, ...] = ("t",)) -> None:
+    def __init__(
+        self, scheduler: Any, times: tuple[Time, ...] = ("t",), levels: bool = False
+    ) -> None:
         self.scheduler = scheduler
-        self._times = times
+        self._times, self._levels = times, levels
         self._time: Time = times[0]
         self._tables: tuple[Any, dict[Time, list[float]]] = (None, {})
         self._timesteps: Any = None
@@ -141,7 +144,9 @@ class StepTracker:
         host. Anything else is read from the device, as `read_times` does.
         """
         index = self.index_of(timestep)
-        return read_times(timestep) if index is None else (self._read_tables()["t"][index],)
+        if index is None:
+            return read_times(timestep, self._levels)
+        return (self._read_tables()["t"][index],)
 
     def _start(self, table: list[float], nearest: int, value: float) -> int:
         """The entry at which a walk begins."""
@@ -208,18 +213,21 @@ class StepTracker:
         return self._tables[1]
 
 
-def read_times(timestep: torch.Tensor) -> tuple[float, ...] | None:
+def read_times(timestep: torch.Tensor, levels: bool = False) -> tuple[float, ...] | None:
     """Read the times of a call from its device, latest first.
 
     Args:
         timestep: a tensor of any shape. Image conditioning gives its clean frames time 0, or one of
             their own that may be above that of the others.
+        levels: it holds every noise level of the call once, which are returned in rising order.
 
     Returns:
         None when the samples of the batch are at different times, as in training.
     """
     if timestep.numel() == 1:
         return (float(timestep),)
+    if levels:
+        return tuple(sorted(map(float, timestep.flatten().tolist())))
     rows = timestep.reshape(timestep.shape[0], -1)
     lows, highs = rows.aminmax(dim=1)
     bounds = torch.stack([lows.amin(), highs.amax(), lows.amax(), highs.amin()])

@@ -17,7 +17,7 @@ from vidaccel.engine.conditions import Conditions
 from vidaccel.engine.state import CallContext, Generation
 from vidaccel.engine.step_tracker import StepTracker, read_times
 from vidaccel.errors import ScheduleError
-from vidaccel.hosts.spec import Time
+from vidaccel.hosts.spec import HostSpec
 
 # Why a call is run as if the transformer were not accelerated.
 NOT_IN_TABLE = "their timestep was not among those of the scheduler"
@@ -161,19 +161,16 @@ class Trajectories:
     """All trajectories through one transformer.
 
     Args:
-        branch_name, guided_calls: those of `Trajectory`.
-        times: what the transformer is told about the time.
+        host: the row of the transformer.
         dropped: is told of those that no call will belong to any more.
     """
 
     def __init__(
         self,
-        branch_name: Callable[[int], str],
-        guided_calls: int,
-        times: tuple[Time, ...],
+        host: HostSpec,
         dropped: Callable[[Trajectory], None] = lambda past: None,
     ) -> None:
-        self._branch_name, self._guided_calls, self._times = branch_name, guided_calls, times
+        self._host = host
         self._dropped = dropped
         # Pipelines by scheduler. Weak: a server makes a pipeline per request.
         self._pipelines: list[tuple[weakref.ref[Any], Any]] = []
@@ -243,7 +240,7 @@ class Trajectories:
             if tracker.is_set and tracker.index_of(timestep) is not None:
                 self._last[thread] = trajectory
                 return trajectory, tracker.read(timestep) or ()
-        values = read_times(timestep)
+        values = read_times(timestep, self._host.levels)
         if values is None:
             return MIXED_TIMES
         for fits in (StepTracker.expects, StepTracker.fits):
@@ -270,7 +267,9 @@ class Trajectories:
             for key, scheduler in schedulers.items():
                 if (thread, key) not in self._known:
                     self._known[thread, key] = Trajectory(
-                        StepTracker(scheduler, self._times), self._branch_name, self._guided_calls
+                        StepTracker(scheduler, self._host.times, self._host.levels),
+                        self._host.branch,
+                        self._host.guided_calls,
                     )
             mine = [self._known[thread, key] for key in schedulers]
         last = self._last.get(thread)

@@ -1,11 +1,15 @@
 """The supported transformer classes, and how a model of one's own joins them."""
 
+import re
 from typing import Any
 
 from vidaccel.errors import UnsupportedPipelineError
 from vidaccel.hosts.image_models import ROWS as IMAGE_ROWS
 from vidaccel.hosts.spec import HostSpec
 from vidaccel.hosts.video_models import ROWS as VIDEO_ROWS
+
+# Components of pipelines that denoise, by their names.
+_DENOISER = re.compile(r"transformer|unet|prior|\w+_transformer$")
 
 # By the name of the class; a subclass is found under the name of its base.
 HOSTS: dict[str, HostSpec] = {row.transformer: row for row in (*VIDEO_ROWS, *IMAGE_ROWS)}
@@ -41,38 +45,60 @@ def find_transformers(pipe: Any) -> dict[str, tuple[Any, HostSpec]]:
     """Find the transformers of a pipeline with their rows, by component name.
 
     Raises:
-        UnsupportedPipelineError: when `pipe` is no pipeline, none of its components has a row, or
-            the row says why it cannot be accelerated.
+        UnsupportedPipelineError: when `pipe` is no pipeline, none of its components has a row, one
+            of several denoisers has none, or the row says why it cannot be accelerated.
     """
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
         raise UnsupportedPipelineError(
             f"accelerate() takes a Diffusers pipeline, found {type(pipe).__name__}"
         )
-    found = {
-        name: (transformer, row)
-        for name, module in components.items()
-        if (row := _row_of(transformer := _within_peft(module))) is not None
-    }
+    name_of_pipe, found = type(pipe).__name__, rows_among(components)
     for module, row in found.values():
         if row.unsupported:
             raise UnsupportedPipelineError(
-                f"{type(pipe).__name__} cannot be accelerated: {type(module).__name__} "
-                f"{row.unsupported}"
+                f"{name_of_pipe} cannot be accelerated: {type(module).__name__} {row.unsupported}"
             )
+    denoisers = [
+        f"{name} ({type(module).__name__})"
+        for name, module in components.items()
+        if module is not None and name not in found and _DENOISER.match(name)
+    ]
+    if found and denoisers:
+        raise UnsupportedPipelineError(
+            f"{name_of_pipe} has a denoiser that vidaccel does not support beside "
+            f"{', '.join(found)}: {', '.join(denoisers)}; vidaccel.register_host adds its row"
+        )
+    if not found and not denoisers and any(map(_DENOISER.match, components)):
+        raise UnsupportedPipelineError(
+            f"no denoiser of this {name_of_pipe} is loaded yet: load its components first, "
+            "pipe.load_components() or pipe.update_components(transformer=...)"
+        )
     if not found:
-        denoisers = [
-            f"{name} ({type(module).__name__})"
-            for name, module in components.items()
-            if module is not None and name.startswith(("transformer", "unet", "prior"))
-        ]
         supported = ", ".join(name for name, row in HOSTS.items() if not row.unsupported)
         raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} has no transformer that vidaccel supports; "
+            f"{name_of_pipe} has no transformer that vidaccel supports; "
             f"found {', '.join(denoisers) or 'no denoiser'}; supported: {supported}; "
             "vidaccel.register_host adds another"
         )
     return found
+
+
+def rows_among(components: dict[str, Any]) -> dict[str, tuple[Any, HostSpec]]:
+    """Return the components that have a row, with it, by name."""
+    modules = {name: _within_peft(module) for name, module in components.items()}
+    return {
+        name: (module, row)
+        for name, module in modules.items()
+        if (row := _row_of(module)) is not None
+    }
+
+
+def has_denoiser(pipe: Any) -> bool:
+    """Tell whether a denoiser of a pipeline is loaded, with a row or without."""
+    components = pipe.components
+    loaded = (name for name, module in components.items() if module is not None)
+    return bool(rows_among(components)) or any(map(_DENOISER.match, loaded))
 
 
 def config_of(transformer: Any) -> dict[str, Any]:

@@ -73,6 +73,12 @@ class HostSpec:
         prompt: the forward argument that carries the prompt (a tensor, or a list of them); None
             where there is none.
         times: the forms in which pipelines give the time.
+        levels: the time argument holds each noise level of a call once, in any order, and not a
+            time per sample: one sequence with sound and conditioning at levels of their own.
+        aside: the forward argument and its value in calls that belong to no denoising step, such
+            as one that fills a cache for the steps; they run as they are.
+        left_out: the forward argument that, where it is true, has one block of the list left out,
+            and the index of that block.
         since: the first version of diffusers that has the class.
         unsupported: the reason why it is refused; empty for supported classes.
     """
@@ -96,6 +102,9 @@ class HostSpec:
     timestep: str = "timestep"
     prompt: str | None = "encoder_hidden_states"
     times: tuple[Time, ...] = ("t",)
+    levels: bool = False
+    aside: tuple[str, Any] | None = None
+    left_out: tuple[str, int] | None = None
     since: str = "0.38"
     untested: tuple[tuple[str, str], ...] = ()
     unsupported: str = ""
