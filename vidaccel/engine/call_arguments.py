@@ -1,0 +1,58 @@
+"""Reads what a call of a transformer is given, by the names in its row of the table."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vidaccel.engine.block_proxies import Argument
+from vidaccel.engine.conditions import Conditions
+from vidaccel.hosts.spec import HostSpec
+
+
+class CallArguments:
+    """Reads what the calls of one transformer are given.
+
+    Args:
+        transformer: an instance of the class that `host` describes.
+        host: its row of the table.
+    """
+
+    def __init__(self, transformer: nn.Module, host: HostSpec) -> None:
+        cls = type(transformer)
+        self._sample = Argument.of_forward(cls, host.sample)
+        self._timestep = Argument.of_forward(cls, host.timestep)
+        self._prompt = Argument.find(cls, host.prompt)
+        self._aside, self._left_out = (
+            None if known is None else (Argument.of_forward(cls, known[0]), known[1])
+            for known in (host.aside, host.left_out)
+        )
+
+    def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the time."""
+        return self._timestep.value(args, kwargs)
+
+    def samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """Return the latents; several where each sample is a tensor of its own."""
+        given = self._sample.value(args, kwargs)
+        return [given] if isinstance(given, torch.Tensor) else list(given)
+
+    def conditions(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Conditions:
+        """Return what is given besides latents and time."""
+        return Conditions.of(transformer, self._prompt, args, kwargs)
+
+    def is_aside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a call belongs to no denoising step."""
+        if self._aside is None:
+            return False
+        argument, value = self._aside
+        return bool(argument.value(args, kwargs) == value)
+
+    def blocks(self, total: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Count the blocks, of `total`, that a call reaches."""
+        if self._left_out is None:
+            return total
+        argument, index = self._left_out
+        return total - bool(index < total and argument.value(args, kwargs))
