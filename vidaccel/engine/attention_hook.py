@@ -60,6 +60,7 @@ class AttentionHook:
         *,
         refreshes: bool,
         parallel_mode: SequenceParallelMode | None = None,
+        video_rows: tuple[int, int] | None = None,
     ) -> AttentionCall:
         """A call of the transformer begins.
 
@@ -68,6 +69,7 @@ class AttentionHook:
             context: its place in it.
             refreshes: what it computes is kept and used again by later steps.
             parallel_mode: how its tokens are split over processes, if they are.
+            video_rows: first and last + 1 of the video rows of a packed sequence.
 
         Returns:
             What is told of the rest of the call.

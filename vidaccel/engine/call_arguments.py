@@ -23,6 +23,8 @@ class CallArguments:
         self._sample = Argument.of_forward(cls, host.sample)
         self._timestep = Argument.of_forward(cls, host.timestep)
         self._prompt = Argument.find(cls, host.prompt)
+        self._video_rows = Argument.find(cls, host.video_rows)
+        self._run: tuple[Any, tuple[int, int]] = (None, (0, 0))  # of the last such argument
         self._aside, self._left_out = (
             None if known is None else (Argument.of_forward(cls, known[0]), known[1])
             for known in (host.aside, host.left_out)
@@ -42,6 +44,22 @@ class CallArguments:
     ) -> Conditions:
         """Return what is given besides latents and time."""
         return Conditions.of(transformer, self._prompt, args, kwargs)
+
+    def video_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """Return first and last + 1 of the generated rows; None where the row does not tell.
+
+        Waits for the device once for each tensor of places.
+        """
+        if self._video_rows is None:
+            return None
+        places = self._video_rows.value(args, kwargs)
+        if self._run[0] is not places:
+            found = places.tolist()
+            start = len(found) - 1
+            while start and found[start - 1] == found[start] - 1:
+                start -= 1
+            self._run = (places, (found[start], found[-1] + 1))
+        return self._run[1]
 
     def is_aside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether a call belongs to no denoising step."""

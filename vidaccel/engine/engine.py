@@ -183,12 +183,12 @@ class Engine:
         call.replayed = self.observer.replays(context)
         if not call.replayed:
             generation.decide(call, trajectory.doubt)
-        refreshes = generation.keeps(context.step) > 0
         call.attention = self.attention.begin(
             id(trajectory),
             context,
-            refreshes=refreshes,
+            refreshes=generation.keeps(context.step) > 0,
             parallel_mode=sequence_parallel_mode(model),
+            video_rows=self._given.video_rows(args, kwargs),
         )
         self._thread.call = call
 

@@ -60,6 +60,9 @@ class HostSpec:
         attention: the path of the video self-attention inside a block; None where it is no full
             attention over a grid of video tokens, for the reason in `attention_note`.
         attention_note: the reason why `attention` is None.
+        video_rows: the forward argument with the places of the video rows in a packed sequence, the
+            generated ones last: a run of rows, for which attention is sparse, and all others are
+            text to it; None where `tokens` tells.
         mask: the meaning of that attention's mask: "none" is ever given, or "keys" [B, 1, 1, S] or
             "pairs" [B, 1, S, S] of the tokens that are no padding, which the video never is.
         threshold: the threshold of `DBCache` when none is given; None where none is published.
@@ -92,6 +95,7 @@ class HostSpec:
     tokens: tuple[str, ...] = ("video",)
     attention: str | None = "attn1"
     attention_note: str = ""
+    video_rows: str | None = None
     mask: Literal["none", "keys", "pairs"] = "none"
     threshold: float | None = None
     threshold_origin: str = ""

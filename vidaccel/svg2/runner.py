@@ -130,6 +130,7 @@ class SparseAttention(AttentionHook):
         *,
         refreshes: bool,
         parallel_mode: SequenceParallelMode | None = None,
+        video_rows: tuple[int, int] | None = None,
     ) -> "SparseCall":
         """A call begins; raises AttentionError where its parallel mode allows no sparsity."""
         reason = ""
@@ -145,7 +146,7 @@ class SparseAttention(AttentionHook):
             )
         settings = self.config.at_refresh() if refreshes else self.config
         layers = self._layers.setdefault(generation, {})
-        return SparseCall(self, layers, context, settings, reason)
+        return SparseCall(self, layers, context, settings, reason, video_rows)
 
     def is_dense_layer(self, position: int) -> bool:
         """Tell whether the layer of the block at this position is dense in every step."""
@@ -201,6 +202,7 @@ class SparseCall(AttentionCall):
         context: its place in the generation.
         settings: those of the step.
         parallel_reason: why it cannot be sparse in its sequence-parallel mode; empty if it can.
+        video_rows: first and last + 1 of the video rows of a packed sequence.
     """
 
     def __init__(
@@ -210,9 +212,11 @@ class SparseCall(AttentionCall):
         context: CallContext,
         settings: SVG2,
         parallel_reason: str,
+        video_rows: tuple[int, int] | None = None,
     ) -> None:
         self._owner, self._layers, self._context = owner, layers, context
         self._settings, self._parallel_reason = settings, parallel_reason
+        self._rows = video_rows
         self._stats = CallSparsity()
 
     def block(
@@ -239,7 +243,7 @@ class SparseCall(AttentionCall):
         """One call of self-attention; tensors are [B, S, H, D]."""
         # Mochi calls once for each sample of its batch, and each has clusters of its own.
         sample, block.calls = block.calls, block.calls + 1
-        tokens = tokens_of(self._owner.host, query.shape[1], block.video_tokens, mask)
+        tokens = tokens_of(self._owner.host, query.shape[1], block.video_tokens, mask, self._rows)
         wants_gradients = want_gradients(query, key, value)
         reason = self._dense_reason(block, query, tokens, wants_gradients)
         if reason:

@@ -43,7 +43,11 @@ class Tokens:
 
 
 def tokens_of(
-    host: HostSpec, total: int, video_tokens: int, mask: torch.Tensor | None
+    host: HostSpec,
+    total: int,
+    video_tokens: int,
+    mask: torch.Tensor | None,
+    video_rows: tuple[int, int] | None = None,
 ) -> Tokens | None:
     """Tell video from text; None when the mask says more than can be honoured.
 
@@ -52,11 +56,12 @@ def tokens_of(
         total: number of tokens.
         video_tokens: how many of them are video, where there is text.
         mask: what attention is given, of the kind that the row says.
+        video_rows: first and last + 1 of them, where a packed sequence has them in any place.
     """
     if host.tokens == ("video",):
         return Tokens(total, 0, total) if mask is None else None
     start = 0 if host.tokens[0] == "video" else total - video_tokens
-    tokens = Tokens(total, start, start + video_tokens)
+    tokens = Tokens(total, *(video_rows or (start, start + video_tokens)))
     if mask is None:
         return tokens
     if host.mask == "none" or mask.dtype != torch.bool or mask.dim() != 4:
