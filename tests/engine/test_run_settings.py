@@ -1,13 +1,15 @@
 """What is known of a run: above all, of which model it is."""
 
+import inspect
 import json
 
 import pytest
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from tiny.images import flux
 from tiny.wan import wan, wan22, wan_v2v
 from vidaccel import accelerate, report
-from vidaccel.engine.run_settings import run_settings_of
+from vidaccel.engine.run_settings import run_settings_of, shift_of
 from vidaccel.errors import PolicyError
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.schema import SCHEMA_VERSION, ModelInfo
@@ -40,6 +42,41 @@ def test_the_config_of_a_run():
     ModelInfo.of(run)
     assert settings(wan22().pipe).experts == 2
     assert settings(flux().pipe).config["guidance_embeds"] is False
+
+
+def test_an_entry_that_a_newer_diffusers_adds_leaves_a_model_what_it_is(monkeypatch):
+    """With its default; another value makes another model, and so does one that is not added."""
+    pipe = wan().pipe
+    plain = settings(pipe)
+    signature = inspect.signature
+
+    def newer(cls, *args, **kwargs):
+        known = signature(cls, *args, **kwargs)
+        added = inspect.Parameter("rope_kind", inspect.Parameter.KEYWORD_ONLY, default=[1, 2])
+        return known.replace(parameters=[*known.parameters.values(), added])
+
+    monkeypatch.setattr(inspect, "signature", newer)
+    pipe.transformer.register_to_config(rope_kind=(1, 2))
+    default = settings(pipe)
+    assert default.config_hash == plain.config_hash
+    assert default.full_config_hash != plain.full_config_hash
+    policy = own_policy(config_hash=plain.config_hash)
+    assert policy.fits(default)
+    pipe.transformer.register_to_config(rope_kind=(3, 2))
+    assert not policy.fits(settings(pipe))
+    pipe.transformer.register_to_config(rope_kind=(1, 2), eps=1e-3)
+    assert not policy.fits(settings(pipe))
+    # Files of before have the hash of all entries.
+    assert own_policy(config_hash=plain.full_config_hash).fits(plain)
+
+
+def test_the_shift_of_a_run():
+    run = settings(wan().pipe)
+    assert run.shift == wan().pipe.scheduler.config.get("shift", 1.0)
+    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    assert shift_of(dynamic) is None
+    assert shift_of(UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0)) == 5.0
+    assert shift_of(DDIMScheduler()) is None
 
 
 def test_pipelines_that_share_a_transformer():

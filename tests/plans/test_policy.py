@@ -146,6 +146,16 @@ def test_a_policy_refuses_another_setting(changes, message):
         policy.check(run_settings(**changes))
 
 
+def test_the_shift_is_checked_where_no_noise_levels_are_stored():
+    named = changed(["scheduler"], valid()["scheduler"] | {"shift": 3.0})
+    parse(named).check(run_settings(shift=5.0))
+    policy = parse(changed(["scheduler"], {"name": None, "shift": 3.0, "sigmas": None}))
+    policy.check(run_settings(shift=3.0))
+    policy.check(run_settings(shift=None))
+    with pytest.raises(PolicyError, match=r"scheduler\.shift: the policy is for 3.0, .* has 5.0"):
+        policy.check(run_settings(shift=5.0))
+
+
 def test_a_model_without_a_hub_id_is_told_by_its_config():
     """Or by the hash of it, but not in another pipeline, nor by what is not known."""
     model = valid()["model"] | KNOWN | {"config_hash": None, "pipeline": "WanPipeline"}

@@ -1,8 +1,9 @@
 """Finds out which run a generation is, as policies are held against it."""
 
+import inspect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,16 @@ def run_settings_of(
         steps: length of the scheduler's table.
     """
     config = config_of(transformer)
-    text = json.dumps(config, sort_keys=True, default=str)
     serving = list(pipelines)
     serving = [pipe for pipe in serving if pipe.scheduler is scheduler] or serving
     return RunSettings(
         steps,
         transformer=type(transformer).__name__,
         model_id=next(filter(None, (_hub_id(pipe, transformer) for pipe in serving)), None),
-        config_hash=sha256(text.encode()).hexdigest(),
+        config_hash=_hash(_own_entries(type(transformer), config)),
+        full_config_hash=_hash(config),
         scheduler=type(scheduler).__name__,
+        shift=shift_of(scheduler),
         sigmas=noise_levels(scheduler, steps),
         adapters=active_adapters(transformer),
         config={key: value for key, value in config.items() if _is_plain(value)},
@@ -59,6 +61,27 @@ def _hub_id(pipe: Any, transformer: Any) -> str | None:
     return None if place.startswith(f"{name}/") else name
 
 
+def _own_entries(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config that are not the defaults of its class.
+
+    Newer versions of a class add entries, with defaults that leave older models what they are.
+    """
+    defaults = inspect.signature(cls).parameters
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in defaults or _text(defaults[name].default) != _text(value)
+    }
+
+
+def _hash(config: Mapping[str, Any]) -> str:
+    return sha256(_text(config).encode()).hexdigest()
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, str):
         return len(value) <= _MAX_WORD
@@ -75,6 +98,13 @@ def _count_transformers(pipe: Any) -> int | None:
 def _only(found: set[Any]) -> Any:
     """Return the only entry of a set; None where there are several."""
     return next(iter(found)) if len(found) == 1 else None
+
+
+def shift_of(scheduler: Any) -> float | None:
+    """Return the shift of a scheduler's noise levels; None where it has none, or one per run."""
+    config = scheduler.config
+    shift = config.get("shift", config.get("flow_shift"))
+    return None if shift is None or config.get("use_dynamic_shifting") else float(shift)
 
 
 def noise_levels(scheduler: Any, steps: int) -> tuple[float, ...]:

@@ -178,8 +178,10 @@ class RunSettings:
         num_inference_steps: T.
         transformer: class name.
         model_id: hub id that the pipeline was loaded from.
-        config_hash: SHA-256 of the transformer's config.
+        config_hash: SHA-256 of what the transformer's config has that is no default of its class.
+        full_config_hash: that of all its entries, as policies of before have it.
         scheduler: class name.
+        shift: of its noise levels, where that is the same in every run.
         sigmas: noise level of each step, T of them.
         adapters: names of the adapters (LoRA) that are at work.
         config: the whole numbers, words and switches of the transformer's config; an entry that is
@@ -192,7 +194,9 @@ class RunSettings:
     transformer: str | None = None
     model_id: str | None = None
     config_hash: str | None = None
+    full_config_hash: str | None = None
     scheduler: str | None = None
+    shift: float | None = None
     sigmas: tuple[float, ...] | None = None
     adapters: tuple[str, ...] = ()
     config: Mapping[str, int | str | None] | None = field(default=None, hash=False)

@@ -306,6 +306,9 @@ class CachePolicy(Record):
             raise _other("scheduler.name", name, run.scheduler, run)
         grid, other = self.scheduler.sigmas, run.sigmas
         if grid is None or other is None:
+            shift = self.scheduler.shift
+            if None not in (shift, run.shift) and shift != run.shift:
+                raise _other("scheduler.shift", shift, run.shift, run)
             return
         for step, (a, b) in enumerate(zip(grid, other, strict=True)):
             if abs(a - b) > GRID_TOLERANCE * max(a, b):

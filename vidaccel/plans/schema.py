@@ -73,7 +73,8 @@ class ModelInfo(Record):
     """The model: class, hub id and config of its transformer, and its pipeline (None: not known).
 
     `config` are the entries of the config that tell it from others, where None is a value;
-    `config_hash` is the hash of all of them. `experts` is the number of transformers.
+    `config_hash` is the hash of all that are no defaults of the class; in files of before, that of
+    all. `experts` is the number of transformers.
     """
 
     transformer: Name
@@ -109,7 +110,7 @@ class ModelInfo(Record):
         for name, stored in (self.config or {}).items():
             if run.config is not None and run.config.get(name, stored) != stored:
                 yield f"config.{name}", stored, run.config[name]
-        if None not in (self.config_hash, run.config_hash) and self.config_hash != run.config_hash:
+        if None not in (self.config_hash, run.config_hash) and not self._has_hash_of(run):
             yield "config_hash", self.config_hash, run.config_hash
 
     def proof(self, run: RunSettings) -> Literal["id", "hash", "config"] | None:
@@ -120,12 +121,16 @@ class ModelInfo(Record):
         if self.id is not None and self.id == run.model_id:
             return "id"
         same = self.pipeline in (None, run.pipeline)
-        if self.config_hash is not None and self.config_hash == run.config_hash:
+        if self._has_hash_of(run):
             return "hash" if same or run.pipeline is None else None
         same = same and self.experts in (None, run.experts)
         if self.config and run.config and self.config.items() <= run.config.items():
             return "config" if same else None
         return None
+
+    def _has_hash_of(self, run: RunSettings) -> bool:
+        known = (run.config_hash, run.full_config_hash)
+        return self.config_hash is not None and self.config_hash in known
 
     @model_serializer(mode="wrap")
     def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
