@@ -296,8 +296,8 @@ def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -
 
     Args:
         attention: None leaves attention alone; an `SVG2` makes it sparse; "auto" does so with
-            `SVG2()` where there is a GPU that runs the kernels and the model allows it, and tells
-            in the report where not.
+            `SVG2()` where there is a GPU that runs the kernels, the model allows it, and a sparse
+            call is faster than a dense one, and tells in the report where not.
 
     Raises:
         AttentionError: it is none of these, or this attention cannot be made sparse, by an `SVG2`
@@ -313,6 +313,7 @@ def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -
     if attention == "auto" and gpu is None:
         return AttentionHook()
     # Only here, since Triton and Diffusers' attention take seconds to import.
+    from vidaccel.svg2.gate import Gate, why_trial_fails
     from vidaccel.svg2.runner import SparseAttention
 
     if isinstance(attention, SVG2):
@@ -320,7 +321,8 @@ def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -
         # On all other devices torch runs in the place of the kernels.
         if gpu is None or gpu.type != "cuda":
             return sparse
-        if reason := why_not_on(gpu, transformer, host):
+        reason = why_not_on(gpu, transformer, host)
+        if reason := reason or why_trial_fails(gpu, transformer, host, attention):
             raise AttentionError(
                 f"the attention of {type(transformer).__name__} cannot be made sparse on this "
                 f"machine: {reason}; pass attention=None"
@@ -329,4 +331,4 @@ def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -
     assert gpu is not None  # with "auto"
     if reason := why_dense(transformer, host) or why_not_on(gpu, transformer, host):
         return AttentionHook(f"dense, since {reason}")
-    return SparseAttention(transformer, host, SVG2(), gpu_only=True)
+    return SparseAttention(transformer, host, SVG2(), gpu_only=True, gate=Gate())

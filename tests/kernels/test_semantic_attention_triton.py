@@ -12,6 +12,7 @@ from vidaccel.api import engines_of
 from vidaccel.hosts.registry import find_transformers
 from vidaccel.kernels import common
 from vidaccel.kernels.semantic_attention import semantic_attention
+from vidaccel.svg2.gate import why_kernels_fail
 
 SPARSE = SVG2(
     top_p=0.5, query_clusters=2, key_clusters=4, min_tokens=0, min_ratio=0.0,
@@ -38,3 +39,12 @@ def test_the_kernels_give_the_clip_of_the_reference(family: Case, monkeypatch):
     torch.testing.assert_close(clips["triton"], clips["reference"], rtol=1e-4, atol=1e-5)
     assert parts["triton"] == parts["reference"]
     assert sum(calls for calls, _ in parts["triton"]) > 0
+
+
+@pytest.mark.slow
+def test_the_trial_call_of_sparse_attention_passes():
+    """What decides on a GPU whether attention is sparse there; interpreted on the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = partial(semantic_attention, impl="triton")
+    options = {"text": True, "attention": attention}
+    assert not why_kernels_fail(device, 64, torch.float16, SVG2(), **options)

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -24,15 +24,16 @@ from vidaccel.engine.state import CallContext
 from vidaccel.engine.timing import Stopwatch
 from vidaccel.errors import AttentionError
 from vidaccel.hosts.spec import HostSpec
-from vidaccel.kernels.common import MAX_BATCH_HEADS, why_no_kernels
+from vidaccel.kernels.common import MAX_BATCH_HEADS
 from vidaccel.kernels.reference import attention_recall
 from vidaccel.kernels.semantic_attention import cluster_tokens, semantic_attention
 from vidaccel.kernels.state import SemanticConfig, SemanticState
+from vidaccel.svg2.gate import Gate, why_unfit
 from vidaccel.svg2.interception import Interception, under, want_gradients
 from vidaccel.svg2.layers import Layer
 from vidaccel.svg2.settings import SVG2
 from vidaccel.svg2.stats import CallSparsity, SparsityStats
-from vidaccel.svg2.support import attention_modules, why_dense, why_no_kernel_for
+from vidaccel.svg2.support import attention_modules, why_dense
 from vidaccel.svg2.tokens import Tokens, tokens_of
 
 # Computes the attention of a sparse call as `semantic_attention` does; another one is put in its
@@ -59,6 +60,8 @@ class SparseAttention(AttentionHook):
         host: its row of the table.
         config: the settings of the user.
         gpu_only: leave attention dense where the kernels cannot run, also for want of a GPU.
+        gate: leaves attention dense where that is faster, or the sparse call fails; None for
+            whoever wants it sparse whatever it takes.
         method: what computes a sparse call.
 
     Raises:
@@ -72,6 +75,7 @@ class SparseAttention(AttentionHook):
         config: SVG2,
         *,
         gpu_only: bool = False,
+        gate: Gate | None = None,
         method: AttentionMethod = semantic_attention,
     ) -> None:
         if reason := why_dense(transformer, host):
@@ -80,7 +84,7 @@ class SparseAttention(AttentionHook):
             )
         self.config = config
         self.host, self.method, self.stats = host, method, SparsityStats()
-        self._gpu_only = gpu_only
+        self._gpu_only, self.gate = gpu_only, gate
         # Weak, since the transformer holds the engine, which holds this.
         self._transformer = weakref.ref(transformer)
         self._modules = attention_modules(transformer, host)
@@ -88,7 +92,8 @@ class SparseAttention(AttentionHook):
         self._depths, self._depth = _depths(transformer, host)
         self._layers: dict[int, dict[_Place, Layer]] = {}  # by generation
         self._lock = threading.Lock()
-        self._unfit: dict[torch.device, str] = {}  # why its kernels cannot run there
+        # Why the kernels cannot run there, for heads of this size and dtype.
+        self._unfit: dict[tuple[torch.device, int, torch.dtype], str] = {}
 
     def attach(self) -> None:
         self._interception.install()
@@ -170,9 +175,11 @@ class SparseAttention(AttentionHook):
             return NO_GPU if self._gpu_only else ""
         if query.shape[0] * query.shape[2] > MAX_BATCH_HEADS:
             return MANY
-        if query.device not in self._unfit:
-            self._unfit[query.device] = why_no_kernels(query.device)
-        reason = why_no_kernel_for(query.shape[3], query.dtype) or self._unfit[query.device]
+        kind = (query.device, query.shape[3], query.dtype)
+        if kind not in self._unfit:
+            text = len(self.host.tokens) > 1
+            self._unfit[kind] = why_unfit(*kind, self.config, text=text)
+        reason = self._unfit[kind]
         if reason and not self._gpu_only:
             raise AttentionError(
                 f"attention cannot be made sparse here: {reason}; pass attention=None"
@@ -186,7 +193,9 @@ class SparseAttention(AttentionHook):
         return sum(layer.bytes_held for layers in generations for layer in list(layers.values()))
 
     def report(self) -> AttentionReport:
-        return self.stats.report(str(self.config), self.bytes_held)
+        found = self.stats.report(str(self.config), self.bytes_held)
+        verdicts = () if self.gate is None else tuple(map(str, self.gate.verdicts))
+        return replace(found, verdicts=verdicts)
 
 
 # Position of a block, guidance branch, and sample where a block attends for each by itself.
@@ -255,7 +264,8 @@ class SparseCall(AttentionCall):
         if tokens is None or (reason and not warming):
             return _timed(dense, watch)
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        layer = self._layer((block.position, self._context.branch, sample), q, tokens)
+        place = (block.position, self._context.branch, sample)
+        layer = self._layer(place, q, tokens)
         kernel_config = self._kernel_config(tokens.video, scale)
         text = {"video": (tokens.start, tokens.stop), "text_mask": tokens.text_mask}
         layer.state.on_phase_end = None if watch is None else watch.lap
@@ -265,7 +275,21 @@ class SparseCall(AttentionCall):
             return _timed(dense, watch)
         if layer.top_p != kernel_config.top_p:
             layer.state.selection, layer.top_p = None, kernel_config.top_p
-        out = self._owner.method(q, k, v, layer.state, kernel_config, **text)
+
+        def attend(state: SemanticState) -> torch.Tensor:
+            return self._owner.method(q, k, v, state, kernel_config, **text)
+
+        gate = self._owner.gate
+        if gate is None:
+            out = attend(layer.state)
+        else:
+            video = (tokens.start, tokens.stop)
+            won = gate.attend(layer.shape, attend, dense, layer.state, video)
+            if won is None:
+                self._layers.pop(place, None)
+                self._stats.dense[gate.why_dense(layer.shape)] += 1
+                return _timed(dense, watch)
+            out = won
         recall = self._recall(q, k, layer.state, tokens, kernel_config)
         self._stats.add(block.position, layer.state, recall)
         layer.trim(config, q.dtype)
@@ -283,6 +307,8 @@ class SparseCall(AttentionCall):
         lasting = self._parallel_reason or self._owner.why_dense_here(
             query, tokens, wants_gradients
         )
+        if self._owner.gate is not None and tokens is not None and not lasting:
+            lasting = self._owner.gate.why_dense(_shape(query.transpose(1, 2), tokens))
         if self._owner.is_dense_layer(block.position):
             return FIRST_LAYERS
         step, steps = self._context.step, self._context.num_inference_steps
@@ -290,7 +316,7 @@ class SparseCall(AttentionCall):
         return lasting or (FIRST_STEPS if first else "")
 
     def _layer(self, place: _Place, q: torch.Tensor, tokens: Tokens) -> Layer:
-        shape = (*q.shape, tokens.start, tokens.stop, q.dtype, q.device)
+        shape = _shape(q, tokens)
         layer = self._layers.get(place)
         if layer is None or layer.shape != shape:
             layer = self._layers[place] = Layer(shape)
@@ -341,6 +367,11 @@ class _RunningBlock:
     position: int
     video_tokens: int
     calls: int = 0
+
+
+def _shape(q: torch.Tensor, tokens: Tokens) -> tuple[Any, ...]:
+    """What tells calls of attention apart; q is [B, H, S, D]."""
+    return (*q.shape, tokens.start, tokens.stop, q.dtype, q.device)
 
 
 def _timed(dense: Callable[[], torch.Tensor], watch: Stopwatch | None) -> torch.Tensor:
