@@ -124,6 +124,7 @@ def test_a_policy_travels_through_the_hub(tmp_path, monkeypatch):
     hub = Hub(tmp_path)
     monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, *, token: url)
     policy = parse(forecasting())
     url = policy.push_to_hub("someone/policy", private=True, token="secret")
     assert url == "hub/someone/policy: Upload a policy of 6 steps"
@@ -131,6 +132,26 @@ def test_a_policy_travels_through_the_hub(tmp_path, monkeypatch):
     assert again == policy
     with pytest.raises(PolicyError, match="cannot upload the policy to nowhere: a name is"):
         policy.push_to_hub("nowhere", private=True, token="secret")
+
+
+def test_a_hub_that_has_it_not_or_is_not_there_is_asked_once(monkeypatch):
+    asked = []
+
+    class Unreachable(Exception):
+        """Stands in for the errors of whatever HTTP library the hub's client uses."""
+
+    def metadata(url, *, token):
+        asked.append(url)
+        raise Unreachable("[Errno 111] Connection refused\nmore of it")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    with pytest.raises(PolicyError) as caught:
+        CachePolicy.from_pretrained("someone/else", revision="v1")
+    message = "no policy file or folder someone/else, and not on the hub: [Errno 111] Connection"
+    assert str(caught.value) == f"{message} refused"
+    (url,) = asked
+    assert "someone/else" in url and "v1" in url
 
 
 def test_a_policy_in_a_folder(tmp_path):

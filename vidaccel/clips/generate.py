@@ -86,10 +86,11 @@ def generate(
 
         def callback(_: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             """Take the time; the form is that of Diffusers' `callback_on_step_end`."""
-            if step == steps - 1 and torch.cuda.is_available():
-                torch.cuda.synchronize()
+            latents = kwargs.get("latents")
+            if step == steps - 1:
+                _wait_for(getattr(latents, "device", pipe.device))
             step_ends.append(time.perf_counter())
-            on_step_end(step, kwargs.get("latents"))
+            on_step_end(step, latents)
             return kwargs
 
         calls_back = "callback_on_step_end" in signature(type(pipe).__call__).parameters
@@ -106,6 +107,12 @@ def generate(
         step_ends[-1] - started if step_ends else None,
         report(pipe).to_dict() if engines else None,
     )
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given; another one may be current."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _first_clip(output: Any) -> Any:

@@ -159,14 +159,19 @@ def shortened(text: str) -> str:
 
 
 def _from_hub(repo: str, revision: str | None, token: str | bool | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    import huggingface_hub as hub
 
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))  # of each of its attempts
     try:
-        return Path(hf_hub_download(repo, FILE_NAME, revision=revision, token=token))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not isinstance(hub.try_to_load_from_cache(repo, FILE_NAME, revision=revision), str):
+            # Asked once: a download that finds no hub tries again for half a minute.
+            hub.get_hf_file_metadata(
+                hub.hf_hub_url(repo, FILE_NAME, revision=revision), token=token
+            )
+        return Path(hub.hf_hub_download(repo, FILE_NAME, revision=revision, token=token))
+    # What a lost connection raises is of an HTTP library that differs from version to version.
+    except Exception as error:
         reason = shortened(str(error).strip().partition("\n")[0])
         raise PolicyError(
             f"no policy file or folder {repo}, and not on the hub: {reason}"
