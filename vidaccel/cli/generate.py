@@ -32,6 +32,7 @@ from vidaccel.cli.output import (
     write_json,
 )
 from vidaccel.errors import ModelError
+from vidaccel.precision.settings import PRESETS
 
 DEFAULT_OUT = "out/video.mp4"
 
@@ -121,6 +122,12 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
         metavar="TOP_P",
         help='sparse attention: "auto", "none" or the mass to keep, such as 0.9',
     )
+    group.add_argument(
+        "--precision",
+        default="none",
+        choices=("none", *PRESETS),
+        help="numbers that the linear layers of the blocks compute with",
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -160,13 +167,15 @@ def _make_all(arguments: argparse.Namespace) -> None:
 
     check_acceleration(pipe, call, resolver)
     make = _with_plain if arguments.compare else _alone
+    precision = None if arguments.precision == "none" else arguments.precision
+    acceleration = {"policy": resolver, "attention": attention, "precision": precision}
     results = []
     for done, ((prompt, seed), out) in enumerate(zip(wanted, outs, strict=True)):
         one = _Clip(arguments, {**call, "prompt": prompt}, seed, out, first=not done)
         if not arguments.quiet:
             count = f" ({done + 1} of {len(wanted)}, seed {seed})" if len(wanted) > 1 else ""
             print(f"{model_name(arguments)}: {prompt}{count}", file=sys.stderr)
-        table, result, written = make(pipe, one, {"policy": resolver, "attention": attention})
+        table, result, written = make(pipe, one, acceleration)
         files = [str(path) for path in written]
         results.append({"settings": one.settings(pipe, resolver), **result, "files": files})
         if arguments.quiet:
@@ -205,6 +214,7 @@ class _Clip:
             "model": model_name(self.arguments),
             "seed": self.seed,
             "policy": resolver.policy,
+            "precision": self.arguments.precision,
             "dtype": str(pipe.dtype),
             "device": str(pipe.device),
         }

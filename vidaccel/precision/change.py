@@ -37,13 +37,12 @@ class PrecisionChange:
             present = attachment_of(transformer)
             if (None if present is None else present.settings) == settings:
                 continue
+            _check_not_running(pipe)
             if present is not None:
                 present.check_return()
                 self._old.append(present)
             if settings is not None:
                 self._new.append(PrecisionAttachment(transformer, host, settings, component))
-        if self._old or self._new:
-            _check_not_running(pipe)
 
     def make(self) -> None:
         """Make it.

@@ -124,7 +124,8 @@ def quantise(
     """
     if scales is None:
         scales = scales_of(x, form, tensor_scale)
-    codes = _blocked(x, form).float() / scales.unsqueeze(-1)
+    blocks = x.reshape(*scales.shape, x.shape[-1] // scales.shape[-1])
+    codes = blocks.float() / scales.unsqueeze(-1)
     if not form.floating:
         return Quantised(
             codes.round().clamp(-form.largest, form.largest).to(torch.int8).reshape(x.shape), scales

@@ -57,7 +57,8 @@ def _inside(module: nn.Module, name: str) -> Iterator[Layer]:
         if adapter and key != "base_layer":
             continue
         if isinstance(child, nn.Linear) or _quantised_as(child):
-            yield Layer(f"{name}.{key}", module, key, child)  # type: ignore[arg-type]
+            # Of a layer in low precision, the one that it stands for.
+            yield Layer(f"{name}.{key}", module, key, vars(child).get("stock", child))
         else:
             yield from _inside(child, f"{name}.{key}")
 

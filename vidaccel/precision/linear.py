@@ -125,8 +125,9 @@ class QuantisedLinear(nn.Linear):
             return None
         tokens = x.shape[-2] if x.dim() > 1 else 1
         if self._settings.sequence is None:
-            wanted = self._settings.high_tokens
-            return x.new_ones(x.shape[:-1], dtype=torch.bool).flatten() if wanted == 1.0 else None
+            if not self._settings.high_tokens:
+                return None
+            return torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
         high = torch.ones(tokens, dtype=torch.bool, device=x.device)  # text
         if video is not None:
             start, stop = video
@@ -222,7 +223,8 @@ class _ReadOnly(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = str(getattr(func, "__name__", ""))
-        writes = name == "__set__" or (name.endswith("_") and not name.endswith("__"))
+        writes = name in ("__set__", "__setitem__")
+        writes |= name.endswith("_") and not name.endswith("__")
         if writes or (name.startswith("__i") and name.endswith("__") and name != "__index__"):
             raise PrecisionError(_FUSED)
         with torch._C.DisableTorchFunctionSubclass():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vidaccel.engine.block_proxies import Argument
+from vidaccel.engine.compat import parallel_config
 from vidaccel.errors import PrecisionError
 from vidaccel.hosts.registry import config_of
 from vidaccel.hosts.spec import HostSpec
@@ -71,6 +72,11 @@ class GridFinder:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the grid of a call that begins; raises PrecisionError when it cannot be told."""
+        if parallel_config(model) is not None:
+            raise PrecisionError(
+                "sequence='haar' mixes the tokens of a whole video, and in context parallel a rank "
+                "holds a part of them: accelerate with LowPrecision(sequence=None)"
+            )
         self.sequence.grid = self._grid(args, kwargs)
 
     def _grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid:

@@ -71,7 +71,8 @@ class LowPrecision:
         _one_of("keep_weights", self.keep_weights, get_args(KeepWeights))
         _number("high_tokens", self.high_tokens, "a share in [0, 1] or a whole number", _is_amount)
         _number("max_error", self.max_error, "a number above 0", lambda value: value > 0)
-        if self.high_tokens not in (0, 1.0) and self.sequence is None:
+        whole = isinstance(self.high_tokens, float) and self.high_tokens == 1
+        if self.high_tokens and not whole and self.sequence is None:
             raise PrecisionError(
                 "LowPrecision.high_tokens picks the coarsest tokens of sequence='haar': set that, "
                 "or take high_tokens=1.0 for activations in 8 bits throughout"
