@@ -108,7 +108,9 @@ def accelerate(
 
 
 def _follow_components(options: dict[str, Any], pipe: Any, before: dict[str, Any]) -> None:
-    """Leave the transformers that a modular pipeline has no more, and accelerate those it has."""
+    """Accelerate the transformers that a modular pipeline has now, and leave those it had."""
+    if has_denoiser(pipe):
+        accelerate(pipe, **options)
     kept = {id(module) for module, _ in rows_among(pipe.components).values()}
     for name, (transformer, host) in rows_among(before).items():
         engine = engine_of(transformer)
@@ -118,8 +120,6 @@ def _follow_components(options: dict[str, Any], pipe: Any, before: dict[str, Any
         if not any(m is transformer for o in others for m, _ in rows_among(o.components).values()):
             PrecisionChange(pipe, {name: (transformer, host)}, None).make()
             engine.detach()
-    if has_denoiser(pipe):
-        accelerate(pipe, **options)
 
 
 def restore(pipe: Pipeline) -> Pipeline:

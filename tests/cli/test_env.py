@@ -10,7 +10,7 @@ import vidaccel
 from vidaccel.cli.env import capabilities
 from vidaccel.clips import metrics
 from vidaccel.environment import environment
-from vidaccel.hosts.registry import HOSTS, markdown_table
+from vidaccel.hosts.registry import HOSTS, families_of_diffusers, left_out_list, markdown_table
 
 TORCH = torch.__version__.partition("+")[0]
 
@@ -18,7 +18,8 @@ TORCH = torch.__version__.partition("+")[0]
 def test_env_for_people_and_programs(run):
     code, stdout, _ = run("env")
     assert code == 0
-    assert TORCH in stdout and "transformers, which vidaccel hosts lists" in stdout
+    assert TORCH in stdout and "families of models, which vidaccel hosts lists" in stdout
+    assert "HunyuanVideo 1.5" in " ".join(stdout.split())
     assert max(map(len, stdout.splitlines())) < 200
     code, stdout, _ = run("env", "--json")
     found = json.loads(stdout)
@@ -35,13 +36,25 @@ def test_every_place_tells_the_same_version(run):
 def test_hosts_prints_a_row_for_each_model(run):
     code, stdout, _ = run("hosts")
     assert code == 0 and max(map(len, stdout.splitlines())) <= 100
+    told = " ".join(stdout.split())
     for row in HOSTS.values():
-        assert f"\n{row.family or row.transformer} " in stdout
+        if row.is_left_out:
+            assert row.family in told and row.unsupported in told
+        else:
+            assert f"\n{row.family or row.transformer} " in stdout
     notes = dict(re.findall(r"^\((\d+)\) (.*)", stdout, re.MULTILINE))
     latte = next(line for line in stdout.splitlines() if line.startswith("Latte "))
     assert notes[re.search(r"no \((\d+)\)", latte)[1]].startswith("attention within a frame")
     assert "|" not in stdout
-    assert run("hosts", "--markdown")[1] == markdown_table() + "\n"
+    assert run("hosts", "--markdown")[1] == f"{markdown_table()}\n\n{left_out_list()}\n"
+
+
+def test_families_of_later_releases_are_told_apart(run, monkeypatch):
+    monkeypatch.delattr("diffusers.WanTransformer3DModel")
+    here, later = families_of_diffusers()
+    assert "LTX-Video" in here and not any(name.startswith("Wan 2.1") for name in here)
+    assert any(name.startswith("Wan 2.1") for name in later)
+    assert "\nlater Diffusers   Wan 2.1" in run("env")[1]
 
 
 def test_lpips_is_usable_when_its_weights_are_there(run, tmp_path, monkeypatch):

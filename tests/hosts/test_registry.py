@@ -15,9 +15,14 @@ from tiny.others import easyanimate
 from tiny.wan import wan
 from vidaccel import BlockList, Head, HostSpec, accelerate, register_host
 from vidaccel.errors import UnsupportedPipelineError
-from vidaccel.hosts.registry import HOSTS, find_transformers, markdown_table
+from vidaccel.hosts.left_out import ROWS as LEFT_OUT
+from vidaccel.hosts.left_out import UNTESTED
+from vidaccel.hosts.registry import HOSTS, find_transformers, left_out_list, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# The release of Diffusers that the reasons are about; older ones lack some of its classes.
+NEWEST = Version("0.42")
 
 
 def built() -> dict[str, Case]:
@@ -77,6 +82,41 @@ def video_pipelines() -> set[str]:
     return {name for name, arguments in found.items() if arguments & FRAMES}
 
 
+def modular_pipelines() -> set[str]:
+    """Names of the exported modular pipelines."""
+    base = {"ModularPipeline"}
+    return {name for name in dir(diffusers) if name.endswith("ModularPipeline")} - base
+
+
+def transformer_classes() -> set[str]:
+    """Names of the exported models that run a list of blocks, read from the source."""
+    found = set()
+    for file in (Path(diffusers.__file__).parent / "models" / "transformers").glob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef) or not hasattr(diffusers, node.name):
+                continue
+            a_model = any("ModelMixin" in ast.unparse(base) for base in node.bases)
+            if a_model and "nn.ModuleList(" in ast.unparse(node):
+                found.add(node.name)
+    return found
+
+
+def test_every_transformer_class_of_diffusers_has_a_row_or_a_reason_why_not():
+    found = transformer_classes()
+    assert sorted(found - HOSTS.keys()) == []
+    # A class that no release has any more needs no reason, and one with a row neither.
+    if Version(diffusers.__version__) >= NEWEST:
+        assert sorted({row.transformer for row in LEFT_OUT} - found) == []
+
+
+def test_every_modular_pipeline_of_diffusers_has_a_case_or_a_reason_why_not():
+    tested = {type(case.pipe).__name__ for case in built().values()}
+    assert not tested & UNTESTED.keys()
+    assert sorted(modular_pipelines() - tested - UNTESTED.keys()) == []
+    if Version(diffusers.__version__) >= NEWEST:
+        assert sorted(UNTESTED.keys() - modular_pipelines()) == []
+
+
 def test_every_video_pipeline_of_diffusers_has_a_case_or_a_reason_why_not():
     tested = {type(case.pipe).__name__ for case in built().values()}
     excused = {name for row in HOSTS.values() for name, _ in row.untested}
@@ -104,6 +144,7 @@ def test_numbers_and_refusals_say_why():
 def test_the_readme_shows_the_table():
     readme = (ROOT / "vidaccel" / "hosts" / "README.md").read_text(encoding="utf-8")
     assert markdown_table() in readme
+    assert left_out_list() in readme
 
 
 def test_an_unsupported_family_says_why():

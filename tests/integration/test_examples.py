@@ -94,6 +94,20 @@ def test_wan22_with_two_transformers(tmp_path):
 
 
 @pytest.mark.slow
+def test_modular_with_another_guider(tmp_path):
+    shown = run("modular.py", "--steps", 8, "--size", 48, "--frames", 5, folder=tmp_path)
+    assert "pred_cond_skip" in shown and "-" in shown.split("last: ")[1].splitlines()[0]
+    assert video.read_video(tmp_path / "modular.mp4")[0].shape == (5, 48, 48, 3)
+
+
+@pytest.mark.slow
+def test_minimax_h3_with_two_workflows(tmp_path):
+    shown = run("minimax_h3.py", folder=tmp_path)
+    assert shown.count("C-C-C-C-C-C-") == 2
+    assert "transformer_ref " in shown and "text to video: " in shown
+
+
+@pytest.mark.slow
 def test_the_space_is_what_its_read_me_says(tmp_path):
     pytest.importorskip("gradio")
     for name in (EXAMPLES / "space").iterdir():

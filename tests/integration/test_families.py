@@ -123,8 +123,8 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def recorded(case: Case) -> list[Call]:
-    """The calls of `pipe.transformer` in the last generation that a run makes."""
-    model, scheduler = case.pipe.transformer, case.pipe.scheduler
+    """The calls of the case's transformer in the last generation that a run makes."""
+    model, scheduler = getattr(case.pipe, case.component), case.pipe.scheduler
     calls: list[tuple[Any, Call]] = []
     names: list[str] = []
 
@@ -152,7 +152,7 @@ def recorded(case: Case) -> list[Call]:
 @pytest.mark.parametrize("decides", ["plan", "cache"])
 def test_the_same_input_twice_gives_the_same_output(family: Case, decides: str):
     """Invariant 3: whatever a model adds between its blocks is in the result once."""
-    model = family.pipe.transformer
+    model = getattr(family.pipe, family.component)
     call = recorded(family)[-1]
     plain = call.again(model)
     if decides == "plan":
@@ -161,7 +161,7 @@ def test_the_same_input_twice_gives_the_same_output(family: Case, decides: str):
         accelerate(family.pipe, policy=None, cache=with_corrector(family))
     total = len(family.pipe.scheduler.timesteps)
     steps = iter((CallContext(0, total, "cond", True), CallContext(1, total, "cond", False)))
-    engine = engines_of(family.pipe)["transformer"]
+    engine = engines_of(family.pipe)[family.component]
     tracker = SimpleNamespace(scheduler=family.pipe.scheduler, step=0, length=total)
     trajectory = Trajectory(tracker, engine.host.branch, 2)
     trajectory.locate = lambda *args: next(steps)
@@ -176,7 +176,7 @@ def test_the_same_input_twice_gives_the_same_output(family: Case, decides: str):
 def test_guidance_branches_do_not_touch_each_other(family: Case):
     """Invariant 4: a branch that runs alone answers the same as among the others."""
     calls = recorded(family)
-    model = family.pipe.transformer
+    model = getattr(family.pipe, family.component)
     accelerate(family.pipe, policy=PLAN, cache=None)
     together = [call.again(model) for call in calls]
     branches = [step.branch for step in report(family.pipe).transformers[0].steps]

@@ -1,6 +1,5 @@
-"""Pipelines that run a schedule several times, call a model often in a step, or are modular."""
+"""Pipelines that run a schedule several times, or call a model often in a step."""
 
-import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,9 +8,8 @@ import pytest
 import torch
 from packaging.version import Version
 
-from tiny import CASES, SINCE, STEPS, Case, embeds, generator
-from tiny.wan import wan
-from vidaccel import DBCache, Plan, accelerate, report, restore
+from tiny import CASES, SINCE, STEPS
+from vidaccel import DBCache, Plan, accelerate, report
 from vidaccel.engine.stats import Call, CallStats
 
 # Name of the case -> its windows, chunks, sections, stages or tiles, and the calls of one step.
@@ -122,79 +120,3 @@ def test_the_last_window_alone_answers_as_it_does_after_the_others(name: str, ca
         with torch.no_grad(), model.cache_context(call.branch) if named else nullcontext():
             alone = model(*args, **kwargs)
         assert torch.equal(alone[0], output[0])
-
-
-def modular() -> Case:
-    """The denoiser and the scheduler of Wan in a pipeline made of parts, without text encoder."""
-    from diffusers.modular_pipelines import WanBlocks
-
-    parts = wan().pipe.components
-    blocks = WanBlocks()
-    del blocks.sub_blocks["text_encoder"], blocks.sub_blocks["decode"]
-    pipe = blocks.init_pipeline()
-    wanted = {name: parts[name] for name in ("transformer", "scheduler")}
-    pipe.update_components(**wanted)
-    pipe.set_progress_bar_config(disable=True)
-    call = {"prompt_embeds": embeds(1), "negative_prompt_embeds": embeds(2)}
-    call |= {"height": 16, "width": 16, "num_frames": 9, "num_inference_steps": STEPS}
-    return Case(pipe, call)
-
-
-def latents(case: Case) -> torch.Tensor:
-    return case.pipe(**case.kwargs, generator=generator(0), output="latents")
-
-
-def test_a_modular_pipeline_is_one_like_any_other(calls: list[Call]):
-    case = modular()
-    plain = latents(case)
-    assert accelerate(case.pipe, policy=None, cache=DBCache(threshold=0)) is case.pipe
-    assert torch.equal(latents(case), plain)
-    accelerate(case.pipe, policy=PLAN, cache=None)
-    calls.clear()
-    reused = latents(case)
-    assert not torch.equal(reused, plain)
-    assert [(call.step, call.reused) for call in calls] == [
-        (step, step in (2, 3, 5)) for step in range(STEPS) for _ in range(2)
-    ]
-    assert len({call.branch for call in calls}) == 2
-    assert report(case.pipe).transformers[0].timeline == "CC--C-"
-    assert torch.equal(latents(case), reused)
-    restore(case.pipe)
-    assert torch.equal(latents(case), plain)
-
-
-def test_an_interrupted_modular_pipeline_frees_what_is_held():
-    case = modular()
-    accelerate(case.pipe, policy=PLAN, cache=None)
-    expected = latents(case)
-    step, calls = case.pipe.scheduler.step, []
-
-    def third(*args: Any, **kwargs: Any) -> Any:
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    case.pipe.scheduler.step = third
-    with pytest.raises(KeyboardInterrupt):
-        latents(case)
-    assert case.pipe.transformer._vidaccel_engine.bytes_held == 0
-    del vars(case.pipe.scheduler)["step"]
-    assert torch.equal(latents(case), expected)
-
-
-def test_another_transformer_in_a_modular_pipeline_is_noticed():
-    case = modular()
-    accelerate(case.pipe, policy=PLAN, cache=None)
-    blocks = case.pipe.blocks  # a copy, as those are that another pipeline is made of
-    case.pipe.update_components(transformer=wan().pipe.transformer)
-    with pytest.warns(UserWarning, match="transformer of this WanModularPipeline is another"):
-        replaced = latents(case)
-    plain = modular()
-    assert torch.equal(replaced, latents(plain))
-    again = blocks.init_pipeline()
-    again.update_components(**plain.pipe.components)
-    again.set_progress_bar_config(disable=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(latents(Case(again, plain.kwargs)), replaced)

@@ -1,6 +1,6 @@
 """Tiny random pipelines of every supported family, built from a configuration, no download."""
 
-from tiny import cogvideo, cosmos, hunyuan, images, ltx, others, wan
+from tiny import cogvideo, cosmos, hunyuan, images, ltx, modular, new_images, others, wan
 from tiny.base import LAYERS, STEPS, Build, Case, embeds, generator
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "generator",
 ]
 
-_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others, images)
+_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others, images, new_images, modular)
 
 CASES: dict[str, Build] = {build.__name__: build for module in _MODULES for build in module.CASES}
 
@@ -38,6 +38,8 @@ CORE = (
     "cogvideox",
     "ltx",
     "mochi",
+    "wan_modular",
+    "minimax_h3",
 )
 
 # Families that need a later diffusers than the oldest supported one: name of the case -> version.
@@ -54,6 +56,12 @@ SINCE = {
     "ltx2_in_context": "0.39",
     "ltx2_hdr": "0.39",
     "ltx2_dfr": "0.42",
+    "krea2": "0.42",
+    "wan22_vace_modular": "0.42",
+    "wan_animate_2": "0.42",
+    "minimax_h3": "0.42",
+    "minimax_h3_keyframe": "0.42",
+    "minimax_h3_references": "0.42",
 }
 
 # Pipelines that are given a picture or a clip for each prompt: name of the case -> the argument.
@@ -90,6 +98,11 @@ NO_BATCH = {
     "kandinsky6_sr": "has no prompt",
     "motif_i2v": "takes one image",
     "kandinsky5_i2v": "draws one encoding of the image",
+    "wan_animate_2": "takes one prompt",
+    "longcat_image": "takes embeddings of its own text encoder alone",
+    "minimax_h3": "takes one prompt",
+    "minimax_h3_keyframe": "takes one prompt",
+    "minimax_h3_references": "takes one prompt",
     "helios_pyramid": "draws the noise of its later stages for the batch as a whole",
 }
 
@@ -97,6 +110,7 @@ NO_BATCH = {
 BATCH_SINCE = {"ltx2_condition": "0.42"}
 
 # ... or that no other scheduler fits.
+_H3 = "has times and a direction of its own"
 _TIMESTEPS = "hands its scheduler a table of its own"
 NO_OTHER_SCHEDULER = {
     "chrono_edit": "reaches into UniPCMultistepScheduler",
@@ -113,6 +127,10 @@ NO_OTHER_SCHEDULER = {
     "cosmos2_v2w": _TIMESTEPS,
     "cogview4": _TIMESTEPS,
     "z_image": _TIMESTEPS,
+    "wan_animate_2": "hands its scheduler a generator",
+    "minimax_h3": _H3,
+    "minimax_h3_keyframe": _H3,
+    "minimax_h3_references": _H3,
 }
 
 # Pipelines for video that no case runs, besides those that a row of the table leaves out.

@@ -31,6 +31,7 @@ class Case:
         unplanned: steps that are computed whatever the plan says, because the pipeline changes the
             latents there.
         batch, scheduler: why the pipeline takes no batch of prompts, or no other scheduler.
+        component: the name of the transformer that runs, of that with the first step.
         per_prompt: the argument with a picture or a clip, if there has to be one for each prompt.
     """
 
@@ -43,6 +44,7 @@ class Case:
     unplanned: tuple[int, ...] = ()
     batch: str = ""
     scheduler: str = ""
+    component: str = "transformer"
     per_prompt: str = ""
 
     def run(self, seed: int = 0, **overrides: Any) -> torch.Tensor:
@@ -50,16 +52,17 @@ class Case:
         defaults = {"output_type": "latent", "generator": generator(seed)}
         result = self.pipe(**{**defaults, **self.kwargs, **overrides})
         names = ("frames", "images", "image", "video", "audio", "sound")
-        parts = [tensor for name in names for tensor in _tensors(getattr(result, name, None))]
+        parts = [tensor for name in names for tensor in tensors_in(getattr(result, name, None))]
         return parts[0] if len(parts) == 1 else torch.cat([p.flatten(1) for p in parts], dim=1)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors of a value that may be a list of lists of them."""
     if value is None:
         return []
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for part in value for tensor in _tensors(part)]
+    return [tensor for part in value for tensor in tensors_in(part)]
 
 
 def generator(seed: int) -> torch.Generator:

@@ -8,7 +8,8 @@ import torch
 from tiny.base import LAYERS, Case, built, case, embeds, generator
 
 
-def _vae(channels: int, cls: str = "AutoencoderKL", **config: Any) -> Any:
+def image_vae(channels: int, cls: str = "AutoencoderKL", **config: Any) -> Any:
+    """A decoder to pictures with that many channels of latents."""
     defaults = {"block_out_channels": (4,), "latent_channels": channels, "norm_num_groups": 1}
     return built(cls, **(defaults | config))
 
@@ -20,7 +21,8 @@ def _pooled(width: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _rotary(**config: Any) -> dict[str, Any]:
+def rotary(**config: Any) -> dict[str, Any]:
+    """The config of a transformer that is configured as that of FLUX.1 is."""
     return {
         "patch_size": 1,
         "in_channels": 4,
@@ -35,9 +37,9 @@ def _rotary(**config: Any) -> dict[str, Any]:
 
 def flux() -> Case:
     """Blocks that return the text first; the time in thousandths."""
-    transformer = built("FluxTransformer2DModel", **_rotary(pooled_projection_dim=8))
+    transformer = built("FluxTransformer2DModel", **rotary(pooled_projection_dim=8))
     call = _pooled(8) | {"true_cfg_scale": 3.0}
-    vae = _vae(1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
+    vae = image_vae(1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
     parts = {"vae": vae, "text_encoder_2": None, "tokenizer_2": None}
     return case("FluxPipeline", transformer, call, **parts)
 
@@ -46,9 +48,9 @@ def flux2() -> Case:
     """Single blocks on text and picture joined."""
     transformer = built(
         "Flux2Transformer2DModel",
-        **_rotary(axes_dims_rope=[4, 4, 4, 4], timestep_guidance_channels=32),
+        **rotary(axes_dims_rope=[4, 4, 4, 4], timestep_guidance_channels=32),
     )
-    vae = _vae(
+    vae = image_vae(
         1,
         "AutoencoderKLFlux2",
         down_block_types=("DownEncoderBlock2D",),
@@ -61,13 +63,13 @@ def flux2() -> Case:
 def chroma() -> Case:
     transformer = built(
         "ChromaTransformer2DModel",
-        **_rotary(approximator_hidden_dim=32, approximator_layers=1, approximator_num_channels=16),
+        **rotary(approximator_hidden_dim=32, approximator_layers=1, approximator_num_channels=16),
     )
     call = {
         f"{prefix}prompt_attention_mask": torch.ones(1, 16, dtype=torch.bool)
         for prefix in ("", "negative_")
     }
-    vae = _vae(1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
+    vae = image_vae(1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
     return case("ChromaPipeline", transformer, call, vae=vae)
 
 
@@ -86,7 +88,7 @@ def sd3() -> Case:
         pooled_projection_dim=8,
         out_channels=4,
     )
-    vae = _vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
+    vae = image_vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
     names = ("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     parts = dict.fromkeys(names) | {"vae": vae}
     return case("StableDiffusion3Pipeline", transformer, _pooled(8), **parts)
@@ -173,7 +175,7 @@ def cogview4() -> Case:
         time_embed_dim=8,
         condition_dim=4,
     )
-    return case("CogView4Pipeline", transformer, {}, vae=_vae(4))
+    return case("CogView4Pipeline", transformer, {}, vae=image_vae(4))
 
 
 def z_image() -> Case:
@@ -191,7 +193,7 @@ def z_image() -> Case:
         axes_lens=[256, 32, 32],
     )
     call = {"prompt_embeds": [embeds(1)[0]], "negative_prompt_embeds": [embeds(2)[0]]}
-    return case("ZImagePipeline", transformer, call, vae=_vae(4, shift_factor=0.06))
+    return case("ZImagePipeline", transformer, call, vae=image_vae(4, shift_factor=0.06))
 
 
 CASES = (flux, flux2, chroma, sd3, qwen_image, hunyuan_image, cogview4, z_image)

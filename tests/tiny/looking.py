@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from tiny.base import Case
+from tiny.base import STEPS, Case
 from vidaccel.hosts.registry import find_transformers
 
 
 def transformers_of(pipe: Any) -> dict[str, Any]:
-    names = ("transformer", "transformer_2")
+    names = ("transformer", "transformer_2", "transformer_ref", "unconditional_transformer")
     return {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
 
 
@@ -46,4 +46,7 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
 def two_steps(case: Case) -> dict[str, int]:
     """The arguments for a run of two steps; those of a pipeline with a fixed number are none."""
     name = "num_inference_steps"
-    return {name: 2} if name in signature(type(case.pipe).__call__).parameters else {}
+    if name not in case.kwargs and name not in signature(type(case.pipe).__call__).parameters:
+        return {}
+    # Some count the end of the last step as one.
+    return {name: 2 + case.kwargs.get(name, STEPS) - STEPS}

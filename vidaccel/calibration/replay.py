@@ -14,7 +14,7 @@ import torch
 
 from vidaccel.api import accelerate, engines_of, restore
 from vidaccel.clips import metrics
-from vidaccel.clips.generate import without_bar
+from vidaccel.clips.calling import outcome_of, without_bar
 from vidaccel.engine.engine import Engine
 from vidaccel.engine.recording import Recording
 from vidaccel.errors import PlanError
@@ -121,9 +121,9 @@ class Replayer:
         except BaseException:
             restore(pipe)
             raise
-        generation = next(iter(engines_of(pipe).values())).generation
-        assert generation is not None  # the reference has run
-        self.run_settings = generation.run
+        # Of several workflows, each with its transformer, the reference is one.
+        ran = (engine.generation for engine in engines_of(pipe).values())
+        self.run_settings = next(generation.run for generation in ran if generation is not None)
 
     def __enter__(self) -> "Replayer":
         return self
@@ -220,8 +220,8 @@ class Replayer:
                 f"this run computes steps {min(inputs)} to {max(inputs)} of {self.steps}; "
                 "calibration needs one that goes through its whole schedule"
             )
-        _, *others = engines_of(self.pipe).values()
-        switch = [engine.stats.calls[0].step for engine in others if engine.stats.calls]
+        begins = [e.stats.calls[0].step for e in engines_of(self.pipe).values() if e.stats.calls]
+        switch = [step for step in begins if step > min(begins)]
         outcome: Any = latents
         if self.metric.output_type != "latent":
             # Playing every step back gives the same latents, decoded this time.
@@ -259,15 +259,14 @@ class Replayer:
             hook = engine.transformer.register_forward_pre_hook(before, with_kwargs=True)
             handles.append(hook)
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        call = {**self.call, "generator": generator, "output_type": output_type}
+        call = {**self.call, "generator": generator}
         try:
             with ExitStack() as stack:
                 stack.enter_context(without_bar(self.pipe))
                 stack.enter_context(self._texts_kept())
                 for engine in engines:
                     stack.enter_context(_replayed_without_forward(engine))
-                output = self.pipe(**call)
-            return output.frames if hasattr(output, "frames") else output.images
+                return outcome_of(self.pipe, call, output_type)
         finally:
             for handle in handles:
                 handle.remove()

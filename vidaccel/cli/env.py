@@ -47,14 +47,17 @@ def _env(arguments: argparse.Namespace) -> None:
         if title:
             print(f"\n{title}")
         for name, value in part.items():
-            print(f"{name.ljust(17)} {value or '-'}")
+            print(fill(f"{name.ljust(17)} {value or '-'}", 150, subsequent_indent=" " * 18))
 
 
 def _hosts(arguments: argparse.Namespace) -> None:
     """Run `vidaccel hosts`."""
-    from vidaccel.hosts.registry import markdown_table
+    from vidaccel.hosts.registry import left_out_list, markdown_table
 
-    print(markdown_table() if arguments.markdown else hosts_table())
+    if arguments.markdown:
+        print(f"{markdown_table()}\n\n{left_out_list()}")
+    else:
+        print(hosts_table())
 
 
 def hosts_table() -> str:
@@ -63,12 +66,16 @@ def hosts_table() -> str:
 
     rows = [("model", "step plans", "block cache", "SVG2", "diffusers")]
     reasons: dict[str, int] = {}
+    left_out: dict[str, list[str]] = {}
 
     def no(reason: str) -> str:
         return f"no ({reasons.setdefault(reason, len(reasons) + 1)})"
 
     for row in HOSTS.values():
         name = row.family or row.transformer
+        if row.is_left_out:
+            left_out.setdefault(row.unsupported, []).append(name)
+            continue
         if row.unsupported:
             told = no(f"{row.transformer} {row.unsupported}")
             rows.append((name, told, told, told, f">= {row.since}"))
@@ -87,6 +94,9 @@ def hosts_table() -> str:
         "block cache: the number is the threshold of DBCache; models without one need "
         "--cache THRESHOLD",
         *(f"({number}) {reason}" for reason, number in reasons.items()),
+        "",
+        "not supported:",
+        *(f"{', '.join(names)}: {reason}" for reason, names in left_out.items()),
     ]
     return "\n".join(
         [
@@ -107,13 +117,15 @@ def capabilities() -> dict[str, str]:
     import torch
 
     from vidaccel.clips.embedded import embedded_model
-    from vidaccel.hosts.registry import HOSTS
+    from vidaccel.hosts.registry import families_of_diffusers
     from vidaccel.plans.shipped import shipped_policies
 
-    supported = [name for name, row in HOSTS.items() if not row.unsupported]
+    here, later = families_of_diffusers()
     model = embedded_model()
     return {
-        "step plans": f"yes: {len(supported)} transformers, which vidaccel hosts lists",
+        "step plans": f"yes: for {len(here)} families of models, which vidaccel hosts lists",
+        "families": ", ".join(here),
+        "later Diffusers": ", ".join(later) or "none that this vidaccel knows",
         "embedded model": f"yes: {model}"
         if (model / "model_index.json").is_file()
         else "no: reinstall vidaccel",

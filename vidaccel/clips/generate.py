@@ -1,20 +1,19 @@
 """One prompt to one clip."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from vidaccel.api import engines_of, report
+from vidaccel.clips.calling import first_clip, outcome_of, parameters_of, without_bar
 from vidaccel.clips.load import steps_of
 from vidaccel.clips.step_events import follow_steps
 from vidaccel.clips.video import Clip, as_uint8
-from vidaccel.engine.compat import progress_bar_config
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,6 @@ class Run:
     seconds: float
     denoising_seconds: float | None
     report: dict[str, Any] | None
-
-
-@contextmanager
-def without_bar(pipe: Any) -> Iterator[None]:
-    """Turn the pipeline's own progress bar off, and leave it as it was afterwards."""
-    previous = progress_bar_config(pipe)
-    pipe.set_progress_bar_config(**{**previous, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**previous)
 
 
 def generate(
@@ -72,7 +60,7 @@ def generate(
     """
     engines = list(engines_of(pipe).values())
     steps = steps_of(pipe, call)
-    call = {**call, "generator": torch.Generator("cpu").manual_seed(seed), "output_type": "np"}
+    call = {**call, "generator": torch.Generator("cpu").manual_seed(seed)}
     step_ends: list[float] = []
     with tqdm(total=steps, desc=label, unit="step", disable=not progress) as bar:
 
@@ -93,13 +81,13 @@ def generate(
             on_step_end(step, latents)
             return kwargs
 
-        calls_back = "callback_on_step_end" in signature(type(pipe).__call__).parameters
+        calls_back = "callback_on_step_end" in parameters_of(pipe)
         if calls_back:
             call["callback_on_step_end"] = callback
         following = nullcontext() if calls_back else follow_steps(pipe, on_step_end)
         with without_bar(pipe), following:
             started = time.perf_counter()
-            frames = as_uint8(_first_clip(pipe(**call)))
+            frames = as_uint8(first_clip(outcome_of(pipe, call, "np")))
             seconds = time.perf_counter() - started
     return Run(
         frames,
@@ -115,11 +103,6 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _first_clip(output: Any) -> Any:
-    """Return the clip of what a pipeline gives; the picture of an image pipeline is one frame."""
-    return output.frames[0] if hasattr(output, "frames") else output.images[:1]
-
-
 def latents_of(pipe: Any, call: dict[str, Any], seed: int = 0) -> torch.Tensor:
     """Run a pipeline once without decoding, without its progress bar, and return the latents.
 
@@ -130,7 +113,6 @@ def latents_of(pipe: Any, call: dict[str, Any], seed: int = 0) -> torch.Tensor:
             noise.
     """
     call = {**call, "generator": torch.Generator("cpu").manual_seed(seed)}
-    call |= {"output_type": "latent", "return_dict": False}
     with without_bar(pipe):
-        latents: torch.Tensor = pipe(**call)[0]
+        latents: torch.Tensor = outcome_of(pipe, call, "latent")
     return latents

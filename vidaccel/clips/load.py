@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from vidaccel.clips.calling import parameters_of
 from vidaccel.clips.embedded import embedded_model
 from vidaccel.errors import ModelError, PlanError
+
+# The files that tell what a whole pipeline and a modular one consist of.
+_INDEX = ("model_index.json", "modular_model_index.json")
 
 
 def default_device() -> str:
@@ -48,17 +52,55 @@ def load_pipeline(
 
             # Diffusers renamed the argument in 0.42 and took **kwargs before and after.
             named = "dtype" if Version(__version__) >= Version("0.42") else "torch_dtype"
-            from_pretrained: Any = DiffusionPipeline.from_pretrained
-            pipe = from_pretrained(source, **{named: dtype})
-            if offload:
-                pipe.enable_model_cpu_offload(device=target)
+            kind = {named: dtype}
+            if _is_modular(source):
+                pipe = _load_modular(source, kind, target if offload else None)
             else:
+                from_pretrained: Any = DiffusionPipeline.from_pretrained
+                pipe = from_pretrained(source, **kind)
+                if offload:
+                    pipe.enable_model_cpu_offload(device=target)
+            if not offload:
                 pipe.to(target)
     # Every library below has exceptions of its own for a damaged file, an unknown id, no network
     # or no such device; none of them is about vidaccel, and the first line says which it is.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"cannot load {source} on {target}: {reason or repr(error)}") from error
+    return pipe
+
+
+def _is_modular(source: str) -> bool:
+    """Tell whether a folder or hub id holds a modular pipeline alone."""
+    from diffusers import DiffusionPipeline
+
+    if (folder := Path(source)).exists():
+        return not (folder / "model_index.json").is_file()
+    try:
+        DiffusionPipeline.load_config(source)
+    except OSError as error:  # no such file, no such id, or no network: what is loaded next tells
+        return "does not appear to have a file named model_index.json" in str(error)
+    return False
+
+
+def _load_modular(source: str, kind: dict[str, Any], offload_from: torch.device | None) -> Any:
+    """Load a modular pipeline with its components; what is missing raises ValueError."""
+    import diffusers
+
+    library: Any = diffusers
+    manager = None if offload_from is None else library.ComponentsManager()
+    pipe = library.ModularPipeline.from_pretrained(source, components_manager=manager)
+    pipe.load_components(**kind)
+    # Diffusers logs what it cannot load, and goes on.
+    missing = [
+        name
+        for name in pipe.null_component_names
+        if pipe.get_component_spec(name).pretrained_model_name_or_path
+    ]
+    if missing:
+        raise ValueError(f"of its components, {', '.join(missing)} could not be loaded")
+    if manager is not None:
+        manager.enable_auto_cpu_offload(device=offload_from)
     return pipe
 
 
@@ -93,8 +135,8 @@ def find_model(model: str | None) -> str:
     source = str(embedded_model()) if model is None else model
     folder = Path(source).expanduser()
     if folder.exists():
-        if not (folder / "model_index.json").is_file():
-            raise ModelError(f"{folder} is no Diffusers model: it has no model_index.json")
+        if not any((folder / name).is_file() for name in _INDEX):
+            raise ModelError(f"{folder} is no Diffusers model: it has no {' or '.join(_INDEX)}")
         return str(folder)
     if model is None or source.count("/") != 1 or source[0] in "./~":
         raise ModelError(f"no model folder at {folder}; pass a folder or a hub id (org/name)")
@@ -129,7 +171,7 @@ def call_arguments(pipe: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ModelError: the pipeline's call does not take one of them.
     """
-    known = _parameters(pipe)
+    known = parameters_of(pipe)
     given = {name: value for name, value in wanted.items() if value is not None}
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -147,7 +189,7 @@ def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
     Raises:
         ModelError: something is missing, or of a wrong size or kind.
     """
-    name, known = type(pipe).__name__, _parameters(pipe)
+    name, known = type(pipe).__name__, parameters_of(pipe)
     kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     missing = [
         key
@@ -171,7 +213,7 @@ def _complaint(pipe: Any, call: Mapping[str, Any]) -> str:
         return ""
     defaults = {
         key: parameter.default
-        for key, parameter in _parameters(pipe).items()
+        for key, parameter in parameters_of(pipe).items()
         if parameter.default is not Parameter.empty
     }
     given = {**defaults, **call}
@@ -185,18 +227,14 @@ def _complaint(pipe: Any, call: Mapping[str, Any]) -> str:
     return ""
 
 
-def _parameters(pipe: Any) -> Mapping[str, Parameter]:
-    return signature(type(pipe).__call__).parameters
-
-
 def steps_of(pipe: Any, call: dict[str, Any]) -> int:
     """Return the number of denoising steps that a call of the pipeline asks for.
 
     Raises:
         PlanError: it is not a whole number of 1 or more.
     """
-    default = _parameters(pipe)["num_inference_steps"].default
-    steps = call.get("num_inference_steps", default)
+    known = parameters_of(pipe).get("num_inference_steps")
+    steps = call.get("num_inference_steps", None if known is None else known.default)
     if not isinstance(steps, int) or steps < 1:
         raise PlanError(f"num_inference_steps: found {steps!r}, expected a whole number >= 1")
     return steps

@@ -5,12 +5,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
 
 from vidaccel.api import accelerate, engines_of, restore
+from vidaccel.clips.calling import parameters_of
 from vidaccel.clips.fidelity import fidelity
 from vidaccel.clips.generate import Run, generate
 from vidaccel.clips.load import call_arguments, steps_of
@@ -68,7 +68,7 @@ class Worker:
         Raises:
             ModelError: the pipeline cannot be loaded.
         """
-        known = signature(type(self.load()).__call__).parameters
+        known = parameters_of(self.load())
         names = ("width", "height", "num_frames", "num_inference_steps")
         defaults = [getattr(known.get(name), "default", None) for name in names]
         given = {

@@ -5,6 +5,8 @@ from typing import Any
 
 from vidaccel.errors import UnsupportedPipelineError
 from vidaccel.hosts.image_models import ROWS as IMAGE_ROWS
+from vidaccel.hosts.left_out import ROWS as LEFT_OUT_ROWS
+from vidaccel.hosts.left_out import UNTESTED
 from vidaccel.hosts.spec import HostSpec
 from vidaccel.hosts.video_models import ROWS as VIDEO_ROWS
 
@@ -12,7 +14,9 @@ from vidaccel.hosts.video_models import ROWS as VIDEO_ROWS
 _DENOISER = re.compile(r"transformer|unet|prior|\w+_transformer$")
 
 # By the name of the class; a subclass is found under the name of its base.
-HOSTS: dict[str, HostSpec] = {row.transformer: row for row in (*VIDEO_ROWS, *IMAGE_ROWS)}
+HOSTS: dict[str, HostSpec] = {
+    row.transformer: row for row in (*VIDEO_ROWS, *IMAGE_ROWS, *LEFT_OUT_ROWS)
+}
 
 
 def register_host(spec: HostSpec) -> HostSpec:
@@ -118,6 +122,8 @@ def markdown_table() -> str:
     )
     rows = [head, ("---",) * len(head)]
     for row in HOSTS.values():
+        if row.is_left_out:
+            continue
         pipelines = ", ".join(f"`{name}`" for name in row.pipelines)
         pipelines += "".join(f"; not `{name}`, which {reason}" for name, reason in row.untested)
         if row.unsupported:
@@ -129,6 +135,28 @@ def markdown_table() -> str:
             cells = ("yes", cache, attention)
         rows.append((row.family or row.transformer, pipelines, *cells, f"≥ {row.since}"))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def families_of_diffusers() -> tuple[list[str], list[str]]:
+    """Return the supported families that the installed Diffusers has, and those it lacks."""
+    import diffusers
+
+    families: tuple[list[str], list[str]] = ([], [])
+    for row in HOSTS.values():
+        if not row.unsupported:
+            missing = not hasattr(diffusers, row.transformer)
+            families[missing].append(row.family or row.transformer)
+    return families
+
+
+def left_out_list() -> str:
+    """Make the list of what is not supported or tested in Markdown, a line per reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in LEFT_OUT_ROWS:
+        reasons.setdefault(row.unsupported, []).append(f"{row.family} (`{row.transformer}`)")
+    for name, reason in UNTESTED.items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    return "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items())
 
 
 def _within_peft(module: Any) -> Any:

@@ -121,6 +121,11 @@ class HostSpec:
         return {*named, *last.returns, *last.joins}
 
     @property
+    def is_left_out(self) -> bool:
+        """It stands for no pipeline, and says no more than why the class is refused."""
+        return bool(self.unsupported) and not self.pipelines
+
+    @property
     def unit(self) -> int:
         """The number of blocks that `DBCache` counts as one."""
         return len(self.blocks) if self.interleaved else 1

@@ -18,6 +18,9 @@ _WAN = (
             "WanImageToVideoPipeline",
             "WanVideoToVideoPipeline",
             "LucyEditPipeline",
+            "WanModularPipeline",
+            "Wan22ModularPipeline",
+            "Wan22Image2VideoModularPipeline",
         ),
         (BlockList("blocks"),),
         family="Wan 2.1 and 2.2, Lucy Edit",
@@ -26,7 +29,7 @@ _WAN = (
     ),
     HostSpec(
         "WanVACETransformer3DModel",
-        ("WanVACEPipeline",),
+        ("WanVACEPipeline", "Wan22VaceModularPipeline"),
         # The hint blocks run first; their hints are added between the main blocks.
         (
             BlockList("vace_blocks", ("control_hidden_states", "control_hidden_states")),
@@ -41,6 +44,19 @@ _WAN = (
         ("WanAnimatePipeline",),
         (BlockList("blocks"),),
         family="Wan Animate",
+    ),
+    HostSpec(
+        "WanAnimate2Transformer3DModel",
+        ("WanAnimate2ModularPipeline",),
+        (BlockList("blocks"),),
+        (Head("head"),),
+        family="Wan Animate 2",
+        since="0.42",
+        attention=None,
+        attention_note="frames attend to those of a reference under a block mask",
+        # Each segment begins with a call that fills a cache of keys and values of its reference.
+        aside=("kv_cache_mode", "extract"),
+        left_out=("is_uncondtion", 9),
     ),
     HostSpec(
         "ChronoEditTransformer3DModel",
@@ -98,7 +114,11 @@ _HUNYUAN = (
     ),
     HostSpec(
         "HunyuanVideo15Transformer3DModel",
-        ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+        (
+            "HunyuanVideo15Pipeline",
+            "HunyuanVideo15ImageToVideoPipeline",
+            "HunyuanVideo15ModularPipeline",
+        ),
         (BlockList("transformer_blocks", _JOINT),),
         family="HunyuanVideo 1.5",
         tokens=("video", "text"),
@@ -140,6 +160,7 @@ _VIDEO = (
             "LTXImageToVideoPipeline",
             "LTXConditionPipeline",
             "LTXI2VLongMultiPromptPipeline",
+            "LTXModularPipeline",
         ),
         (BlockList("transformer_blocks"),),
         family="LTX-Video",
@@ -304,6 +325,18 @@ _VIDEO = (
         attention_note="the last blocks take the video for their text",
         no_corrector="starts its last blocks from the patches again, with what the others made of "
         "them as their text, so these cannot run without the others",
+    ),
+    HostSpec(
+        "MiniMaxH3Transformer3DModel",
+        ("MiniMaxH3ModularPipeline",),
+        (BlockList("transformer_blocks"),),
+        family="MiniMax-H3",
+        since="0.42",
+        guidance="embedded",
+        tokens=("text", "video"),
+        attention="attn",
+        video_rows="video_indices",
+        levels=True,
     ),
     HostSpec(
         "HeliosTransformer3DModel",

@@ -1,0 +1,98 @@
+"""Transformer classes and pipelines of Diffusers that are not supported or tested, and why."""
+
+from vidaccel.hosts.spec import HostSpec
+
+_IMAGE = "is for images, and no row of it has been tested"
+_SOUND = "is for sound alone"
+_UNET = "is a part of a UNet, whose blocks hand on streams of several sizes"
+
+# Transformer class -> the model, and the reason why it is refused.
+_REASONS = {
+    "BriaFibo2Transformer2DModel": ("Bria FIBO 2", _IMAGE),
+    "BriaFiboTransformer2DModel": ("Bria FIBO", _IMAGE),
+    "BriaTransformer2DModel": ("Bria 3.2", _IMAGE),
+    "CogView3PlusTransformer2DModel": ("CogView3 Plus", _IMAGE),
+    "DiTTransformer2DModel": ("DiT", _IMAGE),
+    "Flux3Transformer2DModel": ("FLUX.3", _IMAGE),
+    "GlmImageTransformer2DModel": ("GLM-Image", _IMAGE),
+    "HiDreamImageTransformer2DModel": ("HiDream", _IMAGE),
+    "HunyuanDiT2DModel": ("Hunyuan-DiT", _IMAGE),
+    "Ideogram4Transformer2DModel": ("Ideogram 4", _IMAGE),
+    "JoyImageEditPlusTransformer3DModel": ("JoyImage Edit Plus", _IMAGE),
+    "JoyImageEditTransformer3DModel": ("JoyImage Edit", _IMAGE),
+    "LuminaNextDiT2DModel": ("Lumina-Next", _IMAGE),
+    "NucleusMoEImageTransformer2DModel": ("Nucleus-Image", _IMAGE),
+    "PixArtTransformer2DModel": ("PixArt", _IMAGE),
+    "QwenImage21Transformer2DModel": ("Qwen-Image 2.1", _IMAGE),
+    "Transformer2DModel": ("transformers in UNets", _UNET),
+    "TransformerTemporalModel": ("transformers along time in UNets", _UNET),
+    "DreamLiteTransformer2DModel": ("DreamLite", _UNET),
+    "OmniGenTransformer2DModel": (
+        "OmniGen",
+        "is a language model over text and pictures, with a key-value cache in its blocks",
+    ),
+    "PriorTransformer": (
+        "priors of UnCLIP and Kandinsky 2",
+        "makes an embedding, of a few tokens in a few steps",
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        "SANA-WM refiner",
+        "refines over a key-value cache in a few distilled steps, too few to reuse any",
+    ),
+    "AceStepTransformer1DModel": ("ACE-Step", _SOUND),
+    "LongCatAudioDiTTransformer": ("LongCat-Audio", _SOUND),
+    "MiniMaxMusic3Transformer1DModel": ("MiniMax-Music 3", _SOUND),
+    "StableAudio3DiTModel": ("Stable Audio 3", _SOUND),
+    "StableAudioDiTModel": ("Stable Audio Open", _SOUND),
+    "T5FilmDecoder": ("Spectrogram Diffusion", _SOUND),
+    "MiniMaxMusic3RVQDepthDecoder": (
+        "depth decoder of MiniMax-Music 3",
+        "writes tokens one after another and denoises nothing",
+    ),
+    "RFD4ProteinaTransformer": ("Proteina", "is for proteins"),
+}
+
+ROWS = tuple(
+    HostSpec(name, (), family=family, since="", unsupported=reason)
+    for name, (family, reason) in _REASONS.items()
+)
+
+_BLOCKS = "the row of the transformer is tested in whole pipelines, these blocks are not"
+_NO_ROW = "has a transformer without a tested row"
+_FEW = "is distilled to a few steps, too few to reuse any"
+
+# Modular pipelines that no test runs.
+UNTESTED = {
+    "AnimaModularPipeline": _BLOCKS,
+    "Cosmos3DistilledModularPipeline": _FEW,
+    "Cosmos3OmniModularPipeline": _BLOCKS,
+    "EchoModularPipeline": "has no scheduler component: its steps are those of its blocks",
+    "ErnieImageModularPipeline": _BLOCKS,
+    "Flux2KleinBaseModularPipeline": _BLOCKS,
+    "Flux2KleinModularPipeline": _FEW,
+    "Flux2ModularPipeline": _BLOCKS,
+    "Flux3DistilledModularPipeline": _FEW,
+    "Flux3ModularPipeline": _NO_ROW,
+    "FluxKontextModularPipeline": _BLOCKS,
+    "FluxModularPipeline": _BLOCKS,
+    "HeliosModularPipeline": _BLOCKS,
+    "HeliosPyramidDistilledModularPipeline": _FEW,
+    "HeliosPyramidModularPipeline": _BLOCKS,
+    "Ideogram4ModularPipeline": _NO_ROW,
+    "Krea2ModularPipeline": _BLOCKS,
+    "Krea2TurboModularPipeline": _FEW,
+    "LTX25ModularPipeline": _BLOCKS,
+    "LTX2ModularPipeline": _BLOCKS,
+    "MiniMaxMusic3ModularPipeline": _SOUND,
+    "QwenImage21ModularPipeline": _NO_ROW,
+    "QwenImage21TurboModularPipeline": _FEW,
+    "QwenImageEditModularPipeline": _BLOCKS,
+    "QwenImageEditPlusModularPipeline": _BLOCKS,
+    "QwenImageLayeredModularPipeline": _BLOCKS,
+    "QwenImageModularPipeline": _BLOCKS,
+    "StableDiffusion3ModularPipeline": _BLOCKS,
+    "StableDiffusionXLModularPipeline": "has a UNet, not a transformer",
+    "WanAnimate2DistilledModularPipeline": _FEW,
+    "WanImage2VideoModularPipeline": _BLOCKS,
+    "ZImageModularPipeline": _BLOCKS,
+}
