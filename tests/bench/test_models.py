@@ -87,7 +87,7 @@ def test_what_cannot_be_run_is_refused(monkeypatch, capsys, tmp_path):
         speed(SMALL, steps=5, device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     made = []
-    monkeypatch.setattr(models, "_pipeline", lambda *_: made.append(1))
+    monkeypatch.setattr(models, "pipeline_of_model", lambda *_: made.append(1))
     out = tmp_path / "models.json"
     assert cli.main(["bench", "models", "--json", str(out)]) == 2
     assert "on a CUDA GPU, and there is none here" in capsys.readouterr().err

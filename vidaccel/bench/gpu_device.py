@@ -130,7 +130,7 @@ class Device:
         """Return a function that repeats a call as a CUDA graph; on a CPU the call itself."""
         if not self.on_gpu:
             return run
-        aside = torch.cuda.Stream()
+        aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             run()

@@ -144,8 +144,8 @@ def speed(
     if total < 2 * _EVERY:
         raise BenchError(f"steps: found {total}, expected {2 * _EVERY} or more")
     sparse = attention or SVG2()
-    pipe = _pipeline(model, device, dtype)
-    call = _call(model, pipe, dtype) | {"num_inference_steps": total}
+    pipe = pipeline_of_model(model, device, dtype)
+    call = call_of_model(model, pipe, dtype) | {"num_inference_steps": total}
     # A few steps compile what has to be, and are not counted.
     for options in _combinations(2 * _EVERY, sparse).values():
         _timed(pipe, call | {"num_inference_steps": 2 * _EVERY}, options)
@@ -264,7 +264,7 @@ def _row(runs: Sequence[_TimedRun], steps: int) -> ModelRow:
     )
 
 
-def _pipeline(model: RealModel, device: str, dtype: torch.dtype) -> Any:
+def pipeline_of_model(model: RealModel, device: str, dtype: torch.dtype) -> Any:
     """Return the pipeline with random weights, made where they are used, and no text encoder."""
     import diffusers
 
@@ -298,7 +298,7 @@ def _made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _call(model: RealModel, pipe: Any, dtype: torch.dtype) -> dict[str, Any]:
+def call_of_model(model: RealModel, pipe: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Return arguments of the pipeline's call, with random embeddings in the place of a prompt."""
     width = pipe.transformer.config.text_dim
     device = pipe.transformer.device

@@ -5,6 +5,7 @@ from typing import Any
 
 from vidaccel.cli.argument_types import MAX_STEPS, whole_number
 from vidaccel.cli.bench_calibration import add_calibration, add_search
+from vidaccel.cli.bench_gpu import add_gpu
 from vidaccel.cli.bench_kernels import add_codegen, add_kernels, add_models
 from vidaccel.cli.bench_precision import add_precision
 from vidaccel.cli.bench_quality import add_attention, add_parity, add_quality
@@ -119,6 +120,7 @@ BENCHES = (
     add_precision,
     add_search,
     add_calibration,
+    add_gpu,
     add_kernels,
     add_models,
     add_codegen,

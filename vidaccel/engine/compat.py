@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def native_cache_enabled(transformer: nn.Module) -> bool:
@@ -151,3 +152,8 @@ def templated_context_parallel_attention(*args: Any, **kwargs: Any) -> Any:
 def full_precision_modules(transformer_class: type) -> list[str]:
     """Return the last names of the modules that loading a class of transformer keeps in float32."""
     return list(getattr(transformer_class, "_keep_in_fp32_modules", None) or [])
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of matrices [M, K] and [K, N] of int8, as int32, by torch's own kernel."""
+    return torch._int_mm(a, b)
