@@ -40,8 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test in a folder of its own: none needs the repository there, or leaves files in it."""
+    """Run a test in a folder of its own: none needs the repository there, or leaves files in it.
+
+    What the user of this machine has learned is out of sight as well.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VIDACCEL_HOME", str(tmp_path / "vidaccel-home"))
 
 
 def _built(name: str) -> Case:

@@ -11,6 +11,7 @@ from vidaccel.automatic import generic, known_plan
 from vidaccel.plans.generic import generic_steps
 from vidaccel.plans.plan import RunSettings
 from vidaccel.plans.shipped import load_shipped
+from vidaccel.plans.wish import Wish
 
 
 def falling(steps):
@@ -31,22 +32,22 @@ def own_run(steps):
 
 
 def test_a_policy_that_is_made_for_the_run_comes_first():
-    plan = known_plan(own_run(50), "balanced")
+    plan = known_plan(own_run(50), Wish("balanced"))
     assert plan.origin.startswith("vidaccel--tiny-wan/50-steps.json (measured)")
     assert len(plan.steps) == 16 and any(plan.orders)
 
 
 @pytest.mark.parametrize(("preset", "most"), [("quality", 20), ("balanced", 14), ("fast", 8)])
 def test_a_measured_one_is_carried_over_to_another_number_of_steps(preset, most):
-    plan = known_plan(own_run(40), preset)
+    plan = known_plan(own_run(40), Wish(preset))
     assert "transferred from vidaccel--tiny-wan/" in plan.origin and "not validated" in plan.origin
     assert plan.num_inference_steps == 40 and len(plan.steps) <= most
-    assert known_plan(own_run(40), preset) == plan
+    assert known_plan(own_run(40), Wish(preset)) == plan
 
 
 @pytest.mark.parametrize("steps", [8, 10, 12])
 def test_a_short_run_of_a_measured_model_reuses_gently(steps):
-    plan = known_plan(own_run(steps), "balanced") or generic(own_run(steps), "balanced")
+    plan = known_plan(own_run(steps), Wish("balanced")) or generic(own_run(steps), Wish())
     assert "generic schedule" in plan.origin and len(plan.steps) < steps
 
 
@@ -54,22 +55,22 @@ def test_a_published_list_is_carried_over_by_position():
     wan = RunSettings(
         30, "WanTransformer3DModel", "Wan-AI/Wan2.1-T2V-14B-Diffusers", sigmas=falling(30)
     )
-    plan = known_plan(wan, "balanced")
+    plan = known_plan(wan, Wish("balanced"))
     assert "carried over by position from Wan-AI--Wan2.1-T2V-14B-Diffusers" in plan.origin
     assert plan.steps[0] == 0 and plan.steps[-1] == 29 and any(plan.orders)
-    exact = known_plan(replace(wan, num_inference_steps=50, sigmas=falling(50)), "balanced")
+    exact = known_plan(replace(wan, num_inference_steps=50, sigmas=falling(50)), Wish("balanced"))
     assert exact.origin.startswith("Wan-AI--Wan2.1-T2V-14B-Diffusers/published-50-steps.json")
     assert any(exact.orders)  # a list without errors goes along damped lines
 
 
 def test_of_another_model_nothing_is_known():
     run = run_settings(num_inference_steps=50, sigmas=falling(50))
-    assert known_plan(run, "balanced") is None
-    plan = generic(run, "balanced")
+    assert known_plan(run, Wish("balanced")) is None
+    plan = generic(run, Wish())
     assert plan.steps == generic_steps(17, 50) and any(plan.orders)
     assert "generic schedule, 17 of 50 steps computed" in plan.origin
     assert "build-policy" in plan.origin
-    assert not generic(replace(run, sigmas=None), "balanced").orders
+    assert not generic(replace(run, sigmas=None), Wish()).orders
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "flux", "wan22"])

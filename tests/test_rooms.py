@@ -31,6 +31,7 @@ ROOMS = (
     "api",
     "resolve",
     "automatic",
+    "learning",
     "precision",
     "svg2",
     "engine",

@@ -9,6 +9,7 @@ from vidaccel.engine.loop_watch import unwatch_loops
 from vidaccel.engine.report import Report, TransformerReport
 from vidaccel.errors import UnsupportedPipelineError, VidaccelError
 from vidaccel.hosts.registry import find_transformers, has_denoiser, rows_among
+from vidaccel.learning.learner import Learner, Lessons
 from vidaccel.precision.change import PrecisionChange, precision_report
 from vidaccel.precision.settings import Precision
 from vidaccel.resolve import Attention, Cache, Policy, Preset, Resolver, attention_of
@@ -26,6 +27,9 @@ def accelerate(
     attention: Attention = "auto",
     precision: Precision = None,
     preset: Preset = "balanced",
+    speedup: float | None = None,
+    max_error: float | None = None,
+    psnr: float | None = None,
     allow_transfer: bool = False,
 ) -> Pipeline:
     """Make a Diffusers video pipeline skip denoising steps whose result it can reuse.
@@ -41,6 +45,8 @@ def accelerate(
             transformers (Wan 2.2), one plan runs over the steps of both.
         policy: which steps are computed. "auto": the best that is known of the run, otherwise a
             generic schedule (see `vidaccel.automatic`), and every step in runs of fewer than 8;
+            "learn": a policy that was measured or learned for such runs; where there is none, the
+            next one runs whole and is learned from, for those after it, in later processes too;
             None: every step; "every N"; a list of step indices that starts with 0; a `Plan`; or a
             policy, as a `CachePolicy`, a file or a hub id. It is held against the run at the first
             call of each generation, before any block runs.
@@ -54,6 +60,9 @@ def accelerate(
             a `LowPrecision`; None: those that they have. Weights come back with `restore`.
         preset: "quality", "balanced" or "fast": every 2nd, 3rd or 5th step of policy="auto", or
             the plan of a policy that is as fast as that.
+        speedup, max_error, psnr: in the place of the preset, the plan that computes so many times
+            fewer steps; that has no segment of a larger error; or that comes so close to the plain
+            clip by prediction, in dB. The last two need a policy that was measured or learned.
         allow_transfer: let a given policy run with another number of steps, scheduler or noise
             grid than it was measured with, by carrying its errors over to the new noise levels; a
             report marks it. Without it such a run is refused.
@@ -85,14 +94,16 @@ def accelerate(
     if isinstance(policy, Resolver):
         resolver = policy
     else:
-        resolver = Resolver(policy, cache, preset, allow_transfer=allow_transfer)
+        wish = {"speedup": speedup, "max_error": max_error, "psnr": psnr}
+        resolver = Resolver(policy, cache, preset, allow_transfer=allow_transfer, wish=wish)
     change = PrecisionChange(pipe, found, precision)
-    engines = []
+    engines, lessons = [], Lessons()
     for transformer, host in found.values():
         resolver.check(transformer, host)
-        engines.append(
-            Engine(transformer, host, resolver, attention_of(attention, transformer, host))
-        )
+        engine = Engine(transformer, host, resolver, attention_of(attention, transformer, host))
+        if resolver.learns:
+            engine.observer = Learner(engine, lessons, resolver.cannot_learn)
+        engines.append(engine)
     change.make()
     for engine in engines:
         previous = engine_of(engine.transformer)

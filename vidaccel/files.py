@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Makes the folder if need be. Raises OSError as the file system does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    # Of this process and thread: others may be writing the same file.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     with partial.open("wb") as stream:
         stream.write(data)
         stream.flush()

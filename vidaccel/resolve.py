@@ -8,16 +8,23 @@ from typing import Any, Literal
 
 from torch import nn
 
-from vidaccel.automatic import FEW, generic, known_plan, with_doubt
+from vidaccel.automatic import (
+    FEW,
+    LEARNING,
+    generic,
+    known_plan,
+    measured_plan,
+    with_doubt,
+)
 from vidaccel.dbcache import DBCache
 from vidaccel.engine.attention_hook import AttentionHook
 from vidaccel.engine.state import Decision
 from vidaccel.errors import AttentionError, PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.hosts.spec import HostSpec
-from vidaccel.plans.plan import PRESETS, Plan, RunSettings
+from vidaccel.plans.plan import Plan, RunSettings
 from vidaccel.plans.policy import CachePolicy
-from vidaccel.plans.shipped import load_shipped
 from vidaccel.plans.store import shipped_as
+from vidaccel.plans.wish import Wish
 from vidaccel.svg2.settings import SVG2
 from vidaccel.svg2.support import gpu_of, why_dense, why_not_on
 
@@ -45,9 +52,10 @@ class Resolver:
     reads no file twice.
 
     Args:
-        policy: "auto" (what `vidaccel.automatic` finds), None (every step), "every N", a sequence
-            of computed steps, a `Plan`, a `CachePolicy`, or a file, folder or hub id that holds
-            one.
+        policy: "auto" (what `vidaccel.automatic` finds), "learn" (a policy that was measured or
+            learned for such runs, or a run from which one is learned), None (every step),
+            "every N", a sequence of computed steps, a `Plan`, a `CachePolicy`, or a file, folder or
+            hub id that holds one.
         cache: None; a `DBCache`, which guards the plan of a policy and decides alone where there
             is none (policy=None, or "auto" on a model of which nothing is known). "auto" is None
             by another name.
@@ -55,7 +63,8 @@ class Resolver:
         allow_transfer: carry a policy that was given over to another number of steps, scheduler or
             noise grid of the same model; without it such a run is refused.
         wish: the arguments of `CachePolicy.plan` that pick the plan of a policy, in the place of
-            the preset; with "auto", of the one that comes with vidaccel and fits the run.
+            the preset; with "auto", of what it finds.
+        anew: with "learn", learn from every run, whatever is known of such runs.
 
     Attributes:
         cache: the block cache that was asked for by name, if any.
@@ -73,16 +82,18 @@ class Resolver:
         *,
         allow_transfer: bool = False,
         wish: Mapping[str, Any] | None = None,
+        anew: bool = False,
     ) -> None:
-        if preset not in PRESETS:
-            raise PlanError(f"preset is one of {', '.join(map(repr, PRESETS))}, found {preset!r}")
-        self.policy, self._plan_for = _planner(policy, preset, allow_transfer, wish or {})
+        self._wish = Wish(preset, **(wish or {}))
+        self.policy, self._plan_for = _planner(policy, self._wish, allow_transfer)
         if cache is not None and cache != "auto" and not isinstance(cache, DBCache):
             raise PlanError(f"cache is 'auto', None or a DBCache, found {type(cache).__name__}")
         self.cache = cache if isinstance(cache, DBCache) else None
         self._alone = self.cache is not None and policy is None
-        automatic = isinstance(policy, str) and policy == "auto"
-        self._preset = preset
+        self.learns = isinstance(policy, str) and policy == "learn"
+        self._anew = anew and self.learns
+        self._not_learnable: set[RunSettings] = set()
+        automatic = self.learns or (isinstance(policy, str) and policy == "auto")
         if self.cache is not None and not self.cache.probe_blocks and (self._alone or automatic):
             raise PlanError(
                 "probe_blocks=0 leaves nothing to decide by: use it with a plan or policy"
@@ -112,12 +123,21 @@ class Resolver:
         if run.num_inference_steps <= WARM_UP_STEPS:
             every = replace(Plan.every(1, run.num_inference_steps), origin=FEW)
             return Decision(every, None, FEW)
-        plan = None if self._alone else self.plan(run)
+        plan = None if self._alone or self._anew else self.plan(run)
+        if plan is None and self.learns:
+            if run not in self._not_learnable:
+                every = replace(Plan.every(1, run.num_inference_steps), origin=LEARNING)
+                return Decision(every, None, LEARNING, learn=True)
+            plan = known_plan(run, self._wish)
         if plan is None and self.cache is not None:
             return _by_cache(self.cache, run, host)
-        plan = plan or generic(run, self._preset)
+        plan = plan or generic(run, self._wish)
         guard = None if self.cache is None else self.cache.with_threshold(host.threshold)
         return Decision(plan, guard, plan.origin)
+
+    def cannot_learn(self, run: RunSettings) -> None:
+        """Have runs of a kind from which nothing could be learned go on as with "auto"."""
+        self._not_learnable.add(run)
 
     def check(self, transformer: Any, host: HostSpec) -> None:
         """Hold the block cache that was asked for against the blocks of a transformer.
@@ -155,8 +175,8 @@ def policy_from_text(text: str, *, files: bool = True) -> str | list[int] | None
     """Read what a user has typed as `accelerate(policy=...)` takes it.
 
     Args:
-        text: "auto", "all" (every step), "every N", a list such as 0,1,5, or, with `files`, a file,
-            folder or hub id.
+        text: "auto", "learn", "all" (every step), "every N", a list such as 0,1,5, or, with
+            `files`, a file, folder or hub id.
         files: take what is none of the others for the name of a policy.
 
     Raises:
@@ -167,34 +187,29 @@ def policy_from_text(text: str, *, files: bool = True) -> str | list[int] | None
         return None
     if _STEPS.fullmatch(text):
         return [int(step) for step in text.split(",")]
-    if files or text == "auto" or _EVERY.fullmatch(text):
+    if files or text in ("auto", "learn") or _EVERY.fullmatch(text):
         return text
     raise PlanError(
-        f"the steps are auto, all, every N, or a list such as 0,1,5; found {text[:80]!r} "
+        f"the steps are auto, learn, all, every N, or a list such as 0,1,5; found {text[:80]!r} "
         "(a policy file is uploaded)"
     )
 
 
-def _planner(
-    policy: Policy, preset: str, allow_transfer: bool, wish: Mapping[str, Any]
-) -> tuple[str, _Planner]:
+def _planner(policy: Policy, wish: Wish, allow_transfer: bool) -> tuple[str, _Planner]:
     """Return the name of a policy in reports, and what gives its plan for a run."""
-
-    def choose(known: CachePolicy) -> Plan:
-        return known.plan(**wish) if wish else known.preset(preset)
-
     if isinstance(policy, CachePolicy):
-        return _of_policies([policy], "given", choose, allow_transfer)
+        return _of_policies([policy], "given", wish, allow_transfer)
     if isinstance(policy, os.PathLike) or (
         isinstance(policy, str) and ("/" in policy or policy.endswith(".json"))
     ):
         name = os.fspath(policy)
-        return _of_policies(_named(policy), name, choose, allow_transfer)
-    if wish:
-        if isinstance(policy, str) and policy == "auto":
-            return "auto", lambda run: _wished(run, choose)
+        return _of_policies(_named(policy), name, wish, allow_transfer)
+    if isinstance(policy, str) and policy in ("auto", "learn"):
+        find = known_plan if policy == "auto" else measured_plan
+        return policy, lambda run: find(run, wish)
+    if wish.given:
         raise PolicyError(
-            f"{', '.join(wish)}: only a policy has a plan for that, found "
+            f"{', '.join(wish.given)}: only a policy has a plan for that, found "
             f"{'every step' if policy is None else repr(policy)}; name a policy, or take auto"
         )
     if policy is None:
@@ -202,11 +217,11 @@ def _planner(
     if isinstance(policy, Plan):
         return str(policy), lambda run: _fitting(policy, run.num_inference_steps)
     if isinstance(policy, str):
-        if policy == "auto":
-            return "auto", lambda run: known_plan(run, preset)
         match = _EVERY.fullmatch(policy)
         if match is None:
-            raise PlanError(f"policy is 'auto', 'every N' or a list of steps, found {policy!r}")
+            raise PlanError(
+                f"policy is 'auto', 'learn', 'every N' or a list of steps, found {policy!r}"
+            )
         n = int(match[1])
         Plan.every(n, 1)
         return f"every {n}", lambda run: Plan.every(n, run.num_inference_steps)
@@ -214,7 +229,7 @@ def _planner(
         steps = Plan.check_steps(policy)
         return f"{len(steps)} listed steps", lambda run: Plan(steps, run.num_inference_steps)
     raise PlanError(
-        "policy is 'auto', None, 'every N', a list of computed steps or a Plan, "
+        "policy is 'auto', 'learn', None, 'every N', a list of computed steps or a Plan, "
         f"found {type(policy).__name__}"
     )
 
@@ -230,12 +245,12 @@ def _named(policy: str | os.PathLike[str]) -> list[CachePolicy]:
 def _of_policies(
     policies: Sequence[CachePolicy],
     name: str,
-    choose: Callable[[CachePolicy], Plan],
+    wish: Wish,
     allow_transfer: bool,
 ) -> tuple[str, _Planner]:
     """Plan a run by the one of the policies that is nearest to it in its number of steps."""
     # What the only policy has no plan for is refused before any run.
-    told = f"policy {name}" + (f": {choose(policies[0])}" if len(policies) == 1 else "")
+    told = f"policy {name}" + (f": {wish.of(policies[0])}" if len(policies) == 1 else "")
 
     def plan_for(run: RunSettings) -> Plan:
         """The plan for this run; raises PolicyError when the policy is for another."""
@@ -251,26 +266,13 @@ def _of_policies(
                 raise
             from vidaccel.lemica.transfer import transferred
 
-            moved = choose(transferred(policy, run))
+            moved = wish.of(transferred(policy, run))
             total = policy.num_inference_steps
             origin = f"{moved}, transferred from {total} steps, not validated"
             return replace(moved, origin=with_doubt(origin, policy, run))
-        return replace(choose(policy), origin=with_doubt("", policy, run))
+        return replace(wish.of(policy), origin=with_doubt("", policy, run))
 
     return told, plan_for
-
-
-def _wished(run: RunSettings, choose: Callable[[CachePolicy], Plan]) -> Plan:
-    """Choose a plan of the policy that comes with vidaccel and is made for this run."""
-    for name, policy in load_shipped():
-        if policy.fits(run):
-            origin = with_doubt(f"{name} ({policy.provenance})", policy, run)
-            return replace(choose(policy), origin=origin)
-    raise PolicyError(
-        f"no policy that comes with vidaccel fits this run of {run.num_inference_steps} steps, so "
-        "there is no plan to choose by budget, speedup or error: name a policy file, or take "
-        'other steps, such as "every 3"'
-    )
 
 
 def _fitting(plan: Plan, total: int) -> Plan:

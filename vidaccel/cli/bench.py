@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from vidaccel.cli.argument_types import MAX_STEPS, whole_number
-from vidaccel.cli.bench_calibration import add_calibration, add_search
+from vidaccel.cli.bench_calibration import add_calibration, add_learning, add_search
 from vidaccel.cli.bench_gpu import add_gpu
 from vidaccel.cli.bench_kernels import add_codegen, add_kernels, add_models
 from vidaccel.cli.bench_precision import add_precision
@@ -121,6 +121,7 @@ BENCHES = (
     add_search,
     add_calibration,
     add_gpu,
+    add_learning,
     add_kernels,
     add_models,
     add_codegen,

@@ -1,14 +1,16 @@
-"""The benches of calibration: `vidaccel bench search` and `vidaccel bench calibration`."""
+"""The benches of calibration: `vidaccel bench search`, `calibration` and `learning`."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from vidaccel.cli.argument_types import whole_number
+from vidaccel.cli.argument_types import MAX_STEPS, whole_number
 from vidaccel.cli.options import (
+    add_clip_options,
     add_command,
     add_json_option,
     add_model_options,
+    call_of,
     model_name,
     pipeline_of,
     read_prompts,
@@ -82,3 +84,57 @@ def _calibration(arguments: argparse.Namespace) -> None:
     result.settings["model"] = model_name(arguments)
     print_result(calibration_table(result), arguments.json)
     write_json(result.to_dict(), arguments.json)
+
+
+def add_learning(benches: Any) -> None:
+    """Add `vidaccel bench learning`."""
+    parser = add_command(
+        benches, "learning", 'what policy="learn" costs, and how good the learned plans are'
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="each teaches, and the next one is tried with that: a text file, one per line",
+    )
+    parser.add_argument(
+        "--steps", type=whole_number(8, MAX_STEPS), default=50, help="denoising steps"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=whole_number(1),
+        nargs="+",
+        default=[25, 17, 12, 10],
+        metavar="N",
+        help="computed steps of the plans",
+    )
+    parser.add_argument(
+        "--gain",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="also plans from the errors that --method gain estimates on the first N prompts",
+    )
+    parser.add_argument("--plot", type=Path, help="draw predicted against real PSNR there")
+    add_json_option(parser)
+    add_clip_options(parser, guidance=True)
+    add_model_options(parser, threads=True)
+    parser.set_defaults(run=_learning)
+
+
+def _learning(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench learning`."""
+    prompts = read_prompts(arguments.prompts)
+    check_writable(arguments.json, arguments.plot)
+    from vidaccel.bench.learning import draw_learning, learning, learning_table
+
+    pipe = pipeline_of(arguments)
+    pipe.set_progress_bar_config(disable=True)
+    call = call_of(pipe, arguments, num_inference_steps=arguments.steps)
+    result = learning(pipe, call, prompts, budgets=arguments.budgets, gain=arguments.gain)
+    result.settings["model"] = model_name(arguments)
+    print_result(learning_table(result), arguments.json)
+    write_json(result.to_dict(), arguments.json)
+    if arguments.plot is not None:
+        draw_learning(result, arguments.plot)

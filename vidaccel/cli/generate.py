@@ -87,9 +87,9 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
         "--policy",
         "--plan",
         default="auto",
-        help='which steps are computed: "auto", "all", "every N", a list such as 0,1,5, or a '
-        "policy as a file, folder, hub id or the name of a shipped one (vidaccel show lists them); "
-        "--plan is the same",
+        help='which steps are computed: "auto", "learn" (from a first run, for those after it), '
+        '"all", "every N", a list such as 0,1,5, or a policy as a file, folder, hub id or the name '
+        "of a shipped one (vidaccel show lists them); --plan is the same",
     )
     group.add_argument(
         "--preset",
@@ -108,6 +108,12 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     wish.add_argument(
         "--max-error", type=number(0), help="take the plan without a segment of a larger error"
+    )
+    wish.add_argument(
+        "--psnr",
+        type=number(0, above=True),
+        metavar="DB",
+        help="take the fastest plan that is predicted to come so close to the plain clip",
     )
     group.add_argument(
         "--cache",
@@ -299,7 +305,7 @@ def _check_steps(arguments: argparse.Namespace, resolver: Any) -> None:
     embedded = EMBEDDED_CALL["num_inference_steps"] if arguments.model is None else None
     steps = arguments.steps or embedded
     # What auto has for a run depends on its model.
-    if steps is not None and arguments.policy != "auto":
+    if steps is not None and arguments.policy not in ("auto", "learn"):
         resolver.plan(RunSettings(steps))
 
 
@@ -348,7 +354,7 @@ def _resolver_of(arguments: argparse.Namespace) -> Any:
     """
     from vidaccel.resolve import Resolver, policy_from_text
 
-    names = ("budget", "speedup", "max_error")
+    names = ("budget", "speedup", "max_error", "psnr")
     wish = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     policy: Any = policy_from_text(arguments.policy)
     return Resolver(policy, cache_of(arguments), arguments.preset, wish=wish)

@@ -12,6 +12,7 @@ from vidaccel.cli.compare import add_compare
 from vidaccel.cli.demo import add_demo
 from vidaccel.cli.env import add_env, add_hosts
 from vidaccel.cli.generate import add_generate
+from vidaccel.cli.policies import add_policies
 from vidaccel.cli.policy import add_build_policy, add_show
 from vidaccel.cli.threshold import add_suggest_threshold
 from vidaccel.errors import VidaccelError
@@ -23,6 +24,7 @@ COMMANDS = (
     add_demo,
     add_build_policy,
     add_show,
+    add_policies,
     add_suggest_threshold,
     add_bench,
     add_hosts,

@@ -39,6 +39,11 @@ class CallArguments:
         given = self._sample.value(args, kwargs)
         return [given] if isinstance(given, torch.Tensor) else list(given)
 
+    def size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """Return the shape of the latents of one sample."""
+        given = self._sample.value(args, kwargs)
+        return tuple(given.shape[1:] if isinstance(given, torch.Tensor) else given[0].shape)
+
     def conditions(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Conditions:

@@ -24,9 +24,11 @@ from vidaccel.engine.loop_watch import unwatch_loops, watch_loops
 from vidaccel.engine.observer import Observer
 from vidaccel.engine.parallel import group_of, seen_by, sequence_parallel_mode
 from vidaccel.engine.report import notes_of
+from vidaccel.engine.residuals import entry_of
 from vidaccel.engine.run_settings import run_settings_of
 from vidaccel.engine.state import CallContext, DecisionSource, Generation, RunningCall
-from vidaccel.engine.stats import Call, CallStats
+from vidaccel.engine.stats import CallStats
+from vidaccel.engine.tail import Put, run_tail
 from vidaccel.engine.timing import moment
 from vidaccel.engine.trajectory import BYPASSED, Trajectories, Trajectory
 from vidaccel.engine.unsupported import refuse_unsupported, refuse_unsupported_call, why_plain
@@ -105,7 +107,7 @@ class Engine:
         last = self.generation
         decided = last is not None and (last.plan is not None or last.cache is not None)
         adapters = last.run.adapters if last is not None and decided else ()
-        return notes_of(self.stats, doubts, adapters)
+        return (*notes_of(self.stats, doubts, adapters), *self.observer.notes)
 
     @property
     def running(self) -> RunningCall | None:
@@ -170,7 +172,7 @@ class Engine:
         context = trajectory.locate(values, name, conditions, shape)
         generation = trajectory.generation
         if context.restarted or generation is None:
-            generation = self._restart(trajectory, context)
+            generation = self._restart(trajectory, context, self._given.size(args, kwargs))
         elif context.reshaped:
             generation.forget_tensors()
         self.generation = generation
@@ -178,6 +180,7 @@ class Engine:
         blocks = self._given.blocks(self.stats.blocks, args, kwargs)
         call = RunningCall(context, blocks, device, moment(device))
         call.trajectory, call.generation = trajectory, generation
+        call.arguments = args, kwargs
         if trajectory.begins_step:
             generation.begin_step(context.step)
         call.replayed = self.observer.replays(context)
@@ -203,7 +206,9 @@ class Engine:
             for trajectory in self.trajectories.all():
                 trajectory.generation = None
 
-    def _restart(self, trajectory: Trajectory, context: CallContext) -> Generation:
+    def _restart(
+        self, trajectory: Trajectory, context: CallContext, shape: tuple[int, ...]
+    ) -> Generation:
         """Begin a generation: nothing that was kept belongs to it."""
         # What is no longer wanted is freed before anything can be refused.
         trajectory.generation = None
@@ -214,6 +219,7 @@ class Engine:
             self.trajectories.pipelines,
             trajectory.tracker.scheduler,
             context.num_inference_steps,
+            shape,
         )
         generation = Generation(run, self._source.decide(run, self.host), self.host.unit)
         trajectory.generation = generation
@@ -231,7 +237,12 @@ class Engine:
         index, call.position = call.position, call.position + 1
         seen, seen_by_name = seen_by(block, args, kwargs)
         if call.replayed:
-            return named.passed_through(seen, seen_by_name)
+            output = named.passed_through(seen, seen_by_name)
+            if index == 0 and call.put is not None:
+                call.entry = named.streams(seen, seen_by_name)
+            at_end = call.position == call.blocks and not self.host.heads
+            put = at_end and call.put is not None
+            return self._after_last(call, generation, named, output) if put else output
         probe, corrector = generation.probe_blocks, call.blocks - generation.corrector_blocks
         if index == 0 and probe:
             call.probe_input = self._kept(call, "probe", named.main(seen, seen_by_name))
@@ -253,6 +264,10 @@ class Engine:
         if index + 1 == corrector == call.blocks and not self.host.heads:
             return self._after_last(call, generation, named, output)
         return output
+
+    def run_tail(self, call: RunningCall, put: Put) -> Any:
+        """Run the embedding and the head of a call once more; see `vidaccel.engine.tail`."""
+        return run_tail(self.transformer, self._thread, call, put)
 
     def _kept(self, call: RunningCall, name: str, stream: Any) -> Any:
         """A stream as it is now, if something of this call is wanted later."""
@@ -335,22 +350,20 @@ class Engine:
             head: the module that it goes into, if it is one.
         """
         context = call.context
+        if given is None:
+            return None
+        if call.put is not None:
+            start = entry_of(call.entry, streams, given, head, self.transformer)
+            return call.put(start).to(given.dtype) if self.host.main in streams else None
         wanted = generation.keeps(context.step) or self.observer.wants_residuals(context)
-        if given is None or not (call.reused or wanted):
+        if not (call.reused or wanted):
             return None
         for name in streams:
             self._writes.look(name, call.entry[name])
-        parts = [call.entry[name].to(given.device) for name in streams]
-        start = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if head is not None and head.tail:
-            start = start[:, -given.shape[1] :]
-        if start.shape != given.shape:
-            raise UnsupportedPipelineError(
-                f"the blocks of {type(self.transformer).__name__} take {tuple(start.shape)} but "
-                f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}"
-            )
+        start = entry_of(call.entry, streams, given, head, self.transformer)
         if not call.reused:
             call.residuals.append((given - start).to(start.dtype))
+            call.has_main.append(self.host.main in streams)
             return None
         index, call.residuals_applied = call.residuals_applied, call.residuals_applied + 1
         return (start + generation.forecast(call, index, given.device)).to(given.dtype)
@@ -364,6 +377,7 @@ class Engine:
         self._thread.call = None
         call.attention.end()
         if output is None:  # an exception ends the call, and most likely the run
+            self.observer.after_exception()
             self._forget(call.trajectory)
             self._writes.restart()
             return None
@@ -372,7 +386,7 @@ class Engine:
                 call.residuals = self.observer.residuals(context, call.device)
             generation.end(call)
             return self.observer.replayed(context, call.device)
-        self.observer.after_call(context, output, call.residuals)
+        self.observer.after_call(call, output)
         if call.position != call.blocks:
             call.trajectory.doubt = BYPASSED
             generation.forget()
@@ -381,20 +395,6 @@ class Engine:
         if call.trajectory.is_over:
             call.trajectory.forget_tensors()
             self.attention.forget(id(call.trajectory))
-        self.stats.add(
-            Call(
-                step=context.step,
-                branch=context.branch,
-                reused=call.reused,
-                planned=generation.plan is None or generation.is_planned(context.step),
-                blocks=call.blocks_run,
-                total=call.blocks,
-                started=call.started,
-                ended=moment(call.device),
-                reason=call.reason or "",
-                difference=call.difference,
-            ),
-            id(call.trajectory),
-            self.bytes_held,
-        )
+        told = call.told(moment(call.device))
+        self.stats.add(told, id(call.trajectory), self.bytes_held)
         return None

@@ -1,10 +1,11 @@
 """The interface for looking on while an engine runs, and answering for its transformer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vidaccel.engine.state import CallContext
+from vidaccel.engine.state import CallContext, RunningCall
 
 
 class Observer:
@@ -13,7 +14,12 @@ class Observer:
     Measuring what reuse costs takes three things that a run does not: the output and residuals of
     every call, the residuals of the probe blocks, and calls that are answered with the output of an
     earlier run. A subclass overrides those that it wants.
+
+    Attributes:
+        notes: sentences for reports.
     """
+
+    notes: Sequence[str] = ()
 
     def wants_residuals(self, context: CallContext) -> bool:
         """Tell whether the residuals of a computed call are wanted though no later step is."""
@@ -34,5 +40,8 @@ class Observer:
     def after_probe(self, context: CallContext, residual: torch.Tensor) -> None:
         """The probe blocks of a call have run and added `residual` [B, S, C] to the main stream."""
 
-    def after_call(self, context: CallContext, output: Any, residuals: list[torch.Tensor]) -> None:
-        """A call has run and returned `output`; `residuals` are those it has added, if any."""
+    def after_call(self, call: RunningCall, output: Any) -> None:
+        """A call has run and returned `output`; `call.residuals` are those it has added, if any."""
+
+    def after_exception(self) -> None:
+        """A call has ended with an exception, and most likely the run with it."""

@@ -5,13 +5,13 @@ while the transformer gives back what it gave before: latents, random numbers an
 history come out exactly as they were, and no code of this project has to know them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vidaccel.engine.observer import Observer
-from vidaccel.engine.state import CallContext
+from vidaccel.engine.state import CallContext, RunningCall
 from vidaccel.errors import VidaccelError
 
 
@@ -33,16 +33,14 @@ class Recording(Observer):
     def replays(self, context: CallContext) -> bool:
         return self.replay_until is not None and context.step < self.replay_until
 
-    def after_call(
-        self, context: CallContext, output: Any, residuals: Sequence[torch.Tensor]
-    ) -> None:
+    def after_call(self, call: RunningCall, output: Any) -> None:
         """Keep the output and the residuals in host memory while the recording is made."""
         if self.replay_until is not None:
             return
-        key = context.step, context.branch
+        key = call.context.step, call.context.branch
         self._outputs[key] = _mapped(lambda tensor: tensor.detach().cpu().clone(), output)
         # Nothing writes into a residual once it is made, so one in host memory is not copied.
-        self._residuals[key] = [residual.detach().cpu() for residual in residuals]
+        self._residuals[key] = [residual.detach().cpu() for residual in call.residuals]
 
     def replayed(self, context: CallContext, device: torch.device) -> Any:
         """Return the recorded output.

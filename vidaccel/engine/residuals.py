@@ -1,10 +1,14 @@
 """Residuals of computed steps, kept per guidance branch until no later step can ask for them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
+from vidaccel.errors import UnsupportedPipelineError
+from vidaccel.hosts.spec import Head
 from vidaccel.plans.forecast import weights
 
 Place = Literal["device", "cpu"]
@@ -91,3 +95,34 @@ class Residuals:
         pinned = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
         # The copy back is queued behind this one on the same stream.
         return pinned.copy_(tensor, non_blocking=True)
+
+
+def entry_of(
+    entry: Mapping[str, torch.Tensor],
+    streams: Sequence[str],
+    given: torch.Tensor,
+    head: Head | None,
+    transformer: nn.Module,
+) -> torch.Tensor:
+    """Return what has gone into the first middle block, laid out as what comes out of the last.
+
+    Args:
+        entry: the streams at the first middle block.
+        streams: those that `given` continues.
+        given: what comes out.
+        head: the module that it goes into, if it is one.
+        transformer: the transformer, for the message.
+
+    Raises:
+        UnsupportedPipelineError: the shapes differ.
+    """
+    parts = [entry[name].to(given.device) for name in streams]
+    start = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if head is not None and head.tail:
+        start = start[:, -given.shape[1] :]
+    if start.shape != given.shape:
+        raise UnsupportedPipelineError(
+            f"the blocks of {type(transformer).__name__} take {tuple(start.shape)} but "
+            f"{head.module if head else 'the last of them'} gets {tuple(given.shape)}"
+        )
+    return start

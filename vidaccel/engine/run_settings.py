@@ -21,7 +21,11 @@ _MAX_WORD = 128
 
 
 def run_settings_of(
-    transformer: Any, pipelines: Iterable[Any], scheduler: Any, steps: int
+    transformer: Any,
+    pipelines: Iterable[Any],
+    scheduler: Any,
+    steps: int,
+    shape: tuple[int, ...] | None = None,
 ) -> RunSettings:
     """Describe the running generation.
 
@@ -30,6 +34,7 @@ def run_settings_of(
         pipelines: those that may be running it.
         scheduler: the one that drives it.
         steps: length of the scheduler's table.
+        shape: that of the latents of one sample.
     """
     config = config_of(transformer)
     serving = list(pipelines)
@@ -47,7 +52,26 @@ def run_settings_of(
         config={key: value for key, value in config.items() if _is_plain(value)},
         pipeline=_only({type(pipe).__name__ for pipe in serving}),
         experts=_only({_count_transformers(pipe) for pipe in serving}),
+        guidance_scale=_only({guidance_scale(pipe) for pipe in serving}),
+        latents=shape,
     )
+
+
+def guidance_scale(pipe: Any, *, second: bool = False) -> float | None:
+    """Return the guidance scale of the call that a pipeline is running; None where it has none.
+
+    Args:
+        pipe: the pipeline.
+        second: that of the second of two transformers.
+    """
+    names = ["_guidance_scale_2"] if second else []
+    places = [(pipe, name) for name in [*names, "_guidance_scale", "guidance_scale"]]
+    places.append((getattr(pipe, "guider", None), "guidance_scale"))
+    for place, name in places:
+        value = getattr(place, name, None)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    return None
 
 
 def _hub_id(pipe: Any, transformer: Any) -> str | None:

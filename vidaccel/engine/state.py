@@ -1,5 +1,6 @@
 """The state of one generation of one transformer, and of each call while it runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ from torch import nn
 from vidaccel.dbcache import CHANGED, FIRST, PLANNED, DBCache, Decider
 from vidaccel.engine.parallel import relative_change
 from vidaccel.engine.residuals import Residuals
+from vidaccel.engine.stats import Call
 from vidaccel.hosts.spec import HostSpec
 from vidaccel.plans.plan import Plan, RunSettings
 
@@ -21,11 +23,13 @@ class Decision:
         plan: the computed steps; None lets the cache decide alone.
         cache: the block cache, with a threshold; None leaves the plan alone.
         origin: where that comes from, for reports.
+        learn: the cost of reuse is to be learned from this generation, which computes every step.
     """
 
     plan: Plan | None
     cache: DBCache | None
     origin: str = ""
+    learn: bool = False
 
 
 class DecisionSource(Protocol):
@@ -83,9 +87,13 @@ class RunningCall:
         difference: relative change of `probe_residual`, a scalar tensor.
         entry: the streams at the first middle block.
         residuals: what a computed step adds, one tensor per head or stream.
+        has_main: whether each of them is of the main stream.
         residuals_applied: how many of those that are kept a reused step has put in.
         trajectory, generation: those that it belongs to.
         attention: is told of its blocks.
+        arguments: what the transformer was given.
+        put: main stream at the first block -> what goes into its head; of a call that runs only
+            embedding and head, around whatever that is.
     """
 
     context: CallContext
@@ -101,10 +109,30 @@ class RunningCall:
     difference: torch.Tensor | None = None
     entry: dict[str, torch.Tensor] = field(default_factory=dict)
     residuals: list[torch.Tensor] = field(default_factory=list)
+    has_main: list[bool] = field(default_factory=list)
     residuals_applied: int = 0
     trajectory: Any = None
     generation: "Generation | None" = None
     attention: Any = None
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    put: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def told(self, ended: Any) -> Call:
+        """Return what statistics keep of the call, which has ended at a moment."""
+        generation, step = self.generation, self.context.step
+        planned = generation is None or generation.plan is None or generation.is_planned(step)
+        return Call(
+            step=step,
+            branch=self.context.branch,
+            reused=self.reused,
+            planned=planned,
+            blocks=self.blocks_run,
+            total=self.blocks,
+            started=self.started,
+            ended=ended,
+            reason=self.reason or "",
+            difference=self.difference,
+        )
 
     @property
     def undecided(self) -> bool:
@@ -126,13 +154,14 @@ class Generation:
         unit: blocks of the transformer that the block cache counts as one.
 
     Attributes:
-        plan, cache, origin: those of the decision.
+        plan, cache, origin, learn: those of the decision.
         probe_blocks, corrector_blocks: blocks that always run; none without a block cache.
     """
 
     def __init__(self, run: RunSettings, decision: Decision, unit: int = 1) -> None:
         self.run = run
         self.plan, self.cache, self.origin = decision.plan, decision.cache, decision.origin
+        self.learn = decision.learn
         self.probe_blocks = 0 if self.cache is None else self.cache.probe_blocks * unit
         self.corrector_blocks = 0 if self.cache is None else self.cache.corrector_blocks * unit
         self._sigmas = run.sigmas or ()

@@ -188,6 +188,8 @@ class RunSettings:
             None is none of them there.
         pipeline: class name of the pipeline.
         experts: number of transformers of the pipeline, which take turns along the noise levels.
+        guidance_scale: that of the pipeline's call.
+        latents: the shape of the latents of one sample, without its batch.
     """
 
     num_inference_steps: int
@@ -202,3 +204,5 @@ class RunSettings:
     config: Mapping[str, int | str | None] | None = field(default=None, hash=False)
     pipeline: str | None = None
     experts: int | None = None
+    guidance_scale: float | None = None
+    latents: tuple[int, ...] | None = None

@@ -5,19 +5,27 @@ strict type and range, names cannot be paths, and nothing in it is executed. `po
 explains every field.
 """
 
+import itertools
 import math
 import os
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.plans import store
 from vidaccel.plans.edge import Edge, edges_of, without_reuse
+from vidaccel.plans.fidelity import predicted_psnr
 from vidaccel.plans.plan import FEW_STEPS, PRESETS, Plan, RunSettings
 from vidaccel.plans.schema import (
     MAX_STEPS,
@@ -26,7 +34,9 @@ from vidaccel.plans.schema import (
     Budget,
     Digest,
     Error,
+    FidelityPoint,
     GuidanceInfo,
+    LatentSize,
     ModelInfo,
     Name,
     Objective,
@@ -40,10 +50,13 @@ from vidaccel.plans.schema import (
     Validation,
 )
 from vidaccel.plans.store import shortened
-from vidaccel.plans.table import plan_table, what_is_missing
+from vidaccel.plans.table import plan_table, ranges, what_is_missing
 
 # Noise grids agree when every entry does to this relative difference: float32 rounding, no more.
 GRID_TOLERANCE = 1e-4
+
+# What files of schema 1.2 have not.
+_NEWER = ("latents", "adapters", "level", "fidelity")
 
 # By `Edge.action`: what an edge does -> what it costs.
 _Errors = Mapping[tuple[int, int, int, float, int | None], float]
@@ -60,6 +73,9 @@ class CachePolicy(Record):
     width: Pixels | None = None
     height: Pixels | None = None
     frames: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    latents: Annotated[tuple[LatentSize, ...], Field(max_length=8)] | None = None
+    adapters: Annotated[tuple[Text, ...], Field(max_length=100)] = ()
+    level: Error | None = None
     quantity: Literal["stack_residual"] = "stack_residual"
     max_skip: Steps | None = None
     edges: Annotated[tuple[StoredEdge, ...], Field(max_length=200_000)] = ()
@@ -70,8 +86,9 @@ class CachePolicy(Record):
     prompts_hash: Digest | None = None
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=10_000)] = ()
     attention: Name | None = None
+    fidelity: Annotated[tuple[FidelityPoint, ...], Field(max_length=100)] = ()
     validation: Annotated[tuple[Validation, ...], Field(max_length=10_000)] | None = None
-    provenance: Literal["measured", "published", "transferred"]
+    provenance: Literal["measured", "learned", "published", "transferred"]
     source: Text | None = None
     versions: Annotated[dict[Name, Text], Field(default_factory=dict, max_length=100)]
 
@@ -97,7 +114,18 @@ class CachePolicy(Record):
                 )
             if errors:
                 _check_errors(budget, plan, errors)
+        for (low, above), (high, below) in itertools.pairwise(self.fidelity):
+            if not (low < high and above >= below):
+                raise ValueError(
+                    f"fidelity: found {high} after {low}, expected rising errors and falling PSNR"
+                )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a file of schema 1.2 has not."""
+        found: dict[str, Any] = handler(self)
+        return {k: v for k, v in found.items() if v or k not in _NEWER}
 
     def _edge_errors(self) -> _Errors:
         """Return the error of each edge; raises ValueError when one cannot be or is there twice."""
@@ -155,7 +183,7 @@ class CachePolicy(Record):
     def from_json(cls, raw: bytes | str) -> "CachePolicy":
         """Parse the text of a policy file; raises PolicyError as `load` does."""
         text, data = store.parse(raw)
-        version = _version(data.get("schema_version"))
+        version = store.version_of(data.get("schema_version"), SCHEMA_MAJOR)
         if version > (SCHEMA_MAJOR, SCHEMA_MINOR):
             warnings.warn(
                 f"policy of schema {version[0]}.{version[1]}: fields newer than "
@@ -242,6 +270,7 @@ class CachePolicy(Record):
         budget: int | None = None,
         speedup: float | None = None,
         max_error: float | None = None,
+        psnr: float | None = None,
     ) -> Plan:
         """Return the plan for one wish.
 
@@ -250,11 +279,13 @@ class CachePolicy(Record):
             speedup: the largest budget that is at least this many times faster, counting computed
                 steps alone.
             max_error: the smallest budget of which no segment has a larger error.
+            psnr: the smallest budget whose clip is predicted to come so close to the plain one, in
+                dB.
 
         Raises:
             PolicyError: not exactly one wish, or no plan that fulfils it.
         """
-        wishes = {"budget": budget, "speedup": speedup, "max_error": max_error}
+        wishes = {"budget": budget, "speedup": speedup, "max_error": max_error, "psnr": psnr}
         given = {name: value for name, value in wishes.items() if value is not None}
         if len(given) != 1:
             raise PolicyError(f"plan() takes one of {', '.join(wishes)}, found {len(given)}")
@@ -263,15 +294,26 @@ class CachePolicy(Record):
             fitting = [b for b in known if b == budget]
         elif speedup is not None:
             fitting = [b for b in reversed(known) if total / b >= speedup]
+        elif psnr is not None:
+            if not self.fidelity:
+                raise PolicyError(
+                    f"psnr: found {psnr}, but this policy predicts none: it was never validated"
+                )
+            fitting = [b for b in known if (self.predicted_psnr(b) or 0.0) >= psnr]
         else:
             fitting = [b for b in known if self._largest_error(b) <= (max_error or 0.0)]
         if not fitting:
             (name, value), *_ = given.items()
             raise PolicyError(
                 f"{name}: found {value}, expected one that a plan fulfils; this policy has the "
-                f"budgets {_ranges(known)} of {total} steps"
+                f"budgets {ranges(known)} of {total} steps"
             )
         return self.plans[str(fitting[0])].to_plan(total)
+
+    def predicted_psnr(self, budget: int) -> float | None:
+        """Return the PSNR in dB that the plan of a budget is predicted to reach; None: unknown."""
+        plan = self.plans[str(budget)].to_plan(self.num_inference_steps)
+        return predicted_psnr(self.fidelity, plan) if self.fidelity else None
 
     def _largest_error(self, budget: int) -> float:
         return max(self.plans[str(budget)].errors, default=math.inf)
@@ -356,24 +398,3 @@ def _check_errors(budget: str, plan: Plan, errors: _Errors) -> None:
                 f"plans.{budget}.errors: found {edge.error:g} from step {edge.start} to "
                 f"{edge.end}, expected {'an edge' if expected is None else format(expected, 'g')}"
             )
-
-
-def _version(text: Any) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text) if isinstance(text, str) else None
-    if match is None or int(match[1]) != SCHEMA_MAJOR:
-        raise PolicyError(
-            f"schema_version: found {shortened(repr(text))}, expected '{SCHEMA_MAJOR}.x'; "
-            "a newer file needs a newer vidaccel"
-        )
-    return int(match[1]), int(match[2])
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers as text: 4-9, 12."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -18,7 +18,7 @@ from vidaccel.plans.edge import Edge
 from vidaccel.plans.forecast import MAX_ORDER, MAX_SCALE
 from vidaccel.plans.plan import Plan, RunSettings
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 2
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 3
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 
 MAX_STEPS = 1000
@@ -56,6 +56,8 @@ Order = Annotated[int, Field(ge=0, le=MAX_ORDER)]
 Scale = Annotated[float, Field(ge=0.0, le=MAX_SCALE)]
 Error = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+FidelityPoint = tuple[Annotated[float, Field(gt=0)], float]
+LatentSize = Annotated[int, Field(ge=1, le=10_000_000)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 Budget = Annotated[str, StringConstraints(pattern=r"^[1-9]\d{0,3}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

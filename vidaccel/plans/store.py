@@ -145,6 +145,17 @@ def parse(raw: bytes | str) -> tuple[str, dict[str, Any]]:
     return text, data
 
 
+def version_of(text: Any, major: int) -> tuple[int, int]:
+    """Return the schema version of a file; raises PolicyError where it is not `major`.x."""
+    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text) if isinstance(text, str) else None
+    if match is None or int(match[1]) != major:
+        raise PolicyError(
+            f"schema_version: found {shortened(repr(text))}, expected '{major}.x'; "
+            "a newer file needs a newer vidaccel"
+        )
+    return int(match[1]), int(match[2])
+
+
 def to_text(data: dict[str, Any]) -> str:
     """Return the text of a file: sorted keys, one line per list of numbers and per edge."""
     text = json.dumps(data, indent=1, sort_keys=True)

@@ -1,6 +1,6 @@
 """Plans of several budgets as lines of text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vidaccel.plans.plan import Plan
 
@@ -52,3 +52,14 @@ def what_is_missing(
         )
         lines.append(f"{NO_PSNR}: {why}")
     return lines
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return sorted numbers as text: 4-9, 12."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -1,0 +1,1 @@
+"""Learning what reuse costs from a generation that is made anyway."""

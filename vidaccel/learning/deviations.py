@@ -1,0 +1,136 @@
+"""Adds up how far each segment would move the latents, while a generation runs whole.
+
+Reusing from step i until step j changes the output of each step in between; the sampler adds these
+changes up, each times how far it goes in that step. Both sums are kept for every segment that is
+still open, at a sample of the tokens: around the held residual, and around those along lines
+through earlier steps. What the changed latents change in turn is left out: it is of second order
+within a segment.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from vidaccel.plans.edge import Line, Segment
+from vidaccel.plans.forecast import damped_scales
+
+# How many steps before its start a line takes its other point from; the rest is interpolated.
+LINE_GAPS = (1, 2, 4, 8)
+
+
+class Deviations:
+    """The sums of one generation.
+
+    Args:
+        sigmas: noise level of each step, over which lines are drawn.
+        weights: how far the sampler goes in each step, per unit of the output.
+        max_skip: longest segment.
+    """
+
+    def __init__(self, sigmas: Sequence[float], weights: Sequence[float], max_skip: int) -> None:
+        self._sigmas, self._weights, self.max_skip = sigmas, weights, max_skip
+        self._first = 0  # no segment and no line starts before
+        self._sums: dict[str, torch.Tensor] = {}  # by branch: [max_skip, 1 + gaps, M]
+        self._found: list[tuple[int, list[int], list[list[int]], torch.Tensor]] = []
+
+    def needed(self, step: int) -> list[int]:
+        """Return the steps whose residuals are evaluated in a step, itself first."""
+        starts = self._open(step)
+        points = {start - gap for start in starts for gap in self._gaps(start)}
+        return [step, *sorted(points.union(starts), reverse=True)]
+
+    def add(self, branch: str, step: int, outputs: torch.Tensor) -> None:
+        """Add what a step becomes around the residuals of `needed` [R, M], for one branch."""
+        places = {known: place for place, known in enumerate(self.needed(step))}
+        starts = self._open(step)
+        if branch not in self._sums:
+            self._sums[branch] = outputs.new_zeros(
+                self.max_skip, 1 + len(LINE_GAPS), outputs.shape[1]
+            )
+        sums = self._sums[branch]
+        sums[step % self.max_skip] = 0.0  # a segment that starts here
+        if not starts:
+            return
+        before = [self._points(start) for start in starts]
+        reach = torch.tensor(
+            [
+                [self._reach(start, point, step) for point in row]
+                for start, row in zip(starts, before, strict=True)
+            ],
+            device=outputs.device,
+        )
+        held = outputs[[places[start] for start in starts]]  # [A, M]
+        rows = [[places[point] for point in row] for row in before]
+        points = outputs[torch.tensor(rows, device=outputs.device)]  # [A, gaps, M]
+        change = held - outputs[0]
+        lines = change[:, None] + reach[..., None] * (held[:, None] - points)
+        added = torch.cat([change[:, None], lines], dim=1) * self._weights[step]
+        sums[[start % self.max_skip for start in starts]] += added
+
+    def close(self, end: int, branches: dict[str, float]) -> None:
+        """Read the segments that end at a step, before anything of it is added.
+
+        Args:
+            end: the step; T after the last.
+            branches: branch -> its weight in the guided output.
+        """
+        starts = list(range(end - 2, max(self._first, end - self.max_skip) - 1, -1))
+        if not starts or not branches:
+            return
+        places = [start % self.max_skip for start in starts]
+        total = sum(self._sums[branch][places] * weight for branch, weight in branches.items())
+        assert isinstance(total, torch.Tensor)  # [A, 1 + gaps, M]
+        held, lines = total[:, :1], total[:, 1:]
+        points = [self._points(start) for start in starts]
+        damped = torch.tensor(
+            [
+                [self._damped(point, start, end) for point in row]
+                for start, row in zip(starts, points, strict=True)
+            ],
+            device=total.device,
+        )
+        along = held + damped[..., None] * (lines - held)
+        table = torch.cat([held, along], dim=1).abs().mean(-1)  # [A, 1 + gaps]
+        self._found.append((end, starts, points, table))
+
+    def restart(self, step: int) -> None:
+        """Let no segment and no line reach back before a step: another transformer takes over."""
+        self._first, self._sums = step, {}
+
+    def result(self) -> tuple[dict[Segment, float], dict[Line, float]]:
+        """Return the mean absolute deviation of each held segment, and of each along a line.
+
+        A line is damped as the generic schedule has it, see `plans.forecast.damped_scales`.
+        """
+        holds: dict[Segment, float] = {}
+        lines: dict[Line, float] = {}
+        for end, starts, points, table in self._found:
+            for start, before, row in zip(starts, points, table.tolist(), strict=True):
+                holds[start, end] = row[0]
+                for position, point in enumerate(before):
+                    if point < start:
+                        lines[start, end, point] = row[1 + position]
+        return holds, lines
+
+    def _open(self, step: int) -> list[int]:
+        """Return the starts of the segments that may reuse in a step."""
+        return list(range(step - 1, max(self._first, step - self.max_skip + 1) - 1, -1))
+
+    def _gaps(self, start: int) -> list[int]:
+        return [gap for gap in LINE_GAPS if start - gap >= self._first]
+
+    def _points(self, start: int) -> list[int]:
+        """Return the earlier step of each line; the start itself where there is none."""
+        known = self._gaps(start)
+        return [start - gap if gap in known else start for gap in LINE_GAPS]
+
+    def _reach(self, start: int, point: int, step: int) -> float:
+        """Return how far a line through two steps goes beyond the later one, in their distance."""
+        apart = self._sigmas[point] - self._sigmas[start]
+        return (self._sigmas[start] - self._sigmas[step]) / apart if apart > 1e-6 else 0.0
+
+    def _damped(self, point: int, start: int, end: int) -> float:
+        if point == start:
+            return 0.0
+        steps = (point, start) if end == len(self._sigmas) else (point, start, end)
+        return damped_scales(steps, self._sigmas)[1]

@@ -1,0 +1,141 @@
+"""The policies that a user's own runs have left: a folder of files, one for each kind of run.
+
+`VIDACCEL_HOME` names the folder; without it, it is the platform's folder for caches. Several
+processes may write at once: a file is replaced whole. What is damaged, newer or not ours is left
+alone and told of, once.
+"""
+
+import os
+import re
+import warnings
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from vidaccel.errors import PolicyError
+from vidaccel.plans.plan import RunSettings
+from vidaccel.plans.policy import CachePolicy
+
+# The most files that are kept; the oldest learned ones go first.
+MOST_FILES = 200
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_told: set[str] = set()
+
+
+def folder() -> Path:
+    """Return the folder, which need not exist."""
+    home = os.environ.get("VIDACCEL_HOME")
+    return (Path(home).expanduser() if home else user_cache_path("vidaccel")) / "policies"
+
+
+def files() -> list[Path]:
+    """Return the policy files of the folder, sorted; none where it cannot be read."""
+    try:
+        return sorted(
+            entry
+            for entry in folder().iterdir()
+            if entry.suffix == ".json" and not entry.name.startswith(".") and entry.is_file()
+        )
+    except OSError:
+        return []
+
+
+def policies(run: RunSettings) -> list[tuple[str, CachePolicy]]:
+    """Return the policies of the folder that may be of the model of a run, newest first.
+
+    What cannot be read is left out, with a warning, the first time.
+    """
+    start = f"{_safe(str(run.transformer))}-"
+    found = []
+    for file in files():
+        if not file.name.startswith(start):
+            continue
+        try:
+            state = file.stat()
+            policy = _load(str(file), state.st_mtime_ns, state.st_size)
+            found.append((state.st_mtime_ns, file.name, policy))
+        except (OSError, PolicyError) as error:
+            _tell(file, str(error))
+    return [(name, policy) for _, name, policy in sorted(found, key=lambda e: e[:2], reverse=True)]
+
+
+def save(policy: CachePolicy) -> Path:
+    """Keep a policy, in the place of an older one of the same kind of run.
+
+    Raises:
+        PolicyError: the folder cannot be written.
+    """
+    place = folder()
+    file = place / name_of(policy)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PolicyError(f"cannot write policy {file}: {error.strerror}") from error
+    policy.save(file)
+    _drop_old(keep=file)
+    return file
+
+
+def delete(file: Path) -> None:
+    """Delete a file of the folder; raises PolicyError where it cannot be."""
+    try:
+        file.unlink()
+    except OSError as error:
+        raise PolicyError(f"cannot delete policy {file}: {error.strerror}") from error
+
+
+def name_of(policy: CachePolicy) -> str:
+    """Return the name of the file of a kind of run: what it is of, and a hash of all of it."""
+    kind = (
+        policy.model.id,
+        policy.model.config_hash,
+        policy.model.pipeline,
+        policy.num_inference_steps,
+        policy.scheduler.name,
+        [f"{sigma:.5g}" for sigma in policy.scheduler.sigmas or ()],
+        policy.guidance.scale,
+        policy.latents or (policy.width, policy.height, policy.frames),
+        policy.adapters,
+    )
+    digest = sha256(repr(kind).encode()).hexdigest()[:12]
+    return f"{_safe(policy.model.transformer)}-{policy.num_inference_steps}-steps-{digest}.json"
+
+
+@lru_cache(maxsize=MOST_FILES)
+def _load(file: str, changed: int, size: int) -> CachePolicy:
+    """Read a file once for as long as it does not change."""
+    return CachePolicy.load(file)
+
+
+def _drop_old(keep: Path) -> None:
+    """Delete the learned policies that were used least recently, where there are too many."""
+    found = files()
+    if len(found) <= MOST_FILES:
+        return
+    oldest = sorted((file for file in found if file != keep), key=_age)
+    for file in oldest[: len(found) - MOST_FILES]:
+        try:
+            if CachePolicy.load(file).provenance == "learned":
+                file.unlink()
+        except (OSError, PolicyError):  # not ours to delete, or gone already
+            continue
+
+
+def _age(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _safe(text: str) -> str:
+    return _UNSAFE.sub("-", text)
+
+
+def _tell(file: Path, reason: str) -> None:
+    if str(file) not in _told:
+        _told.add(str(file))
+        warnings.warn(f"left out of the learned policies: {reason}", stacklevel=2)
