@@ -1,5 +1,6 @@
 """Modular pipelines, made of the parts of whole ones: blocks without text encoders and decoders."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,7 +132,8 @@ def wan_animate_2() -> Case:
     """
     from diffusers.modular_pipelines.wan_animate_2 import modular_blocks_wan_animate_2
 
-    blocks = modular_blocks_wan_animate_2.WanAnimate2CoreDenoiseStep()
+    # A copy: the blocks inside are the library's own, shared by all pipelines.
+    blocks = deepcopy(modular_blocks_wan_animate_2.WanAnimate2CoreDenoiseStep())
     del blocks.sub_blocks["denoise"].sub_blocks["decode"]
     transformer = built(
         "WanAnimate2Transformer3DModel",
