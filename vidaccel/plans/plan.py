@@ -181,7 +181,7 @@ class RunSettings:
         config_hash: SHA-256 of what the transformer's config has that is no default of its class.
         full_config_hash: that of all its entries, as policies of before have it.
         scheduler: class name.
-        shift: of its noise levels, where that is the same in every run.
+        shift: shift of its noise levels, where that is the same in every run.
         sigmas: noise level of each step, T of them.
         adapters: names of the adapters (LoRA) that are at work.
         config: the whole numbers, words and switches of the transformer's config; an entry that is
