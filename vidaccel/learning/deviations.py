@@ -5,17 +5,24 @@ changes up, each times how far it goes in that step. Both sums are kept for ever
 still open, at a sample of the tokens: around the held residual, and around those along lines
 through earlier steps. What the changed latents change in turn is left out: it is of second order
 within a segment.
+
+All of it is linear in what the head makes of each residual, so a step takes one small matrix of
+coefficients for all segments together.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vidaccel.plans.edge import Line, Segment
 from vidaccel.plans.forecast import damped_scales
 
 # How many steps before its start a line takes its other point from; the rest is interpolated.
 LINE_GAPS = (1, 2, 4, 8)
+# A held segment and one along each line.
+_WAYS = 1 + len(LINE_GAPS)
 
 
 class Deviations:
@@ -30,7 +37,8 @@ class Deviations:
     def __init__(self, sigmas: Sequence[float], weights: Sequence[float], max_skip: int) -> None:
         self._sigmas, self._weights, self.max_skip = sigmas, weights, max_skip
         self._first = 0  # no segment and no line starts before
-        self._sums: dict[str, torch.Tensor] = {}  # by branch: [max_skip, 1 + gaps, M]
+        self._step, self._added = -1, torch.zeros(0)  # coefficients of the running step
+        self._sums: dict[str, torch.Tensor] = {}  # by branch: [max_skip * ways, M]
         self._found: list[tuple[int, list[int], list[list[int]], torch.Tensor]] = []
 
     def needed(self, step: int) -> list[int]:
@@ -41,31 +49,15 @@ class Deviations:
 
     def add(self, branch: str, step: int, outputs: torch.Tensor) -> None:
         """Add what a step becomes around the residuals of `needed` [R, M], for one branch."""
-        places = {known: place for place, known in enumerate(self.needed(step))}
-        starts = self._open(step)
-        if branch not in self._sums:
-            self._sums[branch] = outputs.new_zeros(
-                self.max_skip, 1 + len(LINE_GAPS), outputs.shape[1]
-            )
-        sums = self._sums[branch]
-        sums[step % self.max_skip] = 0.0  # a segment that starts here
-        if not starts:
-            return
-        before = [self._points(start) for start in starts]
-        reach = torch.tensor(
-            [
-                [self._reach(start, point, step) for point in row]
-                for start, row in zip(starts, before, strict=True)
-            ],
-            device=outputs.device,
-        )
-        held = outputs[[places[start] for start in starts]]  # [A, M]
-        rows = [[places[point] for point in row] for row in before]
-        points = outputs[torch.tensor(rows, device=outputs.device)]  # [A, gaps, M]
-        change = held - outputs[0]
-        lines = change[:, None] + reach[..., None] * (held[:, None] - points)
-        added = torch.cat([change[:, None], lines], dim=1) * self._weights[step]
-        sums[[start % self.max_skip for start in starts]] += added
+        if step != self._step:
+            self._step, self._added = step, torch.from_numpy(self._coefficients(step)).to(outputs)
+        sums = self._sums.get(branch)
+        if sums is None:
+            sums = outputs.new_zeros(self.max_skip * _WAYS, outputs.shape[1])
+            self._sums[branch] = sums
+        place = step % self.max_skip * _WAYS
+        sums[place : place + _WAYS] = 0.0  # a segment that starts here
+        sums.addmm_(self._added, outputs)
 
     def close(self, end: int, branches: dict[str, float]) -> None:
         """Read the segments that end at a step, before anything of it is added.
@@ -77,21 +69,18 @@ class Deviations:
         starts = list(range(end - 2, max(self._first, end - self.max_skip) - 1, -1))
         if not starts or not branches:
             return
-        places = [start % self.max_skip for start in starts]
-        total = sum(self._sums[branch][places] * weight for branch, weight in branches.items())
-        assert isinstance(total, torch.Tensor)  # [A, 1 + gaps, M]
-        held, lines = total[:, :1], total[:, 1:]
+        total = sum(self._sums[branch] * weight for branch, weight in branches.items())
+        assert isinstance(total, torch.Tensor)  # [max_skip * ways, M]
         points = [self._points(start) for start in starts]
-        damped = torch.tensor(
-            [
-                [self._damped(point, start, end) for point in row]
-                for start, row in zip(starts, points, strict=True)
-            ],
-            device=total.device,
-        )
-        along = held + damped[..., None] * (lines - held)
-        table = torch.cat([held, along], dim=1).abs().mean(-1)  # [A, 1 + gaps]
-        self._found.append((end, starts, points, table))
+        mixed = np.zeros((len(starts) * _WAYS, len(total)), dtype=np.float32)
+        for row, (start, before) in enumerate(zip(starts, points, strict=True)):
+            place = start % self.max_skip * _WAYS
+            for way in range(_WAYS):
+                share = self._damped(before[way - 1], start, end) if way else 0.0
+                mixed[row * _WAYS + way, place] += 1.0 - share
+                mixed[row * _WAYS + way, place + way] += share
+        table = (torch.from_numpy(mixed).to(total) @ total).abs().mean(1)
+        self._found.append((end, starts, points, table.view(len(starts), _WAYS)))
 
     def restart(self, step: int) -> None:
         """Let no segment and no line reach back before a step: another transformer takes over."""
@@ -111,6 +100,21 @@ class Deviations:
                     if point < start:
                         lines[start, end, point] = row[1 + position]
         return holds, lines
+
+    def _coefficients(self, step: int) -> NDArray[np.float32]:
+        """Return what each sum gains in a step per unit of each of `needed` [max_skip * ways, R]."""
+        needed = self.needed(step)
+        places = {known: place for place, known in enumerate(needed)}
+        found = np.zeros((self.max_skip * _WAYS, len(needed)), dtype=np.float32)
+        for start in self._open(step):
+            first = start % self.max_skip * _WAYS
+            found[first : first + _WAYS, places[start]] += 1.0
+            found[first : first + _WAYS, places[step]] -= 1.0
+            for way, point in enumerate(self._points(start), 1):
+                reach = self._reach(start, point, step)
+                found[first + way, places[start]] += reach
+                found[first + way, places[point]] -= reach
+        return found * np.float32(self._weights[step])
 
     def _open(self, step: int) -> list[int]:
         """Return the starts of the segments that may reuse in a step."""

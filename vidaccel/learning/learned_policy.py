@@ -27,7 +27,20 @@ OBJECTIVE = "sum"
 
 # The PSNR of plans over the sum of their errors, which is over the size of the latents: fitted to
 # lessons on the embedded model by `vidaccel bench learning`.
-FIDELITY = ((0.01, 60.0), (1.0, 25.0))
+FIDELITY = (
+    (0.0335, 55.6),
+    (0.0405, 54.6),
+    (0.049, 52.3),
+    (0.0661, 51.3),
+    (0.0866, 49.6),
+    (0.103, 49.6),
+    (0.137, 43.5),
+    (0.194, 42.3),
+    (0.223, 37.2),
+    (0.263, 37.2),
+    (0.34, 36.9),
+    (0.44, 28.6),
+)
 
 
 def learned_edges(

@@ -34,7 +34,7 @@ from vidaccel.plans.policy import CachePolicy
 
 # The most tokens at which residuals are compared, and the most passes of embedding and head that
 # this takes after each call.
-TOKENS, PASSES = 256, 3
+TOKENS, PASSES = 256, 2
 # The longest segment, in steps of a run of 50; longer runs go the same way in smaller steps.
 MAX_SKIP, OF_STEPS, LONGEST = 8, 50, 16
 

@@ -23,6 +23,9 @@ Tail = Callable[[Put], Any]
 # of the dtype, no more.
 _TOLERANCE = 0.02
 
+# So many sampled tokens that fit into one pass are not worth a second one.
+ENOUGH = 32
+
 
 class NotLearnable(VidaccelError):
     """The head of this transformer does not work on each token alone."""
@@ -49,7 +52,7 @@ class TokenSlots:
         Args:
             tail: runs embedding and head.
             most: the most tokens to sample.
-            passes: how many passes one evaluation may take.
+            passes: how many passes one evaluation may take where one holds few tokens.
             rows: the most residuals that are evaluated at once.
 
         Raises:
@@ -79,7 +82,8 @@ class TokenSlots:
             raise NotLearnable("its tokens cannot be told apart in its output")
         starts = torch.cumsum(counts, 0) - counts
         elements = order[starts[whole, None] + torch.arange(size, device=order.device)]
-        count = max(1, min(most, len(whole), passes * len(whole) // rows))
+        fitting = (1 if len(whole) >= ENOUGH * rows else passes) * len(whole) // rows
+        count = max(1, min(most, len(whole), fitting))
         # The same ones in every run, from all over the picture.
         drawn = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:count]
         return cls(whole, elements, drawn.sort().values.to(whole.device))
