@@ -21,7 +21,7 @@ from vidaccel.engine.attention_hook import AttentionHook
 from vidaccel.engine.state import Decision
 from vidaccel.errors import AttentionError, PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.hosts.spec import HostSpec
-from vidaccel.plans.plan import Plan, RunSettings
+from vidaccel.plans.plan import FEW_STEPS, Plan, RunSettings
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.store import shipped_as
 from vidaccel.plans.wish import Wish
@@ -123,7 +123,8 @@ class Resolver:
         if run.num_inference_steps <= WARM_UP_STEPS:
             every = replace(Plan.every(1, run.num_inference_steps), origin=FEW)
             return Decision(every, None, FEW)
-        plan = None if self._alone or self._anew else self.plan(run)
+        anew = self._anew and run.num_inference_steps >= FEW_STEPS
+        plan = None if self._alone or anew else self.plan(run)
         if plan is None and self.learns:
             if run not in self._not_learnable:
                 every = replace(Plan.every(1, run.num_inference_steps), origin=LEARNING)

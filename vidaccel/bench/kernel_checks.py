@@ -33,7 +33,7 @@ def check(
         device: a GPU; or the CPU, where Triton's interpreter has to be on.
         head_dims: head sizes to check.
         size: batch items, heads and tokens.
-        clusters: of queries and keys.
+        clusters: how many of queries, and of keys.
 
     Returns:
         The name of each check -> its "error" and "limit".

@@ -1,16 +1,23 @@
 """One prompt with and without acceleration: both clips, the numbers, and files that show them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vidaccel.api import accelerate, restore
+from vidaccel.api import accelerate, engines_of, restore
+from vidaccel.automatic import known_policies
 from vidaccel.clips import metrics, scenes, video
 from vidaccel.clips.fidelity import in_words, sheet_of
 from vidaccel.clips.generate import Run, generate
+from vidaccel.clips.load import steps_of
 from vidaccel.clips.notes import COMPRESSION, notes_on
 from vidaccel.clips.video import Clip
+from vidaccel.engine.run_settings import run_settings_of
 from vidaccel.engine.stats import StepKind
+from vidaccel.hosts.registry import find_transformers
+from vidaccel.learning.learner import LEARNED, Learner
+from vidaccel.resolve import Resolver
 
 
 def compare(
@@ -49,7 +56,7 @@ def compare(
     if warm_up:
         short = {**call, "num_inference_steps": 2}
         generate(pipe, short, seed=seed, label="warm-up ", progress=progress)
-    plain = generate(pipe, call, seed=seed, label="plain   ", progress=progress)
+    plain, lesson = _plain(pipe, call, acceleration.get("policy", "auto"), seed, progress)
     accelerate(pipe, **acceleration)
     fast = generate(pipe, call, seed=seed, label="vidaccel", progress=progress)
     assert fast.report is not None
@@ -69,10 +76,54 @@ def compare(
         else None,
         "metrics": metrics.summary(plain.frames, fast.frames),
         "adherence": [adherence_of(run.frames, call.get("prompt")) for run in (plain, fast)],
-        "notes": [*notes_on(pipe, call, fast), COMPRESSION],
+        "notes": [*lesson, *notes_on(pipe, call, fast), COMPRESSION],
         "report": fast.report,
     }
     return plain, fast, result
+
+
+def _plain(
+    pipe: Any, call: dict[str, Any], policy: Any, seed: int, progress: bool
+) -> tuple[Run, list[str]]:
+    """Run a pipeline plain; where nothing was measured of such runs, learn from this one.
+
+    Returns:
+        The run, without the time that learning took, and notes on what was learned.
+    """
+    learns = _is_worth_learning(pipe, call, policy)
+    if learns:
+        accelerate(pipe, policy=Resolver("learn", anew=True), cache=None, attention=None)
+    plain = generate(pipe, call, seed=seed, label="plain   ", progress=progress)
+    observers = [engine.observer for engine in engines_of(pipe).values()] if learns else []
+    restore(pipe)
+    if not observers or not isinstance(observers[0], Learner):
+        return plain, []
+    seconds, notes = observers[0].seconds, observers[0].notes
+    if LEARNED not in notes:
+        return plain, list(notes)
+    denoising = plain.denoising_seconds and plain.denoising_seconds - seconds
+    plain = replace(plain, seconds=plain.seconds - seconds, denoising_seconds=denoising)
+    return plain, [
+        f"the plain run was learned from, for the accelerated one and those to come: its time is "
+        f"given without the {seconds:.2f} s that this took"
+    ]
+
+
+def _is_worth_learning(pipe: Any, call: dict[str, Any], policy: Any) -> bool:
+    """Tell whether a policy is asked for that could be learned, and none is known."""
+    name = policy.policy if isinstance(policy, Resolver) else policy
+    if not isinstance(name, str) or name not in ("auto", "learn"):
+        return False
+    for transformer, _ in find_transformers(pipe).values():
+        try:
+            run = run_settings_of(transformer, [pipe], pipe.scheduler, steps_of(pipe, call))
+        except (AttributeError, TypeError, ValueError):  # no table of times yet
+            return True
+        run = replace(run, sigmas=None)
+        known = [known.policy for known in known_policies(run) if known.policy.fits(run)]
+        if any(policy.provenance in ("measured", "learned") for policy in known):
+            return False
+    return True
 
 
 def adherence_of(frames: Clip, prompt: Any) -> dict[str, bool] | None:

@@ -107,7 +107,7 @@ class LoopWatch:
         return bar
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """What stands in the copy of `owner`: nothing that leads to the original."""
+        """Stand in the copy of `owner` for nothing that leads to the original."""
         before = copy.deepcopy(self._before, memo)
         copied = memo.get(id(self._owner()))
         return before or getattr(self._class, _METHOD).__get__(copied)

@@ -102,7 +102,7 @@ class Deviations:
         return holds, lines
 
     def _coefficients(self, step: int) -> NDArray[np.float32]:
-        """Return what each sum gains in a step per unit of each of `needed` [max_skip * ways, R]."""
+        """Return what each sum gains in a step per unit of `needed` [max_skip * ways, R]."""
         needed = self.needed(step)
         places = {known: place for place, known in enumerate(needed)}
         found = np.zeros((self.max_skip * _WAYS, len(needed)), dtype=np.float32)

@@ -102,7 +102,7 @@ def why_kernels_fail(
     Args:
         device: where they run.
         head_dim: size of the heads.
-        dtype: of queries, keys and values.
+        dtype: that of queries, keys and values.
         settings: those whose kernels are compiled.
         text: there is text beside the video.
         attention: runs them, as `semantic_attention` does.
@@ -147,7 +147,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a sparse call of one shape fared beside a dense one.
+    """The outcome of one sparse call of a shape beside a dense one.
 
     Attributes:
         shape: [B, H, S, D] of queries, and their dtype, in words.
@@ -199,7 +199,7 @@ class Gate:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """What was found so far."""
+        """The verdicts so far."""
         return list(self._verdicts.values())
 
     def why_dense(self, shape: Any) -> str:

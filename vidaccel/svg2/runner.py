@@ -370,7 +370,7 @@ class _RunningBlock:
 
 
 def _shape(q: torch.Tensor, tokens: Tokens) -> tuple[Any, ...]:
-    """What tells calls of attention apart; q is [B, H, S, D]."""
+    """Return what tells calls of attention apart; q is [B, H, S, D]."""
     return (*q.shape, tokens.start, tokens.stop, q.dtype, q.device)
 
 
