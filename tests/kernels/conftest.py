@@ -40,17 +40,39 @@ if not torch.cuda.is_available():
     _cast = interpreter.InterpreterBuilder.cast_impl
 
     def _rounding_cast(self, source, target):
-        """The interpreter cuts off what does not fit into bfloat16; chips round to nearest."""
+        """The interpreter cuts off what does not fit into bfloat16; chips round to nearest.
+
+        Of int8 it would take the bits.
+        """
+        if source.dtype.scalar == tl.int8 and target.scalar == tl.bfloat16:
+            source = interpreter.TensorHandle(source.data.astype(np.float32), tl.float32)
         if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
             data = rounded.view(torch.int16).numpy().view(np.uint16)
             return interpreter.TensorHandle(data, tl.bfloat16)
         return _cast(self, source, target)
 
+    _multiply = interpreter.InterpreterBuilder.create_fmul
+
+    def _bfloat16_multiply(self, a, b):
+        """The same for products of numbers."""
+        if a.dtype.scalar != tl.bfloat16:
+            return _multiply(self, a, b)
+        wide = [(x.data.astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
+        product = interpreter.TensorHandle(wide[0] * wide[1], tl.float32)
+        return _rounding_cast(self, product, tl.bfloat16)
+
+    interpreter.InterpreterBuilder.create_fmul = _bfloat16_multiply
     interpreter.InterpreterBuilder.create_dot = _bfloat16_dot
     interpreter.InterpreterBuilder.cast_impl = _rounding_cast
 
-from vidaccel.kernels import permute, semantic_attention_triton  # noqa: E402, F401
+from vidaccel.kernels import (  # noqa: E402, F401
+    haar,
+    permute,
+    product,
+    rotate,
+    semantic_attention_triton,
+)
 
 os.environ.pop("TRITON_INTERPRET", None)
 

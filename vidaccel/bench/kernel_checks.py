@@ -47,6 +47,9 @@ def check(
         checks.suffix = f", D {head_dim}"
         _check_clustering(checks, q, k, v, *clusters)
         _check_semantic_attention(checks, q, k, v, *(count // 2 for count in clusters))
+    checks.suffix = ""
+    grid, channels = ((3, 5, 2), 64) if device == "cpu" else ((9, 11, 13), 1536)
+    _check_linear(checks, torch.randn(*grid, channels, device=device, dtype=dtype))
     return checks.found
 
 
@@ -157,6 +160,50 @@ def _check_semantic_attention(
     dense = scaled_dot_product_attention(q.double(), k.double(), v.double())
     own = (scaled_dot_product_attention(q, k, v).double() - dense).abs().max().item()
     checks.note("everything selected", (full.double() - dense).abs().max(), 2 * own)
+
+
+def _check_linear(checks: _Checks, x: Tensor) -> None:
+    """Check linear layers in low precision on a grid of tokens x [F, H, W, K]."""
+    from vidaccel.kernels import reference
+    from vidaccel.kernels.linear import pack_int4, quantised_linear, rotate_quantise, token_haar
+
+    grid, channels = (x.shape[0], x.shape[1], x.shape[2]), x.shape[3]
+    x = x.reshape(-1, channels)
+    mixed = token_haar(x, grid, impl="triton")
+    wanted = reference.token_haar(x.double(), grid)
+    checks.note("Haar transform", _distance(mixed, wanted), 1e-2)
+    back = token_haar(mixed, grid, inverse=True, impl="triton")
+    checks.note("Haar transform undone", _distance(back, x.double()), 1e-2)
+
+    turn = torch.linalg.qr(torch.randn(64, 64)).Q.to(x)
+    weight = torch.randn(3 * channels // 4, channels, device=x.device, dtype=x.dtype)
+    bias = torch.randn(len(weight), device=x.device, dtype=x.dtype)
+    unit = x.abs().max().float() / (4 * 448)
+    for name, qmax, block, scale_format in (
+        ("int8", 127, None, "float32"),
+        ("mxint8", 127, 32, "ue8m0"),
+        ("nvint4", 7, 16, "e4m3"),
+    ):
+        options: dict[str, Any] = {"qmax": qmax, "block": block, "scale_format": scale_format}
+        options |= {"tensor_scale": unit} if scale_format == "e4m3" else {}
+        codes, scales = rotate_quantise(x, rotation=turn, impl="triton", **options)
+        twin = reference.rotate_quantise(x.double(), rotation=turn.double(), **options)
+        rounded, exact = (c * _spread(s, channels) for c, s in ((codes, scales), twin))
+        # A sum next to a half may be rounded to either side of it.
+        checks.note(f"rounding to {name}", _distance(rounded, exact), 1e-2 if qmax > 7 else 5e-2)
+        whole, sizes = rotate_quantise(weight, rotation=turn, impl="triton", **options)
+        packed = qmax == 7
+        tensors = (codes, scales, pack_int4(whole) if packed else whole, sizes, bias)
+        out = quantised_linear(
+            *tensors, block=block, packed=packed, out_dtype=x.dtype, impl="triton"
+        )
+        exact = rounded.double() @ (whole * _spread(sizes, channels)).double().T + bias.double()
+        checks.note(f"linear in {name}", _distance(out, exact), 1e-2)
+
+
+def _spread(scales: Tensor, channels: int) -> Tensor:
+    """Repeat the scale of each block for its channels."""
+    return scales.repeat_interleave(channels // scales.shape[-1], -1)
 
 
 def _distance(x: Tensor, exact: Tensor) -> Tensor:
