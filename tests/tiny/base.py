@@ -31,6 +31,7 @@ class Case:
         unplanned: steps that are computed whatever the plan says, because the pipeline changes the
             latents there.
         batch, scheduler: why the pipeline takes no batch of prompts, or no other scheduler.
+        aside: blocks that run in calls of the transformer beside those of the steps.
         component: the name of the transformer that runs, of that with the first step.
         per_prompt: the argument with a picture or a clip, if there has to be one for each prompt.
     """
@@ -44,6 +45,7 @@ class Case:
     unplanned: tuple[int, ...] = ()
     batch: str = ""
     scheduler: str = ""
+    aside: int = 0
     component: str = "transformer"
     per_prompt: str = ""
 

@@ -157,7 +157,7 @@ def wan_animate_2() -> Case:
         "effective_segment": 4,
         "num_segments": 1,
     }
-    settings = {"other": {"num_inference_steps": 4}, "stance": "force_eager"}
+    settings = {"other": {"num_inference_steps": 4}, "stance": "force_eager", "aside": 11}
     return modular_case("WanAnimate2ModularPipeline", blocks, parts, call, **settings)
 
 
@@ -230,7 +230,8 @@ def _minimax_h3_case(name: str, call: dict[str, Any], **settings: Any) -> Case:
         minimax_h3_parts(),
         minimax_h3_call() | call,
         outputs=("latents", "audio_latents"),
-        other={"width": 64, "num_inference_steps": 5},
+        # The canvas is that of a keyframe, which is encoded already.
+        other={"num_frames": 141, "num_inference_steps": 5},
         **settings,
     )
 

@@ -134,7 +134,7 @@ def auraflow() -> Case:
         num_attention_heads=4,
         joint_attention_dim=32,
         caption_projection_dim=32,
-        pos_embed_max_size=256,
+        pos_embed_max_size=1024,
     )
     call = _text_masks("attention_mask")
     return case("AuraFlowPipeline", transformer, call, vae=image_vae(4))

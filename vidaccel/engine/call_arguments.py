@@ -9,6 +9,9 @@ from vidaccel.engine.block_proxies import Argument
 from vidaccel.engine.conditions import Conditions
 from vidaccel.hosts.spec import HostSpec
 
+# Why a call is run as if the transformer were not accelerated.
+ASIDE = "they belong to no denoising step and fill a cache for those"
+
 
 class CallArguments:
     """Reads what the calls of one transformer are given.
@@ -66,12 +69,12 @@ class CallArguments:
             self._run = (places, (found[start], found[-1] + 1))
         return self._run[1]
 
-    def is_aside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether a call belongs to no denoising step."""
+    def why_aside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Return why a call belongs to no denoising step; empty where it belongs to one."""
         if self._aside is None:
-            return False
+            return ""
         argument, value = self._aside
-        return bool(argument.value(args, kwargs) == value)
+        return ASIDE if argument.value(args, kwargs) == value else ""
 
     def blocks(self, total: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Count the blocks, of `total`, that a call reaches."""

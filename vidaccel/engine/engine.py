@@ -158,9 +158,8 @@ class Engine:
         self._thread.call = None
         refuse_unsupported_call(model)
         self._follow_changes()
-        if self._given.is_aside(args, kwargs):
-            return
-        found = why_plain(model) or self.trajectories.find(self._given.timestep(args, kwargs))
+        reason = self._given.why_aside(args, kwargs) or why_plain(model)
+        found = reason or self.trajectories.find(self._given.timestep(args, kwargs))
         if isinstance(found, str):
             self.stats.add_plain(found)
             return

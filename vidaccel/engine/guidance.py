@@ -34,5 +34,10 @@ class GuidedCalls:
         self._counts = counts
         if len(moved) > 1:
             # Of two experts, each with its guider, the other one has run at other times.
-            moved.sort(key=lambda guider: min(abs(compat.time_of(guider) - t) for t in times))
+            moved.sort(key=lambda guider: _distance(compat.time_of(guider), times))
         return compat.guidance_branch(moved[0]) if moved else None
+
+
+def _distance(time: float, times: tuple[float, ...]) -> float:
+    """Return how far a time is from the nearest of others; 0 from none."""
+    return min((abs(time - other) for other in times), default=0.0)

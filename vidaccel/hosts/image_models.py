@@ -196,6 +196,7 @@ ROWS = (
         (BlockList("layers", ("x",)),),
         (),
         family="ERNIE-Image",
+        since="0.42",
         guidance="batched",
         tokens=("image", "text"),
         attention=None,
