@@ -1,8 +1,10 @@
 """A pipeline put into low precision and back: exactly, whole, or refused with one message."""
 
+import gc
 import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,3 +217,16 @@ def test_adapters_that_were_there_stay_on_top(wide: Case):
     assert 0 < (lossy - exact).norm() < 0.03 * exact.norm()
     restore(wide.pipe)
     assert torch.equal(wide.run(), exact)
+
+
+def test_a_pipeline_that_is_dropped_frees_its_weights_at_once(wide: Case):
+    accelerate(wide.pipe, policy=None, precision="int8")
+    wide.run()
+    held = weakref.ref(wide.pipe.transformer.blocks[0].attn1.to_q)
+    gc.collect()
+    gc.disable()
+    try:
+        wide.pipe = None
+        assert held() is None
+    finally:
+        gc.enable()

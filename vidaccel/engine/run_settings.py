@@ -16,6 +16,9 @@ from vidaccel.plans.plan import RunSettings
 # Names on the hub, <org>/<model> or <model>; what else a pipeline is loaded from is a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+# The attribute in which a transformer holds the low precision that it is in.
+PRECISION = "_vidaccel_precision"
+
 # Longer texts in a config are no words that name a kind of layer.
 _MAX_WORD = 128
 
@@ -54,6 +57,7 @@ def run_settings_of(
         experts=_only({_count_transformers(pipe) for pipe in serving}),
         guidance_scale=_only({guidance_scale(pipe) for pipe in serving}),
         latents=shape,
+        precision=_precision_of(transformer),
     )
 
 
@@ -72,6 +76,11 @@ def guidance_scale(pipe: Any, *, second: bool = False) -> float | None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
     return None
+
+
+def _precision_of(transformer: Any) -> str | None:
+    found = vars(transformer).get(PRECISION)
+    return None if found is None else str(found.settings.name)
 
 
 def _hub_id(pipe: Any, transformer: Any) -> str | None:

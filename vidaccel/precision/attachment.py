@@ -1,6 +1,7 @@
 """Puts the linear layers of a transformer's blocks into low precision, and gives them back."""
 
 import warnings
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from vidaccel.engine.report import PrecisionReport
+from vidaccel.engine.run_settings import PRECISION
 from vidaccel.errors import PrecisionError, VidaccelError
 from vidaccel.hosts.spec import HostSpec
 from vidaccel.precision.calibration import Calibration, TransformerCalibration
@@ -27,14 +29,13 @@ from vidaccel.precision.rotations import (
 from vidaccel.precision.sequence import GridFinder, Sequence
 from vidaccel.precision.settings import CALIBRATED, LowPrecision
 
-_ATTRIBUTE = "_vidaccel_precision"
 # The largest group of a Hadamard rotation of formats with a scale per token, and of blocks.
 _GROUP_OF_ROWS, _GROUP_OF_BLOCKS = 256, 16
 
 
 def attachment_of(transformer: nn.Module) -> "PrecisionAttachment | None":
     """Return the low precision that a transformer is in, if any."""
-    return vars(transformer).get(_ATTRIBUTE)
+    return vars(transformer).get(PRECISION)
 
 
 class PrecisionAttachment:
@@ -54,7 +55,8 @@ class PrecisionAttachment:
         self, transformer: nn.Module, host: HostSpec, settings: LowPrecision, component: str
     ) -> None:
         self.settings = settings
-        self._transformer, self._host = transformer, host
+        # Weak, since the transformer holds this: a cycle would keep its weights when it is dropped.
+        self._weakly, self._host = weakref.ref(transformer), host
         self._form = FORMATS[settings.format]
         self._calibration: TransformerCalibration | None = None
         if settings.calibration is not None:
@@ -68,6 +70,12 @@ class PrecisionAttachment:
         self._handle: Any = None
         _check_device(transformer, settings)
         linear_layers(transformer, host)
+
+    @property
+    def _transformer(self) -> nn.Module:
+        transformer = self._weakly()
+        assert transformer is not None
+        return transformer
 
     def attach(self) -> None:
         """Quantise every layer; puts back what was done when one fails.
@@ -92,7 +100,7 @@ class PrecisionAttachment:
             self._handle = self._transformer.register_forward_pre_hook(
                 self._finder, with_kwargs=True
             )
-        vars(self._transformer)[_ATTRIBUTE] = self
+        vars(self._transformer)[PRECISION] = self
 
     def settle(self) -> None:
         """Drop the weights if they are to be, now that all transformers are in low precision."""
@@ -119,7 +127,7 @@ class PrecisionAttachment:
             self._put_back()
         if self._handle is not None:
             self._handle.remove()
-        del vars(self._transformer)[_ATTRIBUTE]
+        del vars(self._transformer)[PRECISION]
 
     def report(self) -> PrecisionReport:
         """Tell which layers are in low precision, and what that saves."""

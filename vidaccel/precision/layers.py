@@ -20,7 +20,7 @@ class Layer(NamedTuple):
     """A linear layer of a block.
 
     Attributes:
-        name: its dotted name in the transformer.
+        name: its dotted name in the transformer, without adapters.
         parent, key: the module that holds it, and its name there.
         module: the layer.
     """
@@ -56,11 +56,13 @@ def _inside(module: nn.Module, name: str) -> Iterator[Layer]:
     for key, child in module.named_children():
         if adapter and key != "base_layer":
             continue
+        # Under the name that it has without the adapter, which calibrations know.
+        own = name if adapter else f"{name}.{key}"
         if isinstance(child, nn.Linear) or _quantised_as(child):
             # Of a layer in low precision, the one that it stands for.
-            yield Layer(f"{name}.{key}", module, key, vars(child).get("stock", child))
+            yield Layer(own, module, key, vars(child).get("stock", child))
         else:
-            yield from _inside(child, f"{name}.{key}")
+            yield from _inside(child, own)
 
 
 def _check(layer: Layer, model: str) -> None:

@@ -114,12 +114,21 @@ class LowPrecision:
         # The tolerance keeps 0.29 * 100 from being 28.
         return min(high if isinstance(high, int) else int(high * tokens + 1e-9), tokens)
 
+    @property
+    def name(self) -> str:
+        """The numbers alone, without files and places: a policy tells this."""
+        return self._show(("calibration", "keep_weights", "max_error", "skip"))
+
     def __str__(self) -> str:
         """Show the format and the values that differ from the defaults."""
+        return self._show(())
+
+    def _show(self, without: tuple[str, ...]) -> str:
         changed = [
             f"{field.name}={_shown(getattr(self, field.name))}"
             for field in fields(self)
-            if field.name == "format" or getattr(self, field.name) != field.default
+            if field.name not in without
+            and (field.name == "format" or getattr(self, field.name) != field.default)
         ]
         return f"LowPrecision({', '.join(changed)})"
 
