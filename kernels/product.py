@@ -20,7 +20,7 @@ from vidaccel.kernels.common import DTYPES, KernelError
 from vidaccel.kernels.launch import launch
 from vidaccel.kernels.rotate import SIZES
 
-MAX_CHANNELS = (2**31 - 1) // 127**2  # whose sum of products fits int32
+MAX_CHANNELS = (2**31 - 1) // 128**2  # whose sum of products fits int32
 
 
 def quantised_linear_triton(

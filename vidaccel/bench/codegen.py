@@ -113,7 +113,11 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
             found.append(f"{name} needs {row['shared_bytes']} bytes of shared memory")
         if row["matrix"] and row["dtype"] != "fp32":
             expected = _FAST.get(row["chip"], ("HMMA", "IMMA"))
-            for fast in expected if row["constants"].get("INT8") else expected[:1]:
+            if row["constants"].get("INTEGERS"):
+                expected = expected[1:]
+            elif not row["constants"].get("INT8"):
+                expected = expected[:1]
+            for fast in expected:
                 if fast not in row["matrix_instructions"]:
                     seen = ", ".join(row["matrix_instructions"]) or "none"
                     found.append(f"{name} has no {fast} instructions, only {seen}")
@@ -246,7 +250,7 @@ def _predicted(config: Any, chip: int, loop: list[str], blocks: int) -> dict[str
     needs several blocks or warp groups per multiprocessor; "serial" that nothing overlaps.
     """
     constants = config.constants
-    block_d = constants["BLOCK_D"]
+    block_d = constants.get("BLOCK_D") or constants["BLOCK_K"]
     tile = constants["BLOCK_M"] * constants["BLOCK_N"] * block_d
     # A loop unrolled by the compiler does several turns.
     tensor = config.products * 2 * tile / _CHIPS[chip].operations

@@ -12,10 +12,13 @@ import triton
 from vidaccel.kernels import (
     block_lists,
     block_sparse_attention,
+    haar,
     kmeans,
     permute,
+    product,
     quantise,
     query_mass,
+    rotate,
     select,
     sort,
 )
@@ -107,6 +110,7 @@ def _all(chip: int) -> Iterator[Shipped]:
         for head_dim in HEAD_DIMS:
             yield from _attention(head_dim, dtype, chip)
             yield from _clustering(head_dim, dtype)
+        yield from _linear(dtype, chip)
     yield from _selection()
     yield _shipped("scan", sort._scan, sort.SCAN, default="i32")
     yield _shipped("rank", sort._rank, sort.RANK, default="i32")
@@ -185,6 +189,48 @@ def _selection() -> Iterator[Shipped]:
     )
 
 
+def _linear(dtype: torch.dtype, chip: int) -> Iterator[Shipped]:
+    """List the kernels of linear layers in low precision: in bf16 all, else one of each way."""
+    all_of_them = dtype == torch.bfloat16
+    numbers = ("scales", "weight_scales", "tensor_scale")
+    types = dict.fromkeys(numbers, "fp32") | {"codes": "i8", "weight": "i8", "high": "i1"}
+    for name, block, packed, common in (
+        ("linear_int8", None, False, True),
+        ("linear_int4", None, True, False),
+        ("linear_mxint8", 32, False, True),
+        ("linear_mxint4", 32, True, False),
+        ("linear_nvint4", 16, True, True),
+        ("linear_int4_64", 64, True, False),
+    ):
+        config: dict[str, Any] = product.product_config(block, packed, dtype, chip)
+        if all_of_them or common:
+            pointers = types | ({"weight": "u8"} if packed else {})
+            products = 0.5 if config["INTEGERS"] else 1
+            yield _shipped(
+                name, product._product, config, dtype=dtype, pointers=pointers, products=products
+            )
+    for name, block, scale_format, group, per_group, common in (
+        ("round_int8", None, "float32", None, False, False),
+        ("rotate_int8_64", None, "float32", 64, False, False),
+        ("rotate_int8_256", None, "float32", 256, False, True),
+        ("rotate_mxint8_32", 32, "ue8m0", 32, True, True),
+        ("round_nvint4", 16, "e4m3", None, False, False),
+        ("rotate_nvint4_16", 16, "e4m3", 16, False, True),
+        ("rotate_nvint4_256", 16, "e4m3", 256, False, False),
+    ):
+        config = rotate.rotate_config(group, block, dtype, chip, per_group)
+        config["SCALE_FORMAT"] = scale_format
+        config |= {} if group else {"rotation": None}
+        config |= {} if scale_format == "e4m3" else {"tensor_scale": None}
+        config |= {} if scale_format == "e4m3" else {"high": None}
+        if all_of_them or common:
+            yield _shipped(name, rotate._rotate_quantise, config, dtype=dtype, pointers=types)
+    for name, inverse in (("haar", False), ("haar_inverse", True)):
+        config = {"INVERSE": inverse, "LEVELS": haar.MAX_LEVELS, **haar.HAAR}
+        if all_of_them:
+            yield _shipped(name, haar._haar, config, dtype=dtype)
+
+
 def _shipped(
     kernel: str,
     function: Any,
@@ -198,8 +244,8 @@ def _shipped(
 ) -> Shipped:
     """Describe one config: types follow from names.
 
-    Strides end in _stride, factors are those of _FLOATS, other numbers are those that are not
-    specialised on, and all else is a pointer.
+    Strides end in _stride, numbers of channels are those of _CHANNELS, factors those of _FLOATS,
+    other numbers are those that are not specialised on, and all else is a pointer.
     """
     if head_dim is not None:
         config = config | {"HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim)}
@@ -212,7 +258,7 @@ def _shipped(
             continue
         if name in function.do_not_specialize:
             signature[name] = "fp32" if name in _FLOATS else "i32"
-        elif "stride" in name:
+        elif "stride" in name or name in _CHANNELS:
             signature[name] = "i32"
             aligned.add(name)
         else:
@@ -231,4 +277,5 @@ def _shipped(
     )
 
 
-_FLOATS = ("scale", "qk_scale_log2", "top_p")
+_FLOATS = ("scale", "qk_scale_log2", "top_p", "qmax")
+_CHANNELS = ("channels", "outputs")
