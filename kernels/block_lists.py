@@ -65,8 +65,8 @@ class BlockLists:
         num_blocks: [B, H, N, 2] int32, number of full blocks and of tiles made of partial ones.
         q_tiles: [B, H, 2, room] int32, query cluster and first row of each tile of queries,
             longest work first; -1 marks the end.
-        use_mean: [B, H, N, Kc] int8, 1 where a mean stands for the keys of a cluster; None where
-            no mean ever does.
+        mean_bias: [B, H, N, Kc] fp32, where a mean stands for the keys of a cluster the logarithm
+            to base 2 of their number, and -inf elsewhere; None where no mean ever does.
         block_m, block_n: queries and keys of a tile.
     """
 
@@ -74,7 +74,7 @@ class BlockLists:
     partial_blocks: Tensor
     num_blocks: Tensor
     q_tiles: Tensor
-    use_mean: Tensor | None
+    mean_bias: Tensor | None
     block_m: int
     block_n: int
 
@@ -115,16 +115,16 @@ class BlockLists:
         per_tile = block_n // BLOCK_PARTIAL
         runs = (num_k_clusters + 1) // 2
         partial = min(runs * per_tile, triton.cdiv(num_keys, BLOCK_PARTIAL) + runs)
-        use_mean = None
+        mean_bias = None
         if num_means is not None:
             shape = (batch, heads, num_q_clusters, num_means)
-            use_mean = torch.empty(shape, dtype=torch.int8, device=device)
+            mean_bias = torch.empty(shape, dtype=torch.float32, device=device)
         return cls(
             ints(num_q_clusters, num_keys // block_n + 2),
             ints(num_q_clusters, (triton.cdiv(partial, per_tile) + 1) * per_tile),
             ints(num_q_clusters, 2),
             ints(2, num_q_clusters + triton.cdiv(num_queries, block_m)),
-            use_mean,
+            mean_bias,
             block_m,
             block_n,
         )
@@ -132,12 +132,12 @@ class BlockLists:
     @property
     def num_means(self) -> int:
         """Number of key clusters whose mean can stand for them."""
-        return 0 if self.use_mean is None else self.use_mean.shape[-1]
+        return 0 if self.mean_bias is None else self.mean_bias.shape[-1]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Return the lists in the order in which the kernels that write them take them."""
         lists = (self.full_blocks, self.partial_blocks, self.num_blocks, self.q_tiles)
-        return (*lists, self.use_mean)
+        return (*lists, self.mean_bias)
 
     def room(self) -> tuple[int, int, int]:
         """Return the most full blocks, partial blocks and tiles of queries that fit."""
@@ -165,7 +165,7 @@ def _from_selection(
     partial_blocks,
     num_blocks,
     q_tiles,
-    use_mean,
+    mean_bias,
     max_full_blocks,
     max_partial_blocks,
     max_q_tiles,
@@ -184,17 +184,21 @@ def _from_selection(
     begin = tl.load(indptr + batch_head * (num_q_clusters + 1) + q_cluster)
     count = tl.load(indptr + batch_head * (num_q_clusters + 1) + q_cluster + 1) - begin
     selected = indices + batch_head * num_q_clusters * num_k_clusters + begin
-    if use_mean is not None:
-        row = use_mean + (batch_head * num_q_clusters + q_cluster) * num_means
+    if mean_bias is not None:
+        row = mean_bias + (batch_head * num_q_clusters + q_cluster) * num_means
         offs = tl.arange(0, BLOCK)
         for start in range(0, num_means, BLOCK):
-            value = tl.where(offs * 0 + q_cluster < num_compensated, 1, 0)
-            tl.store(row + start + offs, value.to(tl.int8), mask=start + offs < num_means)
+            mean = start + offs
+            # [BLOCK]
+            bias = size_bias(k_offsets + batch_head * (num_k_clusters + 1), mean, mean < num_means)
+            bias = tl.where(q_cluster < num_compensated, bias, float("-inf"))
+            tl.store(row + mean, bias, mask=mean < num_means)
         tl.debug_barrier()
         for start in range(0, count, BLOCK):
             # [BLOCK]
             k_cluster = tl.load(selected + start + offs, mask=start + offs < count, other=num_means)
-            tl.store(row + k_cluster, tl.zeros([BLOCK], tl.int8), mask=k_cluster < num_means)
+            hidden = tl.full([BLOCK], float("-inf"), tl.float32)
+            tl.store(row + k_cluster, hidden, mask=k_cluster < num_means)
     write_block_lists(
         selected,
         count,
@@ -216,6 +220,14 @@ def _from_selection(
         BLOCK_PARTIAL,
         BLOCK,
     )
+
+
+@triton.jit
+def size_bias(k_offsets, cluster, mask):
+    """Return the logarithm to base 2 of the sizes of clusters [BLOCK]; -inf of an empty one."""
+    begin = tl.load(k_offsets + cluster, mask=mask, other=0)
+    size = tl.load(k_offsets + cluster + 1, mask=mask, other=0) - begin
+    return tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
 
 
 @triton.jit

@@ -2,13 +2,13 @@
 
 One program per tile of queries. It reads its queries through the sorted order and writes its
 output back through it, walks the full blocks of keys without a mask, then the tiles made of
-partial blocks. Compensation is a second kernel that adds the means of the clusters that were not
-selected. With keys in int8 (see `quantise`) scores are products of whole numbers; all else stays as
-it is.
+partial blocks, and for compensation the means of the clusters that were not selected. With keys in
+int8 (see `quantise`) scores are products of whole numbers; all else stays as it is.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -79,6 +79,12 @@ def block_sparse_attention(
         check_integers("q_order", q_order, 3)
         check_like("q_order", q_order, "q", q, 0, 1, 2)
     q_offsets, k_offsets = q_offsets.contiguous(), k_offsets.contiguous()
+    means = None
+    num_compensated = selection.num_queries if compensated_rows is None else compensated_rows
+    if k_means is not None and v_means is not None:
+        empty = (k_offsets.diff()[..., : k_means.shape[2], None]) == 0
+        filled = (x.masked_fill(empty, 0.0).to(q.dtype) for x in (k_means, v_means))
+        means = ClusterMeans(*filled, num_compensated)
     lists = empty_block_lists(
         q,
         k.shape[2],
@@ -91,7 +97,6 @@ def block_sparse_attention(
     if int8_qk:
         sampled = selection.num_keys if shift_clusters is None else shift_clusters
         keys = quantise_keys(k.contiguous(), k_offsets, sampled)
-    num_compensated = selection.num_queries if compensated_rows is None else compensated_rows
     fill_block_lists(lists, selection, q_offsets, k_offsets, num_compensated)
     return attend(
         q,
@@ -102,8 +107,7 @@ def block_sparse_attention(
         lists,
         scale=scale,
         sorted_idx=None if q_order is None else q_order.contiguous(),
-        k_means=k_means,
-        v_means=v_means,
+        means=means,
     )
 
 
@@ -133,6 +137,20 @@ def empty_block_lists(
     )
 
 
+@dataclass(frozen=True)
+class ClusterMeans:
+    """The means of key clusters, which stand for those that are not selected.
+
+    Attributes:
+        k_means, v_means: [B, H, Kc, D] in the dtype of q, finite where a cluster has no keys.
+        num_compensated: only the first so many query clusters use them.
+    """
+
+    k_means: Tensor
+    v_means: Tensor
+    num_compensated: int
+
+
 def attend(
     q: Tensor,
     k: Tensor | Int8Keys,
@@ -143,10 +161,9 @@ def attend(
     *,
     scale: float,
     sorted_idx: Tensor | None,
-    k_means: Tensor | None = None,
-    v_means: Tensor | None = None,
+    means: ClusterMeans | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Work off block lists: one launch, two with means. k and v are contiguous; see the reference.
+    """Work off block lists: one launch. k and v are contiguous; see the reference.
 
     With int8 keys each program rounds its queries when it has read them.
     """
@@ -159,17 +176,24 @@ def attend(
     num_programs = max_q_tiles * batch * heads
     int8 = isinstance(k, Int8Keys)
     keys, k_scale, k_shift = (k.codes, k.scale, k.shift) if int8 else (k, None, None)
-    queries = (q, out, lse, *q.stride()[:3], *out.stride()[:3], sorted_idx, q_offsets)
-    sizes = {"heads": heads, "num_queries": num_queries, "num_q_clusters": num_q_clusters}
-    common = {
-        "qk_scale_log2": scale * LOG2_E.value,
-        **sizes,
-        "max_q_tiles": max_q_tiles,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d(head_dim),
-    }
+    # Without means the kernel has none of their arguments.
+    mean_args: tuple[Tensor | int | None, ...] = (None,) * 5
+    if means is not None:
+        mean_args = (
+            means.k_means,
+            means.v_means,
+            lists.mean_bias,
+            lists.num_means,
+            means.num_compensated,
+        )
     launch(_attend, q.device, num_programs)(
-        *queries,
+        q,
+        out,
+        lse,
+        *q.stride()[:3],
+        *out.stride()[:3],
+        sorted_idx,
+        q_offsets,
         lists.q_tiles,
         keys,
         v,
@@ -178,34 +202,28 @@ def attend(
         lists.full_blocks,
         lists.partial_blocks,
         lists.num_blocks,
-        num_keys=v.shape[2],
-        max_full_blocks=max_full_blocks,
-        max_partial_blocks=max_partial_blocks,
+        *mean_args,
+        scale * LOG2_E.value,
+        heads,
+        num_queries,
+        num_q_clusters,
+        max_q_tiles,
+        v.shape[2],
+        max_full_blocks,
+        max_partial_blocks,
         INT8=int8,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d(head_dim),
         BLOCK_PARTIAL=BLOCK_PARTIAL,
-        **common,
         **attention_config(head_dim, q.dtype, chip(q.device), int8),
     )
-    if k_means is not None and v_means is not None:
-        launch(_add_means, q.device, num_programs)(
-            *queries,
-            lists.q_tiles,
-            k_means.to(q.dtype).contiguous(),
-            v_means.to(q.dtype).contiguous(),
-            k_offsets,
-            lists.use_mean,
-            num_k_clusters=k_offsets.shape[2] - 1,
-            num_means=k_means.shape[2],
-            **common,
-            **means_config(q.dtype, lists.block_m),
-        )
     return out, lse
 
 
 def attention_config(
     head_dim: int, dtype: torch.dtype, chip: int, int8_qk: bool = False
 ) -> dict[str, int]:
-    """Return the tile of queries, tile of keys, warps and pipeline stages.
+    """Return the tiles of queries, of keys and of means, warps and pipeline stages.
 
     Chips with wgmma or tcgen05 take a tile of 128 queries: it halves what a smaller one would
     read from the L2 cache. The others run out of registers with it.
@@ -216,18 +234,18 @@ def attention_config(
         return _config(32, 16, 4 if int8_qk and head_dim == 64 else 8, 1)
     if chip not in (90, 100):
         return _config(64, 32, 4, 2)
-    return _config(128, 64, 4, 3) if head_dim == 64 else _config(128, 128, 8, 2)
+    if head_dim == 64:
+        return _config(128, 64, 4, 3)
+    if chip == 90 and not int8_qk:
+        # A third stage keeps the copies of the next tile going, and leaves registers for this many
+        # means alone.
+        return _config(128, 128, 8, 3, means=32)
+    return _config(128, 128, 8, 2)
 
 
-def means_config(dtype: torch.dtype, block_m: int) -> dict[str, int]:
-    """Return the same for the means of clusters; the tile of queries is the one of the lists."""
-    if dtype == torch.float32:
-        return _config(block_m, 16, 8, 1)
-    return _config(block_m, 32, 4 if block_m < 128 else 8, 2)
-
-
-def _config(block_m: int, block_n: int, warps: int, stages: int) -> dict[str, int]:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+def _config(block_m: int, block_n: int, warps: int, stages: int, means: int = 64) -> dict[str, int]:
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_MEANS": min(block_n, means)}
+    return tiles | {"num_warps": warps, "num_stages": stages}
 
 
 def chip(device: torch.device) -> int:
@@ -241,12 +259,11 @@ def _chip(index: int) -> int:
     return major * 10
 
 
-SIZES = ["qk_scale_log2", "heads", "num_queries", "num_q_clusters", "max_q_tiles"]
+SIZES = ["heads", "num_queries", "num_q_clusters", "max_q_tiles", "num_keys"]
+SIZES += ["max_full_blocks", "max_partial_blocks", "num_means", "num_compensated"]
 
 
-@triton.jit(
-    do_not_specialize=[*SIZES, "num_keys", "max_full_blocks", "max_partial_blocks"],
-)
+@triton.jit(do_not_specialize=["qk_scale_log2", *SIZES])
 def _attend(
     q,
     out,
@@ -267,6 +284,11 @@ def _attend(
     full_blocks,
     partial_blocks,
     num_blocks,
+    k_means,
+    v_means,
+    mean_bias,
+    num_means,
+    num_compensated,
     qk_scale_log2,
     heads,
     num_queries,
@@ -281,6 +303,7 @@ def _attend(
     BLOCK_PARTIAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_MEANS: tl.constexpr,
 ):
     """Attend with one tile of queries. Scores are in powers of two: the scale holds log2(e).
 
@@ -371,105 +394,42 @@ def _attend(
             v_tile = load_tile(v, k_idx, HEAD_DIM, offs_d, mask_n, HEAD_DIM)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
+        m_i += shift_score
+        if k_means is not None:
+            # Means of the clusters that were left out, each as if it were all of its keys.
+            if INT8:
+                q_tile = load_tile(q, q_idx, q_row_stride, offs_d, mask_m, HEAD_DIM)
+            k_means += batch_head * num_means * HEAD_DIM
+            v_means += batch_head * num_means * HEAD_DIM
+            mean_bias += row * num_means
+            offs_mean = tl.arange(0, BLOCK_MEANS)
+            num_used = tl.where(q_cluster < num_compensated, num_means, 0)
+            for start in range(0, num_used, BLOCK_MEANS):
+                mean = start + offs_mean
+                known = mean < num_means
+                # [BLOCK_MEANS]
+                bias = tl.load(mean_bias + mean, mask=known, other=float("-inf"))
+                # [BLOCK_D, BLOCK_MEANS]
+                k_tile = load_tile(
+                    k_means, mean, HEAD_DIM, offs_d, known, HEAD_DIM, TRANSPOSED=True
+                )
+                # [BLOCK_M, BLOCK_MEANS]
+                scores = tl.dot(q_tile, k_tile, input_precision="ieee")
+                scores = scores * qk_scale_log2 + bias[None, :]
+                m_i, l_i, acc, p = online_softmax_update(m_i, l_i, acc, scores, None)
+                # [BLOCK_MEANS, BLOCK_D]
+                v_tile = load_tile(v_means, mean, HEAD_DIM, offs_d, known, HEAD_DIM)
+                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+
         out += batch * out_batch_stride + head * out_head_stride
         lse += batch_head * num_queries
-        _store_rows(out, q_idx, out_row_stride, mask_m, l_i, acc, offs_d, HEAD_DIM)
-        m_i += tl.log2(l_i) + shift_score
-        tl.store(lse + q_idx, m_i * LN_2, mask=mask_m)
-
-
-@triton.jit(do_not_specialize=[*SIZES, "num_k_clusters", "num_means"])
-def _add_means(
-    q,
-    out,
-    lse,
-    q_batch_stride,
-    q_head_stride,
-    q_row_stride,
-    out_batch_stride,
-    out_head_stride,
-    out_row_stride,
-    sorted_idx,
-    q_offsets,
-    q_tiles,
-    k_means,
-    v_means,
-    k_offsets,
-    use_mean,
-    qk_scale_log2,
-    heads,
-    num_queries,
-    num_q_clusters,
-    max_q_tiles,
-    num_k_clusters,
-    num_means,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Attend to the means of the clusters that were left out, and merge by log-sum-exp."""
-    batch_head = (tl.program_id(0) // max_q_tiles).to(tl.int64)
-    tile = tl.program_id(0) % max_q_tiles
-    q_cluster = tl.load(q_tiles + batch_head * 2 * max_q_tiles + tile)
-    if q_cluster >= 0:
-        batch, head = batch_head // heads, batch_head % heads
-        q += batch * q_batch_stride + head * q_head_stride
-        q_idx, mask_m = _query_rows(
-            sorted_idx,
-            q_offsets,
-            q_tiles,
-            batch_head,
-            tile,
-            q_cluster,
-            num_queries,
-            num_q_clusters,
-            max_q_tiles,
-            BLOCK_M,
+        acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # 0 for a query without keys
+        tl.store(
+            out + q_idx[:, None] * out_row_stride + offs_d[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :],
         )
-        offs_d = tl.arange(0, BLOCK_D)
-        # [BLOCK_M, BLOCK_D]
-        q_tile = load_tile(q, q_idx, q_row_stride, offs_d, mask_m, HEAD_DIM)
-        k_means += batch_head * num_means * HEAD_DIM
-        v_means += batch_head * num_means * HEAD_DIM
-        k_offsets += batch_head * (num_k_clusters + 1)
-        use_mean += (batch_head * num_q_clusters + q_cluster) * num_means
-
-        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l_i = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        offs_n = tl.arange(0, BLOCK_N)
-        for start in range(0, num_means, BLOCK_N):
-            mean = start + offs_n
-            known = mean < num_means
-            # [BLOCK_N]
-            begin = tl.load(k_offsets + mean, mask=known, other=0)
-            end = tl.load(k_offsets + mean + 1, mask=known, other=0)
-            mask_n = (end > begin) & (tl.load(use_mean + mean, mask=known, other=0) != 0)
-            # [BLOCK_D, BLOCK_N]
-            k_tile = load_tile(k_means, mean, HEAD_DIM, offs_d, mask_n, HEAD_DIM, TRANSPOSED=True)
-            size_log2 = tl.log2(tl.maximum(end - begin, 1).to(tl.float32))
-            # [BLOCK_M, BLOCK_N]
-            scores = tl.dot(q_tile, k_tile, input_precision="ieee") * qk_scale_log2
-            scores = tl.where(mask_n[None, :], scores + size_log2[None, :], float("-inf"))
-            m_i, l_i, acc, p = online_softmax_update(m_i, l_i, acc, scores, None, ALL_HIDDEN=True)
-            # [BLOCK_N, BLOCK_D]
-            v_tile = load_tile(v_means, mean, HEAD_DIM, offs_d, mask_n, HEAD_DIM)
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-
-        out += batch * out_batch_stride + head * out_head_stride
-        lse += batch_head * num_queries
-        before = tl.load(lse + q_idx, mask=mask_m, other=0.0) * LOG2_E
-        m_new = tl.maximum(m_i, before)
-        m_new = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - m_new)
-        share = tl.exp2(before - m_new)
-        l_i = l_i * alpha + share
-        # [BLOCK_M, BLOCK_D]
-        exact = load_tile(out, q_idx, out_row_stride, offs_d, mask_m, HEAD_DIM).to(tl.float32)
-        acc = acc * alpha[:, None] + exact * share[:, None]
-        _store_rows(out, q_idx, out_row_stride, mask_m, l_i, acc, offs_d, HEAD_DIM)
-        tl.store(lse + q_idx, (m_new + tl.log2(l_i)) * LN_2, mask=mask_m)
+        tl.store(lse + q_idx, (m_i + tl.log2(l_i)) * LN_2, mask=mask_m)
 
 
 @triton.jit
@@ -495,23 +455,3 @@ def _query_rows(
         q_idx = tl.load(sorted_idx + batch_head * num_queries + offs_m, mask=mask_m, other=0)
         q_idx = q_idx.to(tl.int64)
     return q_idx, mask_m
-
-
-@triton.jit
-def _store_rows(
-    out,
-    q_idx,
-    out_row_stride,
-    mask_m,
-    l_i,
-    acc,
-    offs_d,
-    HEAD_DIM: tl.constexpr,
-):
-    """Write the output of a tile of queries: 0 for a query without keys."""
-    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-    tl.store(
-        out + q_idx[:, None] * out_row_stride + offs_d[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :],
-    )

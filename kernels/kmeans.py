@@ -58,19 +58,38 @@ def kmeans(
 
 @dataclass
 class SortedKeys:
-    """Keys and values in sorted order, which the last update writes on its way.
+    """Keys and values in sorted order, which the last update writes on its way; and their means.
 
     Attributes:
         v: [B, H, S, D], the values in the order of the tokens.
         k_sorted: [B, H, S, D] of the dtype of the keys, or in 8 bits; to be written.
         v_sorted: [B, H, S, D], to be written.
-        v_means: [B, H, K, D] fp32, the mean value of each cluster, to be written.
+        k_means, v_means: [B, H, K, D] in the dtype of keys and values, the mean key and value of
+            each cluster, 0 of an empty one; to be written.
+        log2_sizes: [B, H, K] fp32, the logarithm to base 2 of the number of its keys, -inf of
+            none; to be written.
     """
 
     v: Tensor
     k_sorted: Tensor | Int8Keys
     v_sorted: Tensor
+    k_means: Tensor
     v_means: Tensor
+    log2_sizes: Tensor
+
+    @classmethod
+    def empty(cls, k: Tensor, v: Tensor, num_clusters: int, *, int8: bool) -> SortedKeys:
+        """Allocate for keys and values [B, H, S, D], in 8 bits or as they are."""
+        flat = torch.contiguous_format
+        batch, heads, _, head_dim = k.shape
+        means = [x.new_empty(batch, heads, num_clusters, head_dim) for x in (k, v)]
+        return cls(
+            v,
+            Int8Keys.empty(k) if int8 else torch.empty_like(k, memory_format=flat),
+            torch.empty_like(v, memory_format=flat),
+            *means,
+            torch.empty(batch, heads, num_clusters, dtype=torch.float32, device=k.device),
+        )
 
 
 @dataclass
@@ -290,7 +309,9 @@ def _launch_update_and_sort(
         k_scale,
         k_shift,
         target.v_sorted,
+        target.k_means,
         target.v_means,
+        target.log2_sizes,
         batch * heads,
         heads,
         tokens,
@@ -566,7 +587,8 @@ def _update(
         begin = tl.load(offsets + cluster)
         end = tl.load(offsets + cluster + 1)
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(begin, end, BLOCK_M):
+        # Rows of the next turns are copied ahead: a large cluster keeps one program busy for long.
+        for start in tl.range(begin, end, BLOCK_M, num_stages=3):
             offs_m = start + tl.arange(0, BLOCK_M)
             mask_m = offs_m < end
             token = tl.load(sorted_idx + offs_m, mask=mask_m, other=0).to(tl.int64)
@@ -604,7 +626,9 @@ def _update_and_sort(
     k_scale,
     k_shift,
     v_sorted,
+    k_means,
     v_means,
+    log2_sizes,
     batch_heads,
     heads,
     tokens,
@@ -685,8 +709,11 @@ def _update_and_sort(
         tl.store(means + mean_row * HEAD_DIM + offs_d, mean, mask=mask_d & (end > begin))
         if is_key:
             v_mean = tl.sum(v_total, 0) / count
-            v_row = wide_head * num_clusters + cluster
-            tl.store(v_means + v_row * HEAD_DIM + offs_d, v_mean, mask=mask_d)
+            row = wide_head * num_clusters + cluster
+            tl.store(k_means + row * HEAD_DIM + offs_d, mean, mask=mask_d)
+            tl.store(v_means + row * HEAD_DIM + offs_d, v_mean, mask=mask_d)
+            size = tl.where(end > begin, tl.log2(count), float("-inf"))
+            tl.store(log2_sizes + row, size)
 
 
 @triton.jit

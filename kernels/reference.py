@@ -25,6 +25,7 @@ from vidaccel.kernels.common import (
 
 _CHUNK = 1 << 24  # scores held at a time
 SAMPLES = 64  # keys whose mean stands for the mean of all
+MASS_QUERIES = 512  # of a cluster, whose attention mass stands for that of all
 LEAST = 1e-30  # a row without a larger element is rounded to zeros
 SCALE_FORMATS = ("float32", "ue8m0", "e4m3")
 E4M3_LEAST, E4M3_MOST = 2.0**-9, 448.0
@@ -162,6 +163,8 @@ def query_mass(
 
     Every query spreads its own softmax over the key clusters (a key is approximated by the mean
     of its cluster), and the mean over a query cluster says more than the softmax of its centroid.
+    Of a cluster of more than MASS_QUERIES so many are looked at, spread evenly over its sorted
+    order: their mean is as good, and a cluster of half a video takes no longer than others.
 
     Args:
         q: [B, H, Sq, D].
@@ -175,7 +178,22 @@ def query_mass(
         [B, H, Qc, Kc] in fp32 (or float64); a row sums to 1, that of an empty cluster to 0.
     """
     logits = _cluster_logits(q, k_means, k_counts, scale)
-    return cluster_means(logits.softmax(-1), q_labels, num_queries)
+    return cluster_means(logits.softmax(-1), _sampled(q_labels, num_queries), num_queries)
+
+
+def _sampled(labels: Tensor, num_labels: int) -> Tensor:
+    """Labels that MASS_QUERIES tokens of each larger cluster keep; the others get `num_labels`."""
+    labels = labels.clamp(max=num_labels)
+    order, offsets = sort_by_label(labels, num_labels + 1)
+    place = torch.empty_like(order).scatter_(
+        2, order.long(), torch.arange(order.shape[2], device=order.device).int().expand_as(order)
+    )
+    rank = (place - offsets.gather(2, labels.long())).long()
+    count = offsets.diff().gather(2, labels.long()).long()
+    taken = count.clamp(max=MASS_QUERIES)
+    nearest = (rank * taken + count - 1) // count  # the only one of those taken that can be it
+    is_taken = (nearest < taken) & (nearest * count // taken == rank)
+    return torch.where(is_taken, labels, num_labels)
 
 
 def _cluster_logits(q: Tensor, k_means: Tensor, k_counts: Tensor, scale: float) -> Tensor:

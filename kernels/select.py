@@ -16,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels import reference
-from vidaccel.kernels.block_lists import BLOCK_PARTIAL, LISTS, ROOM, BlockLists, write_block_lists
+from vidaccel.kernels.block_lists import (
+    BLOCK_PARTIAL,
+    LISTS,
+    ROOM,
+    BlockLists,
+    size_bias,
+    write_block_lists,
+)
 from vidaccel.kernels.common import (
     Impl,
     KernelError,
@@ -297,7 +304,7 @@ def _lists(
     partial_blocks,
     num_blocks,
     q_tiles,
-    use_mean,
+    mean_bias,
     max_full_blocks,
     max_partial_blocks,
     max_q_tiles,
@@ -345,10 +352,11 @@ def _lists(
         take = take | ((k_cluster == num_k_means + 1) & has_text & (q_cluster == num_q_means + 1))
         step = take.to(tl.int32)
         tl.store(selected + num_written + tl.cumsum(step, 0) - step, k_cluster, mask=take)
-        if use_mean is not None:
+        if mean_bias is not None:
+            bias = size_bias(k_offsets + batch_head * (num_k_clusters + 1), k_cluster, mask)
             tl.store(
-                use_mean + (batch_head * num_q_clusters + q_cluster) * num_k_means + k_cluster,
-                tl.where(take | (q_cluster >= num_q_means), 0, 1).to(tl.int8),
+                mean_bias + (batch_head * num_q_clusters + q_cluster) * num_k_means + k_cluster,
+                tl.where(take | (q_cluster >= num_q_means), float("-inf"), bias),
                 mask=mask,
             )
         num_written += tl.sum(step, 0)

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from vidaccel.kernels import reference
 from vidaccel.kernels.block_lists import fill_block_lists
-from vidaccel.kernels.block_sparse_attention import attend, empty_block_lists
+from vidaccel.kernels.block_sparse_attention import ClusterMeans, attend, empty_block_lists
 from vidaccel.kernels.common import rows_contiguous
 from vidaccel.kernels.kmeans import Lloyd, SortedKeys, cluster_means
-from vidaccel.kernels.quantise import Int8Keys
 from vidaccel.kernels.query_mass import query_mass_logits
 from vidaccel.kernels.select import select
 from vidaccel.kernels.state import Clustering, SemanticConfig, SemanticState
@@ -39,18 +38,7 @@ def semantic_attention_triton(
     batch, heads, tokens, head_dim = q.shape
     num_means = config.key_clusters
     scale = config.scale if config.scale is not None else 1 / math.sqrt(head_dim)
-    # A cluster without keys has no mean: where means take part in attention it must be finite.
-    new = torch.zeros if config.compensation else torch.empty
-    k_means, v_means = (
-        new(batch, heads, num_means, head_dim, dtype=torch.float32, device=q.device)
-        for _ in range(2)
-    )
-    target = SortedKeys(
-        v,
-        Int8Keys.empty(k) if config.int8_qk else torch.empty_like(k, memory_format=_FLAT),
-        torch.empty_like(v, memory_format=_FLAT),
-        v_means,
-    )
+    target = SortedKeys.empty(k, v, num_means, int8=config.int8_qk)
     lloyd = None
     if state.key is None or state.calls % config.recluster_every == 0:
         lloyd = cluster_triton(q, k, state, config, video, text_mask, target)
@@ -58,6 +46,8 @@ def semantic_attention_triton(
     query, key = state.query, state.key
     assert query is not None and key is not None
     if lloyd is None or config.query_metric:
+        shape = (batch, heads, num_means, head_dim)
+        k_means = torch.empty(shape, dtype=torch.float32, device=q.device)
         cluster_means(k, key.sorted_idx, key.offsets, k_means, target)
     else:
         k_means = lloyd.side_centroids(1)
@@ -83,8 +73,8 @@ def semantic_attention_triton(
                 q,
                 query.sorted_idx,
                 query.offsets,
-                k_means,
-                key.offsets,
+                target.k_means,
+                target.log2_sizes,
                 config.query_clusters,
                 scale,
             )
@@ -112,8 +102,9 @@ def semantic_attention_triton(
         lists,
         scale=scale,
         sorted_idx=query.sorted_idx,
-        k_means=k_means if config.compensation else None,
-        v_means=v_means if config.compensation else None,
+        means=ClusterMeans(target.k_means, target.v_means, config.query_clusters)
+        if config.compensation
+        else None,
     )
     state.end_phase("attention")
     return out
@@ -163,6 +154,3 @@ def cluster_triton(
         for side in (0, 1)
     )
     return lloyd
-
-
-_FLAT = torch.contiguous_format

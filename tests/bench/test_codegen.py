@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from vidaccel.bench import codegen
+from vidaccel.errors import VidaccelError
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def result(tmp_path_factory):
 
 def test_nothing_spills_and_the_fast_units_are_used(result):
     assert codegen.problems(result) == []
-    expected = {"attend", "add_means", "mass", "assign", "prepare", "update", "update_sort"}
+    expected = {"attend", "attend_means", "mass", "assign", "prepare", "update", "update_sort"}
     expected |= {"attend_int8", "update_sort_int8", "quantise", "move"}
     assert {row["kernel"] for row in result} == expected
     for row in result:
@@ -44,6 +45,11 @@ def test_loops_are_found_and_share_is_predicted(result):
     int8 = next(row for row in result if row["kernel"] == "attend_int8")
     assert int8["shared_bytes"] < attend["shared_bytes"]
     assert int8["predicted"]["tensor_cycles"] == 0.75 * attend["predicted"]["tensor_cycles"]
+    assert int8["warnings"] == ["C7515"], "cured? then it need not be accepted any more"
+    assert int8["predicted"]["overlapped"] == int8["predicted"]["serial"]
+    means = next(row for row in result if row["kernel"] == "attend_means")
+    assert len(attend["loops"]) == 2 and len(means["loops"]) == 3
+    assert all(loop["copies"] > 0 and loop["pending_copies"] for loop in means["loops"])
     table = codegen.codegen_table({"rows": result, "problems": []})
     assert "attend d128 bf16" in table and "predictions" in table
 
@@ -51,8 +57,15 @@ def test_loops_are_found_and_share_is_predicted(result):
 def test_problems_are_named():
     row = {"name": "attend d128 bf16", "chip": 90, "spills": 3, "shared_bytes": 300_000}
     row |= {"matrix": True, "dtype": "bf16", "matrix_instructions": ["HMMA"], "constants": {}}
+    row |= {"kernel": "attend", "warnings": ["C7515"]}
     found = "; ".join(codegen.problems([row]))
+    assert "attend d128 bf16 on sm_90: ptxas warns of lost speed (C7515)" in found
     int8 = row | {"constants": {"INT8": True}, "matrix_instructions": ["HGMMA", "IMMA"]}
+    int8["kernel"] = "attend_int8"
+    assert "C7515" not in "; ".join(codegen.problems([int8]))
+    assert codegen.notes([int8]) == [
+        "attend_int8 on sm_90: products wait (C7515); scores in int8 gain nothing there"
+    ]
     assert "no IGMMA instructions, only HGMMA, IMMA" in "; ".join(codegen.problems([int8]))
     assert "spills registers: 3" in found and "300000 bytes" in found and "no HGMMA" in found
 
@@ -67,4 +80,11 @@ def test_a_loop_in_disassembly():
     """
     code = codegen.instructions(text)
     assert [name for _, name, _ in code] == ["MOV", "HGMMA.64x64x16.F32", "MUFU.EX2", "BRA", "EXIT"]
-    assert codegen.inner_loop(code) == ["HGMMA.64x64x16.F32", "MUFU.EX2", "BRA"]
+    (loop,) = codegen.matrix_loops(code)
+    assert [name for name, _ in loop] == ["HGMMA.64x64x16.F32", "MUFU.EX2", "BRA"]
+
+
+def test_ptxas_is_asked_for_asynchronous_products_alone():
+    assert codegen.ptxas_warnings(".target sm_80\nmma.sync") == []
+    with pytest.raises(VidaccelError, match="ptxas failed"):
+        codegen.ptxas_warnings(".version 8.0\n.target sm_90a\nwgmma")

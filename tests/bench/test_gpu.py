@@ -2,8 +2,10 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +234,16 @@ def test_short_items_run_through_on_a_cpu(folder):
     kept = folder.read("kernels")["items"]
     assert kept[ceilings[0].name]["result"]["product_tflops"] > 0
     assert kept[sixteen[0].name]["result"]["int8_by_torch"]["tera_operations"] > 0
+
+
+def test_the_script_for_a_bare_machine_hands_its_options_on(tmp_path):
+    script = str(Path(__file__).parents[2] / "examples" / "gpu_machine.sh")
+    done = subprocess.run(["sh", script], capture_output=True, text=True)
+    assert done.returncode == 2 and "gpu_machine.sh bench [options]" in done.stderr
+    variables = os.environ | {"PYTHON": sys.executable, "SITE": str(tmp_path / "site")}
+    command = ["sh", script, "bench", "--part", "kernel", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 2 and "no part is called 'kernel'" in done.stderr
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_no_kernel_is_launched_in_another_way(monkeypatch, device):
     monkeypatch.setattr(launching, "on_device", entered)
     names = {
         block_lists: ["_from_selection"],
-        block_sparse_attention: ["_attend", "_add_means"],
+        block_sparse_attention: ["_attend"],
         kmeans: ["_prepare", "_assign", "_update", "_update_and_sort"],
         permuting: ["_move"],
         quantise: ["_quantise"],
@@ -153,7 +153,7 @@ def test_too_many_batch_items_and_heads_are_refused(name):
         "select": lambda: select_top_p(
             x, x, ints[..., :1], scale=1.0, top_p=0.5, min_ratio=0.0, impl="triton"
         ),
-        "mass": lambda: query_mass_logits(x, ints[..., :1], ints, x, ints, 1, 1.0),
+        "mass": lambda: query_mass_logits(x, ints[..., :1], ints, x, x[..., 0], 1, 1.0),
     }
     # Queries and keys are clustered in one launch.
     with pytest.raises(KernelError, match=r"65,536 programs is over .* split the batch"):

@@ -7,6 +7,7 @@ import torch
 
 from vidaccel.kernels import reference
 from vidaccel.kernels.common import KernelError
+from vidaccel.kernels.query_mass import query_mass_logits
 from vidaccel.kernels.select import select_top_p
 
 SCALE = 0.3
@@ -158,3 +159,27 @@ def test_mass_over_queries_equals_one_query_per_cluster():
     plain = reference.select_top_p(q, k, counts, **arguments)
     by_mass = reference.select_top_p(q, k, counts, **arguments, mass=mass)
     assert torch.equal(plain.mask(), by_mass.mask())
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 512])
+def test_the_mass_of_a_large_cluster_is_that_of_a_sample(most, monkeypatch, device):
+    """Against a plain loop, and the kernel against that; one cluster is empty."""
+    monkeypatch.setattr(reference, "MASS_QUERIES", most)
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 21, 64), torch.randn(1, 1, 5, 64)
+    labels = torch.tensor([0] * 14 + [2] * 5 + [3, 3], dtype=torch.int32)
+    labels = labels[torch.randperm(21)][None, None]
+    counts = torch.tensor([[[4, 0, 1, 30, 2]]], dtype=torch.int32)
+    expected = torch.zeros(1, 1, 3, 5)
+    for cluster in range(3):
+        own = (labels[0, 0] == cluster).nonzero()[:, 0]
+        taken = min(len(own), most)
+        for i in range(taken):
+            scores = q[0, 0, own[i * len(own) // taken]] @ k[0, 0].T * SCALE
+            expected[0, 0, cluster] += (scores + counts[0, 0].log()).softmax(0) / taken
+    found = reference.query_mass(q, labels, 3, k, counts, SCALE)
+    torch.testing.assert_close(found, expected)
+    order, offsets = reference.sort_by_label(labels, 5)
+    lists = (x.to(device) for x in (q, order, offsets, k, counts.float().log2()))
+    logits = query_mass_logits(*lists, 3, SCALE)
+    torch.testing.assert_close(logits.exp().cpu(), expected)

@@ -280,16 +280,27 @@ def test_clustering_alone_prepares_the_next_call():
     assert [empty.item() for empty in warm.empty_clusters()] == [3, 5]
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_layer_takes_at_most_12_launches(int8, monkeypatch, device):
-    """Counted with two rounds of k-means; torch itself must launch nothing."""
+@pytest.mark.parametrize(
+    "options, launches",
+    [({}, 12), ({"int8_qk": True}, 12), ({"mass_averaging": True, "compensation": True}, 13)],
+    ids=["plain", "int8", "as SVG2 has it"],
+)
+def test_a_layer_takes_few_launches(options, launches, monkeypatch, device):
+    """Counted with two rounds of k-means in 16 bits; torch itself must launch nothing."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from vidaccel.kernels import block_sparse_attention, kmeans, quantise, select, sort
+    from vidaccel.kernels import (
+        block_sparse_attention,
+        kmeans,
+        quantise,
+        query_mass,
+        select,
+        sort,
+    )
 
     seen, inside = [], []
     names = ("_prepare", "_assign", "_update", "_update_and_sort", "_scan", "_rank", "_threshold")
-    names += ("_lists", "_attend", "_quantise")
+    names += ("_lists", "_attend", "_quantise", "_mass")
 
     class Watch(TorchDispatchMode):
         """Notes what torch would launch; the interpreter's own work does not count."""
@@ -313,19 +324,16 @@ def test_a_layer_takes_at_most_12_launches(int8, monkeypatch, device):
 
             return launch
 
-    q, k, v = (x.to(device) for x in tokens(size=40))
-    state, config = (
-        SemanticState(),
-        SemanticConfig(2, 3, init_iters=1, kmeans_iters=2, int8_qk=int8),
-    )
+    q, k, v = (x.to(device, torch.float16) for x in tokens(size=40))
+    state, config = SemanticState(), SemanticConfig(2, 3, init_iters=1, kmeans_iters=2, **options)
     semantic_attention(q, k, v, state, config, impl="triton")
-    for module in (block_sparse_attention, kmeans, quantise, select, sort):
+    for module in (block_sparse_attention, kmeans, quantise, query_mass, select, sort):
         for name in names:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     with Watch():
         semantic_attention(q, k, v, state, config, impl="triton")
-    assert seen == ["kernel"] * 12
+    assert seen == ["kernel"] * launches
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

@@ -43,6 +43,8 @@ _CHIPS = {
     120: _Chip(101_376, 102_400, 65_536, 1024),
 }
 CHIPS = tuple(_CHIPS)
+# Kernels and chips whose matrix products ptxas makes wait for each other, with what that means.
+_SERIALISED = {("attend_int8", 90): "scores in int8 gain nothing there"}
 # The matrix instructions that a chip's tensor cores are fast with, of 16-bit numbers and of int8,
 # which do twice as many operations on all of these.
 _FAST = {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "UTCIMMA")}
@@ -112,7 +114,7 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
         if row["shared_bytes"] > _CHIPS[row["chip"]].block_shared:
             found.append(f"{name} needs {row['shared_bytes']} bytes of shared memory")
         if row["matrix"] and row["dtype"] != "fp32":
-            expected = _FAST.get(row["chip"], ("HMMA", "IMMA"))
+            expected: tuple[str, ...] = _FAST.get(row["chip"], ("HMMA", "IMMA"))
             if row["constants"].get("INTEGERS"):
                 expected = expected[1:]
             elif not row["constants"].get("INT8"):
@@ -121,6 +123,19 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
                 if fast not in row["matrix_instructions"]:
                     seen = ", ".join(row["matrix_instructions"]) or "none"
                     found.append(f"{name} has no {fast} instructions, only {seen}")
+        if row["warnings"] and (row["kernel"], row["chip"]) not in _SERIALISED:
+            found.append(f"{name}: ptxas warns of lost speed ({', '.join(row['warnings'])})")
+    return found
+
+
+def notes(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Tell in words what is known of shipped code and accepted, one line per kernel and chip."""
+    found = []
+    for (kernel, chip), meaning in _SERIALISED.items():
+        warned = [r for r in rows if (r["kernel"], r["chip"]) == (kernel, chip) and r["warnings"]]
+        if warned:
+            codes = sorted({code for row in warned for code in row["warnings"]})
+            found.append(f"{kernel} on sm_{chip}: products wait ({', '.join(codes)}); {meaning}")
     return found
 
 
@@ -147,6 +162,7 @@ def codegen_table(result: dict[str, Any]) -> str:
         )
     lines.append("")
     lines += result["problems"] or ["no spills, shared memory within limits, fast matrix units"]
+    lines += notes(result["rows"])
     lines.append("shares of peak are predictions from instruction counts, not measurements")
     return "\n".join(lines)
 
@@ -156,7 +172,9 @@ def _row(config: Any, chip: int, compiled: Any) -> dict[str, Any]:
     usage, text = _disassembled(compiled.asm["cubin"])
     code = instructions(text)
     names = [name for _, name, _ in code]
-    loop = inner_loop(code) if config.matrix else []
+    loops = matrix_loops(code) if config.matrix else []
+    loop = [name for name, _ in loops[0]] if loops else []
+    warnings = ptxas_warnings(compiled.asm["ptx"])
     warps = config.num_warps
     limits = _CHIPS[chip]
     shared = int(compiled.metadata.shared)
@@ -181,16 +199,59 @@ def _row(config: Any, chip: int, compiled: Any) -> dict[str, Any]:
         "matrix_instructions": sorted(
             {found.group(1) for name in names if (found := _MATRIX.match(name))}
         ),
+        "warnings": warnings,
         "loop": _mix(loop),
-        "predicted": _predicted(config, chip, loop, blocks) if loop else None,
+        "loops": [_loop_row(each) for each in loops],
+        "predicted": _predicted(config, chip, loop, blocks, bool(warnings)) if loop else None,
     }
+
+
+def _loop_row(loop: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Count the instructions of a loop, its copies ahead of time, and how many may be pending."""
+    names = [name.split(".")[0] for name, _ in loop]
+    pending = [
+        int(found.group(1), 16)
+        for name, operands in loop
+        if name.startswith("DEPBAR") and (found := re.search(r"0x([0-9a-f]+)", operands))
+    ]
+    return {
+        "instructions": len(loop),
+        "copies": sum(name in ("LDGSTS", "UTMALDG") for name in names),
+        "loads": sum(name == "LDG" for name in names),
+        "barriers": sum(name == "BAR" for name in names),
+        "pending_copies": pending,
+    }
+
+
+def ptxas_warnings(ptx: str) -> list[str]:
+    """Return the codes of what ptxas says of lost speed in asynchronous products, sorted.
+
+    Compiling tells them once alone, and Triton keeps what it has compiled: so ptxas runs again.
+    """
+    if "wgmma" not in ptx:
+        return []
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(ptx.encode())
+        file.flush()
+        command = [str(_tool("ptxas")), "-v", f"--gpu-name={target.group(1)}", file.name]
+        done = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise VidaccelError(f"ptxas failed: {done.stderr.strip()}")
+    return sorted(set(re.findall(r"\((C75\d\d)\)", done.stdout + done.stderr)))
+
+
+def _tool(name: str) -> Path:
+    """Return a program that comes with Triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def _disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
     """Return the resource report and the disassembly of a kernel."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = _tool("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -210,8 +271,11 @@ def instructions(text: str) -> list[tuple[int, str, str]]:
     return [(int(a, 16), name, rest.strip()) for a, name, rest in pattern.findall(text)]
 
 
-def inner_loop(code: list[tuple[int, str, str]]) -> list[str]:
-    """Return the instructions of the first innermost loop with matrix instructions, by name."""
+def matrix_loops(code: list[tuple[int, str, str]]) -> list[list[tuple[str, str]]]:
+    """Return the innermost loops with matrix instructions, as names and operands, in order.
+
+    Those of attention are of full blocks, of partial ones, and of means.
+    """
     loops = []
     for address, name, rest in code:
         target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
@@ -219,15 +283,14 @@ def inner_loop(code: list[tuple[int, str, str]]) -> list[str]:
             loops.append((int(target.group(1), 16), address))
     found = []
     for begin, end in loops:
-        body = [name for address, name, _ in code if begin <= address <= end]
-        if any(_MATRIX.match(name) for name in body):
+        body = [(name, rest) for address, name, rest in code if begin <= address <= end]
+        if any(_MATRIX.match(name) for name, _ in body):
             found.append((begin, end, body))
-    innermost = [
+    return [
         body
-        for begin, end, body in found
+        for begin, end, body in sorted(found, key=lambda each: each[:2])
         if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e, _ in found)
     ]
-    return innermost[0] if innermost else []
 
 
 def _mix(loop: list[str]) -> dict[str, int]:
@@ -240,14 +303,17 @@ def _mix(loop: list[str]) -> dict[str, int]:
     return dict(mix)
 
 
-def _predicted(config: Any, chip: int, loop: list[str], blocks: int) -> dict[str, float]:
+def _predicted(
+    config: Any, chip: int, loop: list[str], blocks: int, serialised: bool
+) -> dict[str, float]:
     """Predict the cycles of a turn of the loop, and the tensor cores' share of them.
 
     A scheduler issues one instruction per cycle to each of 4 quarters, and a quarter answers
     4 exponentials per cycle; on sm_80 its integers become floats in the same unit. Products of
     int8 count at their own rate, so that shares of different kernels are of different peaks.
     "overlapped" assumes that the busiest unit hides all others, which
-    needs several blocks or warp groups per multiprocessor; "serial" that nothing overlaps.
+    needs several blocks or warp groups per multiprocessor; "serial" that nothing overlaps, as where
+    the compiler has serialised the products.
     """
     constants = config.constants
     block_d = constants.get("BLOCK_D") or constants["BLOCK_K"]
@@ -261,12 +327,13 @@ def _predicted(config: Any, chip: int, loop: list[str], blocks: int) -> dict[str
     converted = sum(name.split(".")[0] == "I2F" for name in loop)
     exponent = per_quarter * (mix.get("exponent", 0) + converted) * 32 / 4
     busiest = max(tensor, issue, exponent)
+    serial = useful * tensor / (tensor + max(issue, exponent))
     return {
         "tensor_cycles": tensor,
         "issue_cycles": issue,
         "exponent_cycles": exponent,
         "useful_share_of_tile": useful,
         "blocks": blocks,
-        "overlapped": useful * tensor / busiest,
-        "serial": useful * tensor / (tensor + max(issue, exponent)),
+        "overlapped": serial if serialised else useful * tensor / busiest,
+        "serial": serial,
     }

@@ -18,6 +18,7 @@ from vidaccel.kernels import (
     product,
     quantise,
     query_mass,
+    reference,
     rotate,
     select,
     sort,
@@ -121,7 +122,7 @@ def _attention(head_dim: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped
     """List the kernels whose time goes into the products of attention."""
     lists = ("sorted_idx", "q_offsets", "k_offsets", "full_blocks", "partial_blocks")
     types = dict.fromkeys((*lists, "num_blocks", "q_tiles"), "i32")
-    types |= dict.fromkeys(("lse", "k_scale", "k_shift"), "fp32") | {"use_mean": "i8"}
+    types |= dict.fromkeys(("lse", "k_scale", "k_shift", "log2_sizes", "mean_bias"), "fp32")
     module = block_sparse_attention
     exact, int8 = (
         {"INT8": int8_qk, "BLOCK_PARTIAL": block_lists.BLOCK_PARTIAL}
@@ -129,12 +130,13 @@ def _attention(head_dim: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped
         for int8_qk in (False, True)
     )
     exact |= {"k_scale": None, "k_shift": None}
-    means = module.means_config(dtype, exact["BLOCK_M"])
-    mass = query_mass.mass_config(head_dim, dtype)
+    # With int8 only as SVG2 has it: without means it is a part of the same code.
+    absent = ("k_means", "v_means", "mean_bias", "num_means", "num_compensated")
+    mass = {"MOST": reference.MASS_QUERIES, **query_mass.mass_config(head_dim, dtype)}
     for name, function, config, pointers, products in (
-        ("attend", module._attend, exact, types, 2),
+        ("attend", module._attend, exact | dict.fromkeys(absent), types, 2),
+        ("attend_means", module._attend, exact, types, 2),
         ("attend_int8", module._attend, int8, types | {"k": "i8"}, 1.5),
-        ("add_means", module._add_means, means, types, 2),
         ("mass", query_mass._mass, mass, types | {"out": "fp32"}, 1),
     ):
         yield _shipped(
@@ -144,7 +146,7 @@ def _attention(head_dim: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped
 
 def _clustering(head_dim: int, dtype: torch.dtype) -> Iterator[Shipped]:
     """List the kernels of k-means, and those that move and round rows."""
-    floats = ("first0", "first1", "centroids", "means", "half_norms", "v_means")
+    floats = ("first0", "first1", "centroids", "means", "half_norms", "log2_sizes")
     types = dict.fromkeys((*floats, "k_scale", "k_shift", "scale", "shift"), "fp32")
     ints = ("labels", "histogram", "sorted_idx", "offsets", "k_offsets")
     types |= dict.fromkeys(ints, "i32") | {"text_mask": "i8"}
@@ -180,9 +182,9 @@ def _selection() -> Iterator[Shipped]:
         )
     tiles = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_PARTIAL": block_lists.BLOCK_PARTIAL}
     config = {**tiles, **block_lists.LISTS}
-    types = {"scores": "fp32", "use_mean": "i8"}
+    types = {"scores": "fp32", "mean_bias": "fp32"}
     yield _shipped(
-        "lists", select._lists, {"use_mean": None, **config}, pointers=types, default="i32"
+        "lists", select._lists, {"mean_bias": None, **config}, pointers=types, default="i32"
     )
     yield _shipped(
         "block_lists", block_lists._from_selection, config, pointers=types, default="i32"

@@ -41,8 +41,9 @@ class SVG2:
             keys less a vector that they share (SageAttention, arXiv 2410.02367). Weights, values
             and the means of clusters stay as they are. It can only lose quality, for speed on
             tensor cores that do twice as many int8 products. By the code that is generated that
-            pays at head size 128 on sm_80, 90 and 120, and not on sm_100, whose other units are
-            as busy already; `vidaccel bench kernels` measures it.
+            pays at head size 128 on sm_80 and 120; on sm_90 the compiler makes the products wait
+            for each other, and on sm_100 other units are as busy already. `vidaccel bench kernels`
+            measures it.
         refresh_top_p: top_p of the steps whose result a cache keeps and uses again; None for the
             same as in other steps.
         min_tokens: video sequences shorter than this stay dense, since they gain nothing.
