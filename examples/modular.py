@@ -22,7 +22,7 @@ parser.add_argument("--size", type=int, default=64)
 parser.add_argument("--frames", type=int, default=9)
 arguments = parser.parse_args()
 
-pipe = ModularPipeline.from_pretrained(arguments.model)
+pipe = ModularPipeline.from_pretrained(str(arguments.model))
 pipe.load_components()
 vidaccel.accelerate(pipe)
 
