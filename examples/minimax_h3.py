@@ -42,6 +42,7 @@ call = {
 }
 video, sound = pipe(**call, output=["latents", "audio_latents"]).values()
 print("text to video:", tuple(video.shape), tuple(sound.shape))
+print(vidaccel.report(pipe))
 
 # References run another transformer. It is loaded now, and accelerated as the pipeline is.
 pipe.update_components(transformer_ref=MiniMaxH3Transformer3DModel(**SMALL).eval())
