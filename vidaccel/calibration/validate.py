@@ -13,6 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from vidaccel.api import accelerate, restore
+from vidaccel.calibration.fidelity import fit_fidelity
 from vidaccel.clips.generate import generate
 from vidaccel.clips.metrics import load_lpips, summary
 from vidaccel.errors import MetricUnavailable
@@ -117,6 +118,8 @@ def validated_policy(
 ) -> CachePolicy:
     """Keep the best candidate of each budget, and note what all of them gave.
 
+    From the errors of plans and what they gave follows the PSNR that the policy predicts.
+
     Args:
         pipe, call, samples, progress: as `scores` takes them.
         policy: what was measured.
@@ -145,7 +148,14 @@ def validated_policy(
                 speedup=plain_seconds / score.seconds,
             )
             rows.append(row)
-    return policy.model_copy(update={"plans": kept, "validation": tuple(rows)})
+    fidelity = fit_fidelity(
+        (sum(plan.errors), found[f"{budget}: {name}"].psnr)
+        for budget in budgets
+        for name, plan in candidates[budget].items()
+        if plan.errors
+    )
+    update = {"plans": kept, "validation": tuple(rows), "fidelity": fidelity}
+    return policy.model_copy(update=update)
 
 
 def _kept(own: StoredPlan, best: Plan, name: str) -> StoredPlan:
