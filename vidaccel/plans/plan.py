@@ -190,6 +190,7 @@ class RunSettings:
         experts: number of transformers of the pipeline, which take turns along the noise levels.
         guidance_scale: that of the pipeline's call.
         latents: the shape of the latents of one sample, without its batch.
+        precision: the low precision that its linear layers are in.
     """
 
     num_inference_steps: int
@@ -206,3 +207,4 @@ class RunSettings:
     experts: int | None = None
     guidance_scale: float | None = None
     latents: tuple[int, ...] | None = None
+    precision: str | None = None

@@ -52,6 +52,8 @@ from vidaccel.plans.schema import (
 from vidaccel.plans.store import shortened
 from vidaccel.plans.table import plan_table, ranges, what_is_missing
 
+FULL = "full precision"
+
 # Noise grids agree when every entry does to this relative difference: float32 rounding, no more.
 GRID_TOLERANCE = 1e-4
 
@@ -366,6 +368,13 @@ class CachePolicy(Record):
 
     def doubt(self, run: RunSettings) -> str:
         """Return what is not known of the model of a run that passes `check`; empty: nothing."""
+        doubts = [self._doubt_of_model(run)]
+        if self.model.precision != run.precision:
+            there, here = self.model.precision or FULL, run.precision or FULL
+            doubts.append(f"measured in {there}, and this run is in {here}")
+        return "; ".join(filter(None, doubts))
+
+    def _doubt_of_model(self, run: RunSettings) -> str:
         model, proof = self.model, self.model.proof(run)
         if proof in ("id", "hash"):
             return ""

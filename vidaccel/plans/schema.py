@@ -75,6 +75,7 @@ class ModelInfo(Record):
     """The model: class, hub id and config of its transformer, and its pipeline (None: not known).
 
     `config` are the entries of the config that tell it from others, where None is a value;
+    `precision` is the low precision that it was measured in; None: as it was loaded.
     `config_hash` is the hash of all that are no defaults of the class; in files of before, that of
     all. `experts` is the number of transformers.
     """
@@ -85,6 +86,7 @@ class ModelInfo(Record):
     config: Annotated[dict[Name, Entry], Field(max_length=MAX_ENTRIES)] | None = None
     pipeline: Name | None = None
     experts: Annotated[int, Field(ge=1, le=16)] | None = None
+    precision: Annotated[str, StringConstraints(max_length=256)] | None = None
 
     @classmethod
     def of(cls, run: RunSettings) -> Self:
@@ -96,6 +98,7 @@ class ModelInfo(Record):
             config=None if run.config is None else dict(run.config),
             pipeline=run.pipeline,
             experts=run.experts,
+            precision=run.precision,
         )
 
     def contradictions(self, run: RunSettings) -> Iterator[tuple[str, Any, Any]]:
@@ -137,7 +140,7 @@ class ModelInfo(Record):
     @model_serializer(mode="wrap")
     def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what a file of schema 1.1 has not."""
-        newer = ("config", "pipeline", "experts")
+        newer = ("config", "pipeline", "experts", "precision")
         found: dict[str, Any] = handler(self)
         return {k: v for k, v in found.items() if v is not None or k not in newer}
 
