@@ -92,7 +92,8 @@ def rotate_config(
         # Small groups that share a rotation are rotated together.
         tile = group if per_group else max(group, 64)
         part = min(group, 64) if group < 256 else 32
-        block_m = 64 if chip in (90, 100) else 32  # the others run out of registers
+        # More rows run out of registers on other chips, and with scales of blocks of large groups.
+        block_m = 64 if chip in (90, 100) and (group < 256 or block is None) else 32
         warps, stages = 4 if group < 128 else 8, 2
     return {
         "GROUP": group or 0,
