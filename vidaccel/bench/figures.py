@@ -1,4 +1,4 @@
-"""Figures of quality against speed, and of sparse attention against density."""
+"""Figures of quality against speed, of a grid of settings, and of sparse attention."""
 
 import re
 from collections import Counter
@@ -8,6 +8,7 @@ from typing import Any
 
 from vidaccel.bench.attention import AttentionResult
 from vidaccel.bench.curves import Point, QualityResult, front
+from vidaccel.bench.defaults import AUTO, DefaultsResult
 from vidaccel.bench.sparse_methods import SPARSE_METHODS
 from vidaccel.errors import MetricUnavailable
 
@@ -86,6 +87,38 @@ def _style(method: str, methods: Sequence[str]) -> dict[str, Any]:
     if method in simple:
         return {"color": str(0.15 + 0.15 * simple.index(method)), "linestyle": ":"}
     return {"color": _COLD[others.index(method) % len(_COLD)], "linestyle": "--"}
+
+
+def draw_defaults(result: DefaultsResult, path: Path) -> None:
+    """Draw every method in every setting of a grid, a panel per speed.
+
+    Args:
+        result: the result of `vidaccel.bench.defaults.defaults`.
+        path: file of the figure: .png, .svg or .pdf.
+
+    Raises:
+        MetricUnavailable: matplotlib is not installed.
+    """
+    standings = result.standings()
+    figure = _figure((6.2 * len(standings) + 2.6, 6.4))
+    axes = figure.subplots(1, len(standings), squeeze=False, sharey=True)[0]
+    methods = sorted({method for rows in standings.values() for method in rows})
+    for axis, speedup in zip(axes, standings, strict=True):
+        for method in methods:
+            found = [cell.at_equal_time[speedup].get(method) for cell in result.cells]
+            values = [float("nan") if q is None or q.psnr is None else q.psnr for q in found]
+            style = {"color": "#d62728", "linewidth": 2.6} if method == AUTO else {}
+            style = style or _style(method, methods)
+            axis.plot(values, range(len(values)), marker="o", markersize=4, label=method, **style)
+        axis.set_title(f"1/{speedup} of the steps computed")
+        axis.set_xlabel("PSNR against the plain clip, mean of the prompts (dB)")
+        axis.set_yticks(range(len(result.cells)), [cell.setting for cell in result.cells])
+        axis.grid(alpha=0.3)
+    axes[0].invert_yaxis()  # the first setting on top, in all panels
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def draw_attention(result: AttentionResult, path: Path) -> None:

@@ -93,7 +93,7 @@ def _plan_setting(plan: Plan) -> VariantSetting:
     return setting
 
 
-def _planned(name: str, plan: Plan) -> Variant:
+def planned(name: str, plan: Plan) -> Variant:
     """Make a variant from a plan alone."""
     return _accelerated(name, _plan_setting(plan), policy=plan, cache=None)
 
@@ -101,7 +101,7 @@ def _planned(name: str, plan: Plan) -> Variant:
 def _stored(name: str, context: MethodContext) -> list[Variant]:
     """Make the plans of the policy, as far as there is one for each budget."""
     policy = context.known_policy()
-    return [_planned(name, policy.plan(budget=b)) for b in context.budgets if b in policy.budgets()]
+    return [planned(name, policy.plan(budget=b)) for b in context.budgets if b in policy.budgets()]
 
 
 def _solved(objective: str, order: int = 0) -> MakeVariants:
@@ -120,7 +120,7 @@ def _solved(objective: str, order: int = 0) -> MakeVariants:
                 errors[edge.start, edge.end] = edge.mean
         plans = search.solve(errors, context.budgets, objective=objective)
         found = [plans[budget] for budget in context.budgets if budget in plans]
-        return [_planned(name, plan.forecast(order) if order else plan) for plan in found]
+        return [planned(name, plan.forecast(order) if order else plan) for plan in found]
 
     return make
 
@@ -130,7 +130,7 @@ def _even(order: int) -> MakeVariants:
 
     def make(name: str, context: MethodContext) -> list[Variant]:
         plans = [Plan.spread(budget, context.steps) for budget in context.budgets]
-        return [_planned(name, plan.forecast(order) if order else plan) for plan in plans]
+        return [planned(name, plan.forecast(order) if order else plan) for plan in plans]
 
     return make
 
@@ -148,15 +148,17 @@ class _GenericSchedule(Resolver):
         return generic_plan(self._budget, run.num_inference_steps, sigmas)
 
 
+def generic(name: str, budget: int, *, held: bool = False) -> Variant:
+    """Make a variant of what `policy="auto"` takes where nothing is known of a run."""
+    return _accelerated(name, {"budget": budget}, policy=_GenericSchedule(budget, held))
+
+
 def _generic(held: bool) -> MakeVariants:
     """The steps that `policy="auto"` takes where nothing is known of a run."""
 
     def make(name: str, context: MethodContext) -> list[Variant]:
         """Make one schedule for each budget."""
-        return [
-            _accelerated(name, {"budget": budget}, policy=_GenericSchedule(budget, held))
-            for budget in context.budgets
-        ]
+        return [generic(name, budget, held=held) for budget in context.budgets]
 
     return make
 
@@ -169,43 +171,64 @@ def _dense_start(name: str, context: MethodContext) -> list[Variant]:
         for i in range(1, budget):
             wanted = round((context.steps - 1) * (i / (budget - 1)) ** WIDENING)
             steps.append(max(wanted, steps[-1] + 1))
-        found.append(_planned(name, Plan(tuple(steps), context.steps).forecast(1)))
+        found.append(planned(name, Plan(tuple(steps), context.steps).forecast(1)))
     return found
 
 
-def _fewer_steps(name: str, context: MethodContext) -> list[Variant]:
-    """Make shorter runs of the plain pipeline."""
+def fewer_steps(name: str, steps: int) -> Variant:
+    """Make a variant of a shorter run of the plain pipeline."""
 
     @contextmanager
     def plain(pipe: Any) -> Iterator[None]:
         yield
 
-    return [Variant(name, {"steps": b}, plain, steps=b) for b in context.budgets]
+    return Variant(name, {"steps": steps}, plain, steps=steps)
+
+
+def _fewer_steps(name: str, context: MethodContext) -> list[Variant]:
+    """Make shorter runs of the plain pipeline."""
+    return [fewer_steps(name, budget) for budget in context.budgets]
+
+
+def baseline(name: str, library: str, setting: VariantSetting, context: MethodContext) -> Variant:
+    """Make a variant of a cache of another library.
+
+    Args:
+        name: the method.
+        library: the cache, a name in `BASELINES`.
+        setting: its arguments.
+        context: the run.
+
+    Raises:
+        UnsupportedPipelineError: it is not installed, or was not calibrated for this run.
+    """
+    row = BASELINES[library]
+    if row.unavailable is not None:
+        raise UnsupportedPipelineError(row.unavailable)
+    needed: VariantSetting = {}
+    shown: VariantSetting = {}
+    if row.ratios:
+        if context.ratios is None:
+            raise UnsupportedPipelineError(f"{library} was not calibrated on this model")
+        needed = {"mag_ratios": list(context.ratios), "num_inference_steps": context.steps}
+        # A calibration belongs to the setting: shards of another one are others.
+        shown = {"mag_ratios": _digest(context.ratios)}
+    enabled = partial(row.enabled, setting=setting | needed)
+    return Variant(name, setting | shown, enabled, foreign=True)
 
 
 def _baseline(method: BaselineMethod) -> MakeVariants:
     """A cache of another library at its settings."""
 
     def make(name: str, context: MethodContext) -> list[Variant]:
-        row = BASELINES[method.baseline]
-        if row.unavailable is not None:
-            raise UnsupportedPipelineError(row.unavailable)
-        needed: VariantSetting = {}
-        shown: VariantSetting = {}
-        if row.ratios:
-            if context.ratios is None:
-                raise UnsupportedPipelineError(
-                    f"{method.baseline} was not calibrated on this model"
-                )
-            needed = {"mag_ratios": list(context.ratios), "num_inference_steps": context.steps}
-            # A calibration belongs to the setting: shards of another one are others.
-            shown = {"mag_ratios": _digest(context.ratios)}
-        return [
-            Variant(name, s | shown, partial(row.enabled, setting=s | needed), foreign=True)
-            for s in method.settings
-        ]
+        return [baseline(name, method.baseline, s, context) for s in method.settings]
 
     return make
+
+
+def block_cache(name: str, setting: VariantSetting) -> Variant:
+    """Make a variant of the block cache by itself, from arguments of `DBCache`."""
+    return _accelerated(name, setting, policy=None, cache=DBCache(**setting))
 
 
 def _dbcache(probe: int, corrector: int, order: int) -> MakeVariants:
@@ -222,7 +245,7 @@ def _dbcache(probe: int, corrector: int, order: int) -> MakeVariants:
                 "max_consecutive": None if run < 0 else run,
                 "forecast_order": order,
             }
-            found.append(_accelerated(name, setting, policy=None, cache=DBCache(**setting)))
+            found.append(block_cache(name, setting))
         return found
 
     return make

@@ -5,6 +5,7 @@ from typing import Any
 
 from vidaccel.cli.argument_types import MAX_STEPS, whole_number
 from vidaccel.cli.bench_calibration import add_calibration, add_learning, add_search
+from vidaccel.cli.bench_defaults import add_defaults
 from vidaccel.cli.bench_gpu import add_gpu
 from vidaccel.cli.bench_kernels import add_codegen, add_kernels, add_models
 from vidaccel.cli.bench_precision import add_precision
@@ -115,6 +116,7 @@ BENCHES = (
     add_overhead,
     add_soak,
     add_quality,
+    add_defaults,
     add_parity,
     add_attention,
     add_precision,

@@ -58,7 +58,7 @@ def add_quality(benches: Any) -> None:
         "--every-point", action="store_true", help="a row for every setting, not for equal times"
     )
     add_json_option(parser)
-    _add_plot_option(parser)
+    add_plot_option(parser)
     add_clip_options(parser, guidance=True)
     add_model_options(parser, threads=True)
     parser.set_defaults(run=_quality)
@@ -204,7 +204,7 @@ def add_attention(benches: Any) -> None:
         "--workdir", "--partial", type=Path, help="keeps what is measured; go on from there"
     )
     add_json_option(parser)
-    _add_plot_option(parser)
+    add_plot_option(parser)
     add_model_options(parser, any_model=False)
     parser.set_defaults(run=_attention)
 
@@ -234,7 +234,7 @@ def _attention(arguments: argparse.Namespace) -> None:
     write_json(result.to_dict(), arguments.json)
 
 
-def _add_plot_option(parser: argparse.ArgumentParser) -> None:
+def add_plot_option(parser: argparse.ArgumentParser) -> None:
     """Add --plot."""
     parser.add_argument(
         "--plot",

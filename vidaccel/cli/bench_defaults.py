@@ -1,0 +1,72 @@
+"""The bench of the call without a calibration: `vidaccel bench defaults`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vidaccel.cli.argument_types import MAX_SEED, whole_number
+from vidaccel.cli.bench_quality import EMBEDDED_PROMPTS, add_plot_option
+from vidaccel.cli.options import (
+    add_clip_options,
+    add_command,
+    add_json_option,
+    add_model_options,
+    call_of,
+    model_name,
+    pipeline_of,
+    read_prompts,
+)
+from vidaccel.cli.output import check_writable, print_result, print_written, write_json
+from vidaccel.errors import BenchError
+
+
+def add_defaults(benches: Any) -> None:
+    """Add `vidaccel bench defaults`."""
+    parser = add_command(
+        benches,
+        "defaults",
+        "auto without any policy against other caches at equal CPU time, over schedulers, shifts, "
+        "steps and guidance scales",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
+    parser.add_argument(
+        "--only", metavar="TEXT", help='settings whose name holds this, such as "16 steps"'
+    )
+    parser.add_argument("--list", action="store_true", help="name the settings and stop")
+    parser.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the noise"
+    )
+    parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
+    add_json_option(parser)
+    add_plot_option(parser)
+    add_clip_options(parser)
+    parser.set_defaults(size="48x48", frames=9)
+    add_model_options(parser, any_model=False, threads=True)
+    parser.set_defaults(run=_defaults)
+
+
+def _defaults(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench defaults`."""
+    from vidaccel.bench.defaults import GRID, defaults, defaults_table
+
+    grid = [setting for setting in GRID if (arguments.only or "") in str(setting)]
+    if not grid:
+        raise BenchError(f"no setting holds {arguments.only!r}: vidaccel bench defaults --list")
+    if arguments.list:
+        print("\n".join(map(str, grid)))
+        return
+    check_writable(arguments.json, arguments.plot)
+    from vidaccel.bench.figures import draw_defaults
+
+    pipe = pipeline_of(arguments)
+    call = call_of(pipe, arguments)
+    for name in ("num_inference_steps", "guidance_scale"):  # those of each setting
+        call.pop(name)
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else list(EMBEDDED_PROMPTS[:2])
+    result = defaults(pipe, call, prompts, grid, seed=arguments.seed, workdir=arguments.workdir)
+    result.settings["model"] = model_name(arguments)
+    print_result(defaults_table(result), arguments.json)
+    write_json(result.to_dict(), arguments.json)
+    if arguments.plot is not None:
+        draw_defaults(result, arguments.plot)
+        print_written([arguments.plot])
