@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,7 +23,7 @@ from pydantic import (
 
 from vidaccel.errors import PlanError, PolicyError
 from vidaccel.plans import store
-from vidaccel.plans.edge import Edge, edges_of, without_reuse
+from vidaccel.plans.edge import Edge, without_reuse
 from vidaccel.plans.fidelity import predicted_psnr
 from vidaccel.plans.plan import FEW_STEPS, PRESETS, Plan, RunSettings
 from vidaccel.plans.schema import (
@@ -34,6 +33,7 @@ from vidaccel.plans.schema import (
     Budget,
     Digest,
     Error,
+    Errors,
     FidelityPoint,
     GuidanceInfo,
     LatentSize,
@@ -48,6 +48,7 @@ from vidaccel.plans.schema import (
     StoredPlan,
     Text,
     Validation,
+    check_errors,
 )
 from vidaccel.plans.store import shortened
 from vidaccel.plans.table import plan_table, ranges, what_is_missing
@@ -59,9 +60,6 @@ GRID_TOLERANCE = 1e-4
 
 # What files of schema 1.2 have not.
 _NEWER = ("latents", "adapters", "level", "fidelity")
-
-# By `Edge.action`: what an edge does -> what it costs.
-_Errors = Mapping[tuple[int, int, int, float, int | None], float]
 
 
 class CachePolicy(Record):
@@ -115,7 +113,7 @@ class CachePolicy(Record):
                     f"expected {steps}"
                 )
             if errors:
-                _check_errors(budget, plan, errors)
+                check_errors(budget, plan, errors)
         for (low, above), (high, below) in itertools.pairwise(self.fidelity):
             if not (low < high and above >= below):
                 raise ValueError(
@@ -129,7 +127,7 @@ class CachePolicy(Record):
         found: dict[str, Any] = handler(self)
         return {k: v for k, v in found.items() if v or k not in _NEWER}
 
-    def _edge_errors(self) -> _Errors:
+    def _edge_errors(self) -> Errors:
         """Return the error of each edge; raises ValueError when one cannot be or is there twice."""
         total = self.num_inference_steps
         errors = {}
@@ -396,14 +394,3 @@ def _other(field: str, stored: Any, actual: Any, run: RunSettings) -> PolicyErro
             "use policy=None"
         )
     return PolicyError(message)
-
-
-def _check_errors(budget: str, plan: Plan, errors: _Errors) -> None:
-    """Raise ValueError where an error that a plan states is not the one of its edge."""
-    for edge in edges_of(plan):
-        expected = errors.get(edge.action, 0.0 if edge.end == edge.start + 1 else None)
-        if expected is None or not math.isclose(edge.error, expected, rel_tol=1e-6, abs_tol=1e-12):
-            raise ValueError(
-                f"plans.{budget}.errors: found {edge.error:g} from step {edge.start} to "
-                f"{edge.end}, expected {'an edge' if expected is None else format(expected, 'g')}"
-            )

@@ -1,6 +1,7 @@
 """The parts of a policy file, each with strict types and ranges."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -14,12 +15,15 @@ from pydantic import (
     model_serializer,
 )
 
-from vidaccel.plans.edge import Edge
+from vidaccel.plans.edge import Edge, edges_of
 from vidaccel.plans.forecast import MAX_ORDER, MAX_SCALE
 from vidaccel.plans.plan import Plan, RunSettings
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 3
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
+
+# By `Edge.action`: what an edge does -> what it costs.
+Errors = Mapping[tuple[int, int, int, float, int | None], float]
 
 MAX_STEPS = 1000
 MAX_ENTRIES, MAX_WORD, MAX_NUMBER = 256, 128, 2**53
@@ -240,3 +244,14 @@ class Validation(Record):
     ssim: float | None = None
     lpips: float | None = None
     speedup: Annotated[float, Field(gt=0)]
+
+
+def check_errors(budget: str, plan: Plan, errors: Errors) -> None:
+    """Raise ValueError where an error that a plan states is not the one of its edge."""
+    for edge in edges_of(plan):
+        expected = errors.get(edge.action, 0.0 if edge.end == edge.start + 1 else None)
+        if expected is None or not math.isclose(edge.error, expected, rel_tol=1e-6, abs_tol=1e-12):
+            raise ValueError(
+                f"plans.{budget}.errors: found {edge.error:g} from step {edge.start} to "
+                f"{edge.end}, expected {'an edge' if expected is None else format(expected, 'g')}"
+            )
