@@ -20,7 +20,6 @@ _WAN, _SMALL = "Wan2.1-T2V-14B 720p", "Wan2.1-T2V-1.3B 480p"
 _LAYERS = 2  # of the large model where a few stand for all: its layers are alike
 _STEPS = 6
 _SKIPPED = 2  # steps: the first ones compile, and cluster from scratch
-_IDLE = {"policy": None, "attention": None}
 
 # Computes every step sparsely, so that a few steps tell what a sparse one takes.
 _SPARSE = SVG2(dense_steps=0, dense_layers=0)
@@ -177,7 +176,7 @@ def _idle(sizes: Sizes, model: RealModel) -> dict[str, Any]:
     for _ in range(2):
         for name, found in times.items():
             if name == "idle":
-                accelerate(pipe, **_IDLE)
+                accelerate(pipe, policy=None, cache=None, attention=None)
             found += _seconds_of_steps(sizes, pipe, call)[1:]
             restore(pipe)
     plain, idle = (statistics.median(found) for found in times.values())
