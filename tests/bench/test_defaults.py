@@ -11,14 +11,11 @@ from vidaccel.bench import defaults as module
 from vidaccel.bench.defaults import (
     AUTO,
     EVEN,
-    GRID,
-    SCHEDULERS,
     DefaultsResult,
-    Setting,
     defaults,
     defaults_table,
-    scheduler_of,
 )
+from vidaccel.bench.grid import GRID, SCHEDULERS, Setting, scheduler_of
 from vidaccel.cli.main import main
 from vidaccel.errors import BenchError
 

@@ -47,7 +47,8 @@ def add_defaults(benches: Any) -> None:
 
 def _defaults(arguments: argparse.Namespace) -> None:
     """Run `vidaccel bench defaults`."""
-    from vidaccel.bench.defaults import GRID, defaults, defaults_table
+    from vidaccel.bench.defaults import defaults, defaults_table
+    from vidaccel.bench.grid import GRID
 
     grid = [setting for setting in GRID if (arguments.only or "") in str(setting)]
     if not grid:

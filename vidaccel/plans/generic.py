@@ -6,7 +6,7 @@ times how far the sampler goes in them, times a gain that grows towards pure noi
 1 / (t + START) ** 2 + 1 / (1 - t + END) ** 2 at t = 1 - noise level. In log-SNR that is about even.
 The step lists that were published for LeMiCa (arXiv 2511.00090) follow the same rule with t the
 place of a step in the run, whatever its noise level: those of Wan lie 1.3 steps from its schedules
-on average. So a schedule has to do for both: it is the one of the least error over both together.
+on average. So a schedule has to do for both: it is the one with the least sum of the two errors.
 """
 
 from functools import lru_cache
@@ -21,9 +21,6 @@ from vidaccel.plans.plan import Plan
 # Where the gain ends to grow, at the start of a run and at its end; fitted to the errors of the
 # embedded model's policy of 50 steps, which it fits within a half from the first step to the last.
 START, END = 0.03, 0.10
-# What an error by the place in the run counts beside one by the noise level, which are the same at
-# shift 1. More is nearer to the published lists, less to the embedded model at a shift of 7.
-PLACE_WEIGHT = 0.5
 # No gap is wider than this share of the run, 8 of 50 steps, or this many times the mean gap.
 WIDEST_SHARE, WIDEST_TIMES = 0.16, 1.2
 
@@ -96,7 +93,7 @@ def _solved(budget: int, total: int, levels: tuple[float, ...] | None) -> tuple[
     widest = min(widest, total - 1)
     costs = _errors(np.arange(total + 1) / total, widest)
     if levels is not None:
-        costs = PLACE_WEIGHT * costs + _errors(1.0 - np.array([*levels, 0.0]), widest)
+        costs = costs + _errors(1.0 - np.array([*levels, 0.0]), widest)
     # [T + 1, widest]: row j, column g - 1 is the error of the segment that ends at j and is g
     # long; at T the run has ended.
     for begin in range(start - 1):
