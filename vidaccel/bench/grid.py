@@ -10,7 +10,7 @@ class Setting:
 
     Attributes:
         scheduler: a name in `SCHEDULERS`.
-        shift: of its noise levels.
+        shift: shift of its noise levels.
         steps: T.
         guidance: guidance scale; 1 is none.
     """
