@@ -82,7 +82,8 @@ class SortedKeys:
         """Allocate for keys and values [B, H, S, D], in 8 bits or as they are."""
         flat = torch.contiguous_format
         batch, heads, _, head_dim = k.shape
-        means = [x.new_empty(batch, heads, num_clusters, head_dim) for x in (k, v)]
+        shape = (batch, heads, num_clusters, head_dim)
+        means = [torch.empty(shape, dtype=x.dtype, device=x.device) for x in (k, v)]
         return cls(
             v,
             Int8Keys.empty(k) if int8 else torch.empty_like(k, memory_format=flat),
