@@ -18,7 +18,9 @@ from vidaccel.clips.calling import outcome_of, without_bar
 from vidaccel.engine.engine import Engine
 from vidaccel.engine.recording import Recording
 from vidaccel.errors import PlanError
+from vidaccel.hosts.registry import find_transformers
 from vidaccel.plans.plan import Plan
+from vidaccel.precision.change import refuse_low_precision
 
 
 def l1(reference: torch.Tensor, latents: torch.Tensor) -> float:
@@ -107,12 +109,14 @@ class Replayer:
 
     Raises:
         PlanError: fewer than 3 steps, or a run that starts inside its schedule.
+        PrecisionError: the pipeline is in low precision.
     """
 
     def __init__(self, pipe: Any, call: dict[str, Any], seed: int = 0, metric: str = "l1") -> None:
         self.steps = int(call["num_inference_steps"])
         if self.steps < 3:
             raise PlanError(f"calibration needs 3 steps or more, found {self.steps}")
+        refuse_low_precision(pipe, (model for model, _ in find_transformers(pipe).values()))
         self.pipe, self.call, self.seed, self.metric = pipe, call, seed, find_metric(metric)
         self.forwards = 0
         self._texts: list[Any] = []

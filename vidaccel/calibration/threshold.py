@@ -23,6 +23,8 @@ from vidaccel.engine.observer import Observer
 from vidaccel.engine.state import CallContext
 from vidaccel.engine.stats import StepKind
 from vidaccel.errors import PlanError
+from vidaccel.hosts.registry import find_transformers
+from vidaccel.precision.change import refuse_low_precision
 
 # Tokens of a probe residual that are kept of each step; more would not move a mean.
 _TOKENS = 1024
@@ -108,6 +110,7 @@ def suggest_threshold(
     samples = [prompts] if isinstance(prompts, str) else list(prompts)
     if not samples:
         raise PlanError("prompts: found none, expected at least one")
+    refuse_low_precision(pipe, (model for model, _ in find_transformers(pipe).values()))
 
     with tqdm(total=len(samples), unit="run", disable=not progress) as bar:
         search = _ThresholdSearch(pipe, cache, call, samples, seed, bar)

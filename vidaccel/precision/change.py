@@ -1,7 +1,7 @@
 """The change of a pipeline from one precision to another, checked whole before it is made."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -64,6 +64,20 @@ class PrecisionChange:
             raise
         for attachment in made:
             attachment.settle()
+
+
+def refuse_low_precision(pipe: Any, transformers: Iterable[nn.Module]) -> None:
+    """Refuse a pipeline in low precision where runs of it are measured with `restore` in between.
+
+    Raises:
+        PrecisionError: a transformer is.
+    """
+    if any(attachment_of(transformer) is not None for transformer in transformers):
+        raise PrecisionError(
+            f"this {type(pipe).__name__} is in low precision, and measuring it would give its "
+            "weights back on the way: call vidaccel.restore(pipe) first; what is measured then "
+            "runs in low precision too, and the report says so"
+        )
 
 
 def precision_report(transformer: nn.Module) -> PrecisionReport | None:
