@@ -33,7 +33,7 @@ print(json.dumps({c: sorted({s.kernel for s in shipped(c)}) for c in (80, 86, 89
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    wanted = {"attend", "attend_int8", "add_means", "mass", "assign", "threshold", "rank"}
+    wanted = {"attend", "attend_int8", "attend_means", "mass", "assign", "threshold", "rank"}
     listed = json.loads(done.stdout)
     assert len(listed) == 6
     for chip, names in listed.items():

@@ -16,6 +16,7 @@ NAMES = (
     "demo",
     "build-policy",
     "show",
+    "policies",
     "suggest-threshold",
     "bench",
     "hosts",
@@ -32,6 +33,10 @@ BENCHES = (
     "kernels",
     "models",
     "codegen",
+    "defaults",
+    "precision",
+    "gpu",
+    "learning",
 )
 HEAVY = ("torch", "diffusers", "triton", "numpy", "pydantic", "networkx", "gradio", "PIL")
 
