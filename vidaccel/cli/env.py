@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from importlib import import_module
 from importlib.util import find_spec
 from textwrap import fill
@@ -120,7 +121,12 @@ def capabilities() -> dict[str, str]:
     from vidaccel.hosts.registry import families_of_diffusers
     from vidaccel.plans.shipped import shipped_policies
 
-    here, later = families_of_diffusers()
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # of libraries that its models look for
+    try:
+        here, later = families_of_diffusers()
+    finally:
+        logging.disable(before)
     model = embedded_model()
     return {
         "step plans": f"yes: for {len(here)} families of models, which vidaccel hosts lists",
