@@ -111,9 +111,11 @@ def with_doubt(origin: str, policy: CachePolicy, run: RunSettings) -> str:
 def _made_for(known: Known, run: RunSettings, wish: Wish) -> Plan | None:
     """The plan of a policy that is made for this run."""
     policy, name = known.policy, known.name
-    if not policy.fits(run) or (policy.provenance == "learned" and _unlike(policy, run)):
+    learned = policy.provenance == "learned"
+    if not policy.fits(run) or (learned and _unlike(policy, run)):
         return None
-    note = "" if policy.validation or policy.provenance == "learned" else ", not validated here"
+    note = "" if policy.validation or learned else ", not validated here"
+    note += f", adapters {', '.join(policy.adapters)} told by name" if policy.adapters else ""
     origin = with_doubt(f"{name} ({policy.provenance}{note})", policy, run)
     return replace(_filled(policy, wish, run), origin=origin)
 
@@ -134,6 +136,8 @@ def _unlike(policy: CachePolicy, run: RunSettings) -> list[str]:
         found.append("another size")
     if policy.guidance.scale != run.guidance_scale:
         found.append(f"guidance scale {policy.guidance.scale}")
+    if policy.model.precision != run.precision:
+        found.append(policy.model.precision or "full precision")
     if policy.adapters != run.adapters:
         found.append(f"adapters {', '.join(policy.adapters) or 'none'}")
     return found

@@ -8,6 +8,7 @@ import torch
 
 from tiny.wan import wan, wan22, wan_unipc
 from vidaccel import accelerate, report, restore
+from vidaccel.api import engines_of
 from vidaccel.calibration.replay import Replayer
 from vidaccel.calibration.segment_errors import deviations
 from vidaccel.learning import learner
@@ -259,3 +260,27 @@ def test_families_teach_or_say_why_not(case):
     notes = " ".join(_part(case).notes)
     print(notes)
     assert "was learned from" in notes or "nothing was learned from this run" in notes
+
+
+def test_what_was_learned_in_low_precision_is_another_kind():
+    case = wan()
+    _learn(case, precision="int8")
+    assert "(learned)" not in _part(case).policy
+    assert _only_policy().model.precision
+    _learn(case)  # in full precision there is nothing yet
+    assert _part(case).timeline == "C" * STEPS and len(user_folder.files()) == 2
+
+
+def test_few_files_of_other_steps_are_read(monkeypatch):
+    monkeypatch.setattr(user_folder, "MOST_OTHERS", 2)
+    case = wan()
+    accelerate(case.pipe, policy="learn", attention=None)
+    for steps in (9, 10, 11, STEPS):
+        case.run(num_inference_steps=steps)
+    read = []
+    monkeypatch.setattr(
+        user_folder, "_load", lambda file, *_: read.append(file) or CachePolicy.load(file)
+    )
+    run = engines_of(case.pipe)["transformer"].generation.run
+    user_folder.policies(run)
+    assert len(read) == 3 and sum(f"-{STEPS}-steps-" in file for file in read) == 1

@@ -99,14 +99,13 @@ def _plain(
     if not observers or not isinstance(observers[0], Learner):
         return plain, []
     seconds, notes = observers[0].seconds, observers[0].notes
-    if LEARNED not in notes:
-        return plain, list(notes)
     denoising = plain.denoising_seconds and plain.denoising_seconds - seconds
     plain = replace(plain, seconds=plain.seconds - seconds, denoising_seconds=denoising)
-    return plain, [
-        f"the plain run was learned from, for the accelerated one and those to come: its time is "
-        f"given without the {seconds:.2f} s that this took"
-    ]
+    spent = f"the time of the plain run is given without the {seconds:.2f} s that this took"
+    if LEARNED not in notes:
+        return plain, [f"{note}; {spent}" for note in notes]
+    learned = "the plain run was learned from, for the accelerated one and those to come"
+    return plain, [f"{learned}; {spent}"]
 
 
 def _is_worth_learning(pipe: Any, call: dict[str, Any], policy: Any) -> bool:

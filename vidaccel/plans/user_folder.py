@@ -20,6 +20,8 @@ from vidaccel.plans.policy import CachePolicy
 
 # The most files that are kept; the oldest learned ones go first.
 MOST_FILES = 200
+# The most of another number of steps that are looked at for a run.
+MOST_OTHERS = 4
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _told: set[str] = set()
@@ -46,13 +48,18 @@ def files() -> list[Path]:
 def policies(run: RunSettings) -> list[tuple[str, CachePolicy]]:
     """Return the policies of the folder that may be of the model of a run, newest first.
 
-    What cannot be read is left out, with a warning, the first time.
+    All of its number of steps, and the newest of others, which can be carried over: a file takes a
+    moment to read. What cannot be read is left out, with a warning, the first time.
     """
     start = f"{_safe(str(run.transformer))}-"
+    alike, others = [], []
+    for file in sorted(files(), key=_age, reverse=True):
+        if file.name.startswith(f"{start}{run.num_inference_steps}-steps-"):
+            alike.append(file)
+        elif file.name.startswith(start):
+            others.append(file)
     found = []
-    for file in files():
-        if not file.name.startswith(start):
-            continue
+    for file in [*alike, *others[:MOST_OTHERS]]:
         try:
             state = file.stat()
             policy = _load(str(file), state.st_mtime_ns, state.st_size)
@@ -93,6 +100,7 @@ def name_of(policy: CachePolicy) -> str:
         policy.model.id,
         policy.model.config_hash,
         policy.model.pipeline,
+        policy.model.precision,
         policy.num_inference_steps,
         policy.scheduler.name,
         [f"{sigma:.5g}" for sigma in policy.scheduler.sigmas or ()],
