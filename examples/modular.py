@@ -36,10 +36,13 @@ pipe.update_components(
         skip_layer_guidance_stop=0.5,
     )
 )
+# Modular Wan pipelines count on a VAE that halves the size per stage. This one, like that of
+# Wan 2.2 5B, folds patches of pixels besides, so they are asked for as many pixels less.
+size = arguments.size * pipe.vae_scale_factor_spatial // pipe.vae.config.scale_factor_spatial
 clips = pipe(
     prompt=arguments.prompt,
-    height=arguments.size,
-    width=arguments.size,
+    height=size,
+    width=size,
     num_frames=arguments.frames,
     num_inference_steps=arguments.steps,
     generator=torch.Generator().manual_seed(0),

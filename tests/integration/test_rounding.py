@@ -6,7 +6,6 @@ right shapes, and look at the time that they are given.
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import signature
 
 import diffusers
 import pytest
@@ -15,7 +14,10 @@ from packaging.version import Version
 
 from tiny import CASES, CORE, SINCE
 from tiny.base import unipc
-from vidaccel.engine.step_tracker import StepTracker
+from vidaccel.api import accelerate
+from vidaccel.engine.call_arguments import ASIDE
+from vidaccel.engine.engine import engine_of
+from vidaccel.engine.observer import Observer
 from vidaccel.hosts.registry import find_transformers
 
 EVERY = range(4, 101)
@@ -69,16 +71,34 @@ def shape_of(value):
         return tuple((name, shape_of(entry)) for name, entry in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(shape_of, value))
-    return value if isinstance(value, bool) else None
+    return value if isinstance(value, bool | str) else None
+
+
+class Places(Observer):
+    """Looks on at where an engine places the calls of its transformer.
+
+    Attributes:
+        walks: the steps of each walk, once a step; engines of one pipeline have them in common.
+        length: steps in the table of the last call.
+    """
+
+    def __init__(self) -> None:
+        self.walks: list[list[int]] = []
+        self.length = 0
+
+    def after_call(self, call, output):
+        if call.context.restarted:
+            self.walks.append([])
+        if call.trajectory.begins_step:
+            self.walks[-1].append(call.context.step)
+        self.length = call.context.num_inference_steps
 
 
 class Watched:
-    """A tiny pipeline in half precision whose transformers only look at the time.
+    """A tiny pipeline in half precision whose transformers answer without looking at their input.
 
     Attributes:
         case: the pipeline and its call.
-        walks: the steps in which the tracker placed the calls of each walk, once a step.
-        lost: times that it could not place.
     """
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
@@ -92,22 +112,20 @@ class Watched:
         self.transformers = find_transformers(self.case.pipe)
         self.answers: dict[tuple, object] = {}
         for key, (transformer, host) in self.transformers.items():
-            transformer.forward = self.forward_of(transformer, models[key][0], host)
+            transformer.forward = self.forward_of(models[key][0], host)
 
     def run(self, **call) -> None:
-        self.walks: list[list[int]] = []
-        self.lost: list[float] = []
-        self.length = 0
-        self.trackers: dict[tuple[int, int], StepTracker] = {}
+        accelerate(self.case.pipe, policy=None, cache=None)
+        self.engines = [engine_of(transformer) for transformer, _ in self.transformers.values()]
+        self.places = Places()
+        for engine in self.engines:
+            engine.observer = self.places
         with torch.no_grad():
             self.case.run(**call)
 
-    def forward_of(self, transformer, model, host) -> Callable:
-        known = signature(type(transformer).forward)
-
+    def forward_of(self, model, host) -> Callable:
+        @wraps(model.forward)  # modular pipelines pass on what its signature names
         def forward(*args, **kwargs):
-            given = known.bind(transformer, *args, **kwargs).arguments
-            self.place(transformer, host, given[host.timestep])
             key = (host.transformer, shape_of(args), shape_of(kwargs))
             if key not in self.answers:
                 single = converted(args, torch.float32)
@@ -117,29 +135,16 @@ class Watched:
 
         return forward
 
-    def place(self, transformer, host, timestep) -> None:
-        scheduler = self.case.pipe.scheduler
-        key = (id(transformer), id(scheduler))
-        tracker = self.trackers.setdefault(key, StepTracker(scheduler, host.times))
-        self.length = len(scheduler.timesteps)
-        values = tracker.read(timestep)
-        if values is None or not tracker.fits(values):
-            self.lost += [float(timestep.max())]
-            return
-        place = tracker.place(values, host.guidance == "batched" and bool(self.walks))
-        if place.restarted:
-            self.walks.append([])
-        if place.moved:
-            self.walks[-1].append(place.step)
-
     def check(self, first: int = 0) -> None:
         """Every walk is through all steps in order."""
-        assert not self.lost, f"of {self.length} steps: {self.lost[:5]}"
-        whole = list(range(first, self.length - (self.name in ONE_LESS)))
+        plain = {reason for engine in self.engines for reason in engine.stats.plain}
+        assert plain <= {ASIDE}
+        walks, length = self.places.walks, self.places.length
+        whole = list(range(first, length - (self.name in ONE_LESS)))
         if len(self.transformers) > 1:  # two experts, one walk
-            assert [step for walk in self.walks for step in walk] == whole
+            assert [step for walk in walks for step in walk] == whole
             return
-        assert self.walks and all(walk == whole for walk in self.walks), self.walks
+        assert walks and all(walk == whole for walk in walks), walks
 
 
 def cases():
