@@ -25,6 +25,7 @@ from vidaccel.environment import environment
 from vidaccel.errors import BenchError
 from vidaccel.files import finite
 from vidaccel.kernels import common
+from vidaccel.kernels.interpreter import mend_interpreter
 from vidaccel.shards import ShardFolder, read_manifest
 
 # The module of each part, whose `items` lists what it measures, the most valuable first.
@@ -194,6 +195,7 @@ def main(arguments: Sequence[str]) -> int:
     sizes = Sizes(dry=given.dry)
     if sizes.dry:
         torch.set_num_threads(1)
+        mend_interpreter()
     record = PartRecord(_given_folder(given.folder), given.part, given.run)
     listed = items_of(given.part, sizes)
     return work(record, listed, sizes, given.deadline, lambda line: print(line, file=sys.stderr))

@@ -26,7 +26,7 @@ def check(
     size: tuple[int, int, int] = (2, 3, 1111),
     clusters: tuple[int, int] = (70, 90),
 ) -> dict[str, dict[str, float]]:
-    """Hold every kernel against its reference in float64, on fresh random input.
+    """Hold every kernel against its reference in float64, on the same random input each time.
 
     Args:
         dtype: that of q, k and v.
@@ -42,6 +42,21 @@ def check(
         CheckError: an error is over its limit, or two runs differ.
     """
     checks = _Checks()
+    with torch.random.fork_rng([device] if device != "cpu" else []):
+        torch.manual_seed(0)  # a failure can be had again
+        _check_all(checks, dtype, device, head_dims, size, clusters)
+    return checks.found
+
+
+def _check_all(
+    checks: _Checks,
+    dtype: torch.dtype,
+    device: str,
+    head_dims: Sequence[int],
+    size: tuple[int, int, int],
+    clusters: tuple[int, int],
+) -> None:
+    """Check every kernel, on random input from the generator of the device."""
     for head_dim in head_dims:
         q, k, v = (torch.randn(*size, head_dim, device=device, dtype=dtype) for _ in range(3))
         checks.suffix = f", D {head_dim}"
@@ -50,7 +65,6 @@ def check(
     checks.suffix = ""
     grid, channels = ((3, 5, 2), 64) if device == "cpu" else ((9, 11, 13), 1536)
     _check_linear(checks, torch.randn(*grid, channels, device=device, dtype=dtype))
-    return checks.found
 
 
 @dataclass
@@ -140,7 +154,13 @@ def _check_attention(
     single = [x.float() for x in tensors]
     twin, twin_lse = reference.block_sparse_attention(*single, *lists, **rounded)
     checks.note("sparse attention in int8", _distance(eight, twin), 1e-2)
-    checks.note("log-sum-exp in int8", (eight_lse - twin_lse).abs().max(), 2e-3)
+    off = (eight_lse - twin_lse).abs()
+    # Where it stands next to a half, a number of a query may still be rounded to either side, which
+    # moves all scores of this query by up to one step times what it meets in a key.
+    q, k = (x.abs().max().item() for x in tensors[:2])
+    step = options["scale"] * q / 127 * 2 * k
+    checks.note("log-sum-exp in int8", off.max(), 2e-3 + step)
+    checks.note("log-sum-exp in int8, mean", off.mean(), 2e-4)
     checks.note("int8 against exact scores", _distance(eight, exact), 3e-2)
 
     out, _ = block_sparse_attention(*tensors, *lists, **options, **means, impl="triton")
