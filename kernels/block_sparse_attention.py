@@ -229,17 +229,20 @@ def attention_config(
     read from the L2 cache. The others run out of registers with it.
     """
     if dtype == torch.float32:
-        # Products without tensor cores, in full precision; that of int8 leaves 8 warps of head
-        # size 64 just short of registers.
-        return _config(32, 16, 4 if int8_qk and head_dim == 64 else 8, 1)
+        # Products without tensor cores, in full precision; with int8 the numbers of a query take
+        # registers twice: 8 warps of head size 64 are just short of them, and of larger ones a
+        # tile of 32 queries.
+        if int8_qk:
+            return _config(32, 16, 4, 1) if head_dim == 64 else _config(16, 16, 8, 1)
+        return _config(32, 16, 8, 1)
     if chip not in (90, 100):
         return _config(64, 32, 4, 2)
     if head_dim == 64:
         return _config(128, 64, 4, 3)
     if chip == 90 and not int8_qk:
         # A third stage keeps the copies of the next tile going, and leaves registers for this many
-        # means alone.
-        return _config(128, 128, 8, 3, means=32)
+        # means alone, and for fewer where rows are masked.
+        return _config(128, 128, 8, 3, means=32 if head_dim == 128 else 16)
     return _config(128, 128, 8, 2)
 
 

@@ -64,7 +64,7 @@ def test_problems_are_named():
     int8["kernel"] = "attend_int8"
     assert "C7515" not in "; ".join(codegen.problems([int8]))
     assert codegen.notes([int8]) == [
-        "attend_int8 on sm_90: products wait (C7515); scores in int8 gain nothing there"
+        "attend_int8 bf16 on sm_90: products wait (C7515); scores in int8 gain nothing there"
     ]
     assert "no IGMMA instructions, only HGMMA, IMMA" in "; ".join(codegen.problems([int8]))
     assert "spills registers: 3" in found and "300000 bytes" in found and "no HGMMA" in found

@@ -43,8 +43,13 @@ _CHIPS = {
     120: _Chip(101_376, 102_400, 65_536, 1024),
 }
 CHIPS = tuple(_CHIPS)
-# Kernels and chips whose matrix products ptxas makes wait for each other, with what that means.
-_SERIALISED = {("attend_int8", 90): "scores in int8 gain nothing there"}
+# Kernels, types and chips whose products ptxas makes wait for each other, with what that means.
+_GAINS_NOTHING = "scores in int8 gain nothing there"
+_SERIALISED = {
+    ("attend_int8", "fp16", 90): _GAINS_NOTHING,
+    ("attend_int8", "bf16", 90): _GAINS_NOTHING,
+    ("linear_mxint8", "fp32", 90): "each sum is scaled before the next; 16-bit outputs do without",
+}
 # The matrix instructions that a chip's tensor cores are fast with, of 16-bit numbers and of int8,
 # which do twice as many operations on all of these.
 _FAST = {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "UTCIMMA")}
@@ -123,7 +128,7 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
                 if fast not in row["matrix_instructions"]:
                     seen = ", ".join(row["matrix_instructions"]) or "none"
                     found.append(f"{name} has no {fast} instructions, only {seen}")
-        if row["warnings"] and (row["kernel"], row["chip"]) not in _SERIALISED:
+        if row["warnings"] and (row["kernel"], row["dtype"], row["chip"]) not in _SERIALISED:
             found.append(f"{name}: ptxas warns of lost speed ({', '.join(row['warnings'])})")
     return found
 
@@ -131,11 +136,16 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
 def notes(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Tell in words what is known of shipped code and accepted, one line per kernel and chip."""
     found = []
-    for (kernel, chip), meaning in _SERIALISED.items():
-        warned = [r for r in rows if (r["kernel"], r["chip"]) == (kernel, chip) and r["warnings"]]
+    for (kernel, dtype, chip), meaning in _SERIALISED.items():
+        known = (kernel, dtype, chip)
+        warned = [
+            row
+            for row in rows
+            if (row["kernel"], row["dtype"], row["chip"]) == known and row["warnings"]
+        ]
         if warned:
-            codes = sorted({code for row in warned for code in row["warnings"]})
-            found.append(f"{kernel} on sm_{chip}: products wait ({', '.join(codes)}); {meaning}")
+            codes = ", ".join(sorted({code for row in warned for code in row["warnings"]}))
+            found.append(f"{kernel} {dtype} on sm_{chip}: products wait ({codes}); {meaning}")
     return found
 
 
@@ -169,7 +179,7 @@ def codegen_table(result: dict[str, Any]) -> str:
 
 def _row(config: Any, chip: int, compiled: Any) -> dict[str, Any]:
     """Return the row of one compiled config."""
-    usage, text = _disassembled(compiled.asm["cubin"])
+    usage, text = disassembled(compiled.asm["cubin"])
     code = instructions(text)
     names = [name for _, name, _ in code]
     loops = matrix_loops(code) if config.matrix else []
@@ -249,7 +259,7 @@ def _tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
-def _disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
+def disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
     """Return the resource report and the disassembly of a kernel."""
     tool = _tool("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -293,7 +303,7 @@ def matrix_loops(code: list[tuple[int, str, str]]) -> list[list[tuple[str, str]]
     ]
 
 
-def _mix(loop: list[str]) -> dict[str, int]:
+def _mix(loop: Sequence[str]) -> dict[str, int]:
     """Count the instructions of each group."""
     mix: Counter[str] = Counter()
     for name in loop:
@@ -303,29 +313,46 @@ def _mix(loop: list[str]) -> dict[str, int]:
     return dict(mix)
 
 
-def _predicted(
-    config: Any, chip: int, loop: list[str], blocks: int, serialised: bool
-) -> dict[str, float]:
-    """Predict the cycles of a turn of the loop, and the tensor cores' share of them.
+def loop_cycles(
+    config: Any, chip: int, loop: Sequence[str], columns: int
+) -> tuple[float, float, float]:
+    """Return how long a turn keeps tensor cores, issue slots and exponentials busy, in cycles.
 
     A scheduler issues one instruction per cycle to each of 4 quarters, and a quarter answers
-    4 exponentials per cycle; on sm_80 its integers become floats in the same unit. Products of
-    int8 count at their own rate, so that shares of different kernels are of different peaks.
-    "overlapped" assumes that the busiest unit hides all others, which
-    needs several blocks or warp groups per multiprocessor; "serial" that nothing overlaps, as where
-    the compiler has serialised the products.
+    4 exponentials per cycle; on sm_80 its integers become floats in the same unit.
+
+    Args:
+        config: a shipped config, with BLOCK_M rows in its tile.
+        chip: the compute capability.
+        loop: names of the instructions of the loop.
+        columns: of its tile.
     """
     constants = config.constants
     block_d = constants.get("BLOCK_D") or constants["BLOCK_K"]
-    tile = constants["BLOCK_M"] * constants["BLOCK_N"] * block_d
     # A loop unrolled by the compiler does several turns.
+    tile = constants["BLOCK_M"] * columns * block_d
     tensor = config.products * 2 * tile / _CHIPS[chip].operations
-    useful = (config.head_dim or block_d) / block_d
     mix = _mix(loop)
     per_quarter = config.num_warps / 4
     issue = per_quarter * (len(loop) - mix.get("tensor", 0))
     converted = sum(name.split(".")[0] == "I2F" for name in loop)
     exponent = per_quarter * (mix.get("exponent", 0) + converted) * 32 / 4
+    return tensor, issue, exponent
+
+
+def _predicted(
+    config: Any, chip: int, loop: list[str], blocks: int, serialised: bool
+) -> dict[str, float]:
+    """Predict the cycles of a turn of the loop, and the tensor cores' share of them.
+
+    Products of int8 count at their own rate, so that shares of different kernels are of different
+    peaks. "overlapped" assumes that the busiest unit hides all others, which
+    needs several blocks or warp groups per multiprocessor; "serial" that nothing overlaps, as where
+    the compiler has serialised the products.
+    """
+    tensor, issue, exponent = loop_cycles(config, chip, loop, config.constants["BLOCK_N"])
+    block_d = config.constants.get("BLOCK_D") or config.constants["BLOCK_K"]
+    useful = (config.head_dim or block_d) / block_d
     busiest = max(tensor, issue, exponent)
     serial = useful * tensor / (tensor + max(issue, exponent))
     return {

@@ -7,7 +7,7 @@ from vidaccel.cli.argument_types import MAX_STEPS, whole_number
 from vidaccel.cli.bench_calibration import add_calibration, add_learning, add_search
 from vidaccel.cli.bench_defaults import add_defaults
 from vidaccel.cli.bench_gpu import add_gpu
-from vidaccel.cli.bench_kernels import add_codegen, add_kernels, add_models
+from vidaccel.cli.bench_kernels import add_codegen, add_kernels, add_layer, add_models
 from vidaccel.cli.bench_precision import add_precision
 from vidaccel.cli.bench_quality import add_attention, add_parity, add_quality
 from vidaccel.cli.options import (
@@ -127,6 +127,7 @@ BENCHES = (
     add_kernels,
     add_models,
     add_codegen,
+    add_layer,
 )
 
 

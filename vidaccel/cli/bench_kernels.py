@@ -1,4 +1,4 @@
-"""The benches of the kernels: `vidaccel bench kernels`, `models` and `codegen`."""
+"""The benches of the kernels: `vidaccel bench kernels`, `models`, `codegen` and `layer`."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from vidaccel.cli.argument_types import MAX_STEPS, whole_number
+from vidaccel.cli.argument_types import MAX_STEPS, shares, whole_number
 from vidaccel.cli.options import (
     add_command,
     add_json_option,
@@ -116,3 +116,41 @@ def _codegen(arguments: argparse.Namespace) -> None:
     write_json(result, arguments.json, one_line="rows")
     if result["problems"]:
         raise VidaccelError(f"{len(result['problems'])} problems in generated code")
+
+
+def add_layer(benches: Any) -> None:
+    """Add `vidaccel bench layer`."""
+    parser = add_command(
+        benches,
+        "layer",
+        "predict a layer of sparse attention from its generated code, without a GPU",
+    )
+    parser.add_argument(
+        "--shapes", default="Wan-14B 720p", help="part of a model's name (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--densities", type=shares, default="0.3", help="computed shares (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chip", type=int, choices=(80, 90, 100, 120), default=90, help="compute capability"
+    )
+    parser.add_argument("--plain", action="store_true", help="without mass averaging and means")
+    add_json_option(parser)
+    parser.set_defaults(run=_layer)
+
+
+def _layer(arguments: argparse.Namespace) -> None:
+    """Run `vidaccel bench layer`."""
+    check_writable(arguments.json)
+    from vidaccel.bench.kernels import SHAPES
+    from vidaccel.bench.layer import layer, layer_table
+
+    names = _named(arguments.shapes, SHAPES, "shape")
+    more = {"mass": not arguments.plain, "means": not arguments.plain}
+    results = [
+        layer(SHAPES[name], density, arguments.chip, **more)
+        for name in names
+        for density in arguments.densities
+    ]
+    print_result("\n\n".join(map(layer_table, results)), arguments.json)
+    write_json({"layers": results}, arguments.json)
