@@ -1,7 +1,7 @@
 """The methods that `vidaccel bench quality` compares, each at settings from careful to fast."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from vidaccel.api import accelerate, restore
 from vidaccel.bench.baselines import (
     BASELINE_METHODS,
     BASELINES,
@@ -17,24 +16,26 @@ from vidaccel.bench.baselines import (
     BLOCK_CACHE_SETTINGS,
     BaselineMethod,
 )
+from vidaccel.bench.filled_methods import make_average_velocity, spectrum
+from vidaccel.bench.plan_searches import SEARCHES
 from vidaccel.bench.records import VariantSetting
-from vidaccel.bench.variants import GUARDS, MethodContext, Variant
+from vidaccel.bench.variants import (
+    GUARDS,
+    GenericSchedule,
+    MakeVariants,
+    MethodContext,
+    Variant,
+    accelerated,
+)
 from vidaccel.dbcache import DBCache
 from vidaccel.errors import PlanError, PolicyError, UnsupportedPipelineError
 from vidaccel.lemica import search
-from vidaccel.plans.generic import generic_plan
-from vidaccel.plans.plan import PRESETS, Plan, RunSettings
+from vidaccel.plans.plan import PRESETS, Plan
 from vidaccel.plans.shipped import shipped_policies
-from vidaccel.resolve import Resolver
 from vidaccel.svg2.settings import SVG2
 
 WIDENING = 1.8  # exponent of the position of a dense start's steps; 1 is evenly spaced
 TOP_P = 0.9  # of sparse attention, its default
-
-
-# Makes the variants of a method of that name; raises PolicyError or UnsupportedPipelineError where
-# it cannot run.
-MakeVariants = Callable[[str, MethodContext], list[Variant]]
 
 
 def variants(
@@ -70,20 +71,6 @@ def check_names(names: Sequence[str]) -> None:
         raise PlanError(f"methods: found {', '.join(unknown)}, expected {', '.join(METHODS)}")
 
 
-def _accelerated(name: str, setting: VariantSetting, **options: Any) -> Variant:
-    """Make a variant from arguments of `accelerate`."""
-
-    @contextmanager
-    def enabled(pipe: Any) -> Iterator[None]:
-        accelerate(pipe, **{"attention": None, **options})
-        try:
-            yield
-        finally:
-            restore(pipe)
-
-    return Variant(name, setting, enabled)
-
-
 def _plan_setting(plan: Plan) -> VariantSetting:
     """Describe a plan: its steps, and orders and scales where it forecasts."""
     setting: VariantSetting = {"steps": list(plan.steps)}
@@ -95,7 +82,7 @@ def _plan_setting(plan: Plan) -> VariantSetting:
 
 def planned(name: str, plan: Plan) -> Variant:
     """Make a variant from a plan alone."""
-    return _accelerated(name, _plan_setting(plan), policy=plan, cache=None)
+    return accelerated(name, _plan_setting(plan), policy=plan, cache=None)
 
 
 def _stored(name: str, context: MethodContext) -> list[Variant]:
@@ -135,22 +122,9 @@ def _even(order: int) -> MakeVariants:
     return make
 
 
-class _GenericSchedule(Resolver):
-    """Decides for the generic schedule of one budget, whatever is known of the run."""
-
-    def __init__(self, budget: int, held: bool) -> None:
-        super().__init__("auto", None)
-        self._budget, self._held = budget, held
-
-    def plan(self, run: RunSettings) -> Plan:
-        """Return the schedule on the noise levels of a run."""
-        sigmas = None if self._held else run.sigmas
-        return generic_plan(self._budget, run.num_inference_steps, sigmas)
-
-
 def generic(name: str, budget: int, *, held: bool = False) -> Variant:
     """Make a variant of what `policy="auto"` takes where nothing is known of a run."""
-    return _accelerated(name, {"budget": budget}, policy=_GenericSchedule(budget, held))
+    return accelerated(name, {"budget": budget}, policy=GenericSchedule(budget, held))
 
 
 def _generic(held: bool) -> MakeVariants:
@@ -161,6 +135,13 @@ def _generic(held: bool) -> MakeVariants:
         return [generic(name, budget, held=held) for budget in context.budgets]
 
     return make
+
+
+def _searched(name: str, context: MethodContext) -> list[Variant]:
+    """Make the plans that a search by whole runs has found."""
+    if name not in context.searched:
+        raise PolicyError(f"{name} searches by whole runs: allow some with --search-runs")
+    return [planned(name, context.searched[name][budget]) for budget in context.budgets]
 
 
 def _dense_start(name: str, context: MethodContext) -> list[Variant]:
@@ -228,7 +209,7 @@ def _baseline(method: BaselineMethod) -> MakeVariants:
 
 def block_cache(name: str, setting: VariantSetting) -> Variant:
     """Make a variant of the block cache by itself, from arguments of `DBCache`."""
-    return _accelerated(name, setting, policy=None, cache=DBCache(**setting))
+    return accelerated(name, setting, policy=None, cache=DBCache(**setting))
 
 
 def _dbcache(probe: int, corrector: int, order: int) -> MakeVariants:
@@ -261,7 +242,7 @@ def _guarded(probe: int, corrector: int) -> MakeVariants:
             if probe:
                 cache["threshold"] = threshold
             setting = _plan_setting(plan) | cache
-            found.append(_accelerated(name, setting, policy=plan, cache=DBCache(**cache)))
+            found.append(accelerated(name, setting, policy=plan, cache=DBCache(**cache)))
         return found
 
     return make
@@ -286,7 +267,7 @@ def _sparse(*, plan: bool = False, probe: int = 0) -> MakeVariants:
             if probe:
                 cache = {"probe_blocks": probe, "threshold": threshold}
             found.append(
-                _accelerated(
+                accelerated(
                     name,
                     setting | cache,
                     policy=stored,
@@ -306,7 +287,7 @@ def _preset(preset: str) -> MakeVariants:
         # What it comes to depends on the policies that are there.
         policies = [path.read_text("utf-8") for path in shipped_policies().values()]
         setting: VariantSetting = {"preset": preset, "policies": _digest(policies)}
-        return [_accelerated(name, setting, preset=preset, attention="auto")]
+        return [accelerated(name, setting, preset=preset, attention="auto")]
 
     return make
 
@@ -340,6 +321,10 @@ METHODS: dict[str, MakeVariants] = {
     "plan + DBCache F1B0 + SVG2": _sparse(plan=True, probe=1),
     "generic schedule": _generic(held=False),
     "generic schedule (held)": _generic(held=True),
+    **dict.fromkeys(SEARCHES, _searched),
+    "Spectrum (re-implemented)": spectrum(own_steps=True),
+    "generic schedule + Chebyshev (Spectrum)": spectrum(own_steps=False),
+    "generic schedule + average velocity (MeanCache)": make_average_velocity,
     "evenly spaced": _even(0),
     "evenly spaced + line": _even(1),
     "dense start + line": _dense_start,

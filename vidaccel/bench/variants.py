@@ -1,14 +1,17 @@
 """A method at one setting, and the run that it is made for."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from vidaccel.api import accelerate, restore
 from vidaccel.bench.records import VariantSetting
 from vidaccel.errors import PolicyError
-from vidaccel.plans.plan import Plan
+from vidaccel.plans.generic import generic_plan
+from vidaccel.plans.plan import Plan, RunSettings
 from vidaccel.plans.policy import CachePolicy
+from vidaccel.resolve import Resolver
 
 # Plans compute the number of steps divided by these.
 SPEEDUPS = (1.3, 2, 3, 4, 5, 6)
@@ -44,16 +47,21 @@ class MethodContext:
         steps: T, the sampling steps of the call.
         policy: policy for the methods that need one.
         ratios: what MagCache needs, see `vidaccel.bench.baselines.magnitude_ratios`.
+        chosen: numbers of computed steps; empty for those of `SPEEDUPS`.
+        searched: method -> budget -> plan, of methods that search by whole runs, see
+            `vidaccel.bench.plan_searches`.
     """
 
     steps: int
     policy: CachePolicy | None = None
     ratios: tuple[float, ...] | None = None
+    chosen: tuple[int, ...] = ()
+    searched: Mapping[str, Mapping[int, Plan]] = field(default_factory=dict)
 
     @property
     def budgets(self) -> list[int]:
         """Numbers of computed steps, from careful to fast."""
-        budgets = {int(self.steps / speedup) for speedup in SPEEDUPS}
+        budgets = set(self.chosen) or {int(self.steps / speedup) for speedup in SPEEDUPS}
         return sorted((budget for budget in budgets if budget >= 2), reverse=True)
 
     def known_policy(self) -> CachePolicy:
@@ -74,3 +82,35 @@ class MethodContext:
             budget = int(self.steps / speedup)
             if budget in policy.budgets():
                 yield policy.plan(budget=budget), threshold
+
+
+# Makes the variants of a method of that name; raises PolicyError or UnsupportedPipelineError where
+# it cannot run.
+MakeVariants = Callable[[str, MethodContext], list[Variant]]
+
+
+def accelerated(name: str, setting: VariantSetting, **options: Any) -> Variant:
+    """Make a variant from arguments of `accelerate`."""
+
+    @contextmanager
+    def enabled(pipe: Any) -> Iterator[None]:
+        accelerate(pipe, **{"attention": None, **options})
+        try:
+            yield
+        finally:
+            restore(pipe)
+
+    return Variant(name, setting, enabled)
+
+
+class GenericSchedule(Resolver):
+    """Decides for the generic schedule of one budget, whatever is known of the run."""
+
+    def __init__(self, budget: int, held: bool) -> None:
+        super().__init__("auto", None)
+        self._budget, self._held = budget, held
+
+    def plan(self, run: RunSettings) -> Plan:
+        """Return the schedule on the noise levels of a run."""
+        sigmas = None if self._held else run.sigmas
+        return generic_plan(self._budget, run.num_inference_steps, sigmas)

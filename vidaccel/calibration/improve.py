@@ -5,7 +5,8 @@ before it have left their own errors behind, so the best path is a good plan but
 Running the neighbours of a plan as a whole shows what the sum of its parts cannot.
 """
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
@@ -17,6 +18,8 @@ from vidaccel.plans.plan import Plan
 
 # A plan counts as better when it is so on this many samples, or on all where there are fewer.
 SAMPLES = 4
+
+Key = TypeVar("Key", bound=Hashable)  # of one of several searches
 
 _Forecast = tuple[int, float]  # order and scale on the reused steps of a segment
 
@@ -50,28 +53,48 @@ def improved(
         budget: improving(plans, samples, runs, forced=forced, lines=task.lines)
         for budget, plans in starts.items()
     }
-    found: dict[int, Plan] = {}
-    asked: dict[int, Trial] = {}
-    with tqdm(total=runs * len(starts), unit="run", desc="improving", disable=not progress) as bar:
+    return searched(runner, folder, searches, runs * len(starts), progress=progress)
 
-        def advance(budget: int, error: float | None) -> None:
-            """Tell the search of a budget an error, and ask it for the next trial."""
+
+def searched(
+    runner: Runner,
+    folder: WorkFolder,
+    searches: Mapping[Key, Generator[Trial, float, Plan]],
+    total: int,
+    *,
+    progress: bool,
+) -> dict[Key, Plan]:
+    """Run searches side by side, and return what each of them ends at.
+
+    Args:
+        runner: where the runs are made.
+        folder: keeps them; what it holds is not run again.
+        searches: key -> a search that asks for runs as `improving` does.
+        total: runs that all of them together may ask for, for the bar.
+        progress: show a bar in units of runs.
+    """
+    found: dict[Key, Plan] = {}
+    asked: dict[Key, Trial] = {}
+    with tqdm(total=total, unit="run", desc="improving", disable=not progress) as bar:
+
+        def advance(key: Key, error: float | None) -> None:
+            """Tell a search an error, and ask it for the next trial."""
             try:
-                asked[budget] = searches[budget].send(error)  # type: ignore[arg-type]
+                asked[key] = searches[key].send(error)  # type: ignore[arg-type]
             except StopIteration as end:
-                asked.pop(budget, None)
-                found[budget] = end.value
+                asked.pop(key, None)
+                found[key] = end.value
 
-        for budget in starts:
-            advance(budget, None)
+        for key in searches:
+            advance(key, None)
         while asked:
             known = {trial: folder.load_trial(*trial) for trial in {*asked.values()}}
             errors = {trial: error for trial, error in known.items() if error is not None}
             for trial, error in runner.trials(t for t in known if t not in errors):
                 folder.save_trial(*trial, error)
                 errors[trial] = error
-            for budget, trial in list(asked.items()):
-                advance(budget, errors[trial])
+            for key, trial in list(asked.items()):
+                advance(key, errors[trial])
                 bar.update()
     return found
 

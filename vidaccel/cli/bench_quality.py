@@ -16,7 +16,7 @@ from vidaccel.cli.options import (
     read_prompts,
 )
 from vidaccel.cli.output import check_writable, print_result, print_written, write_json
-from vidaccel.errors import MetricUnavailable, ModelError, UnsupportedPipelineError
+from vidaccel.errors import MetricUnavailable, ModelError, PlanError, UnsupportedPipelineError
 
 EMBEDDED_POLICY = "vidaccel--tiny-wan/50-steps.json"
 # Held-out captions that no shipped policy was measured or validated on.
@@ -43,6 +43,22 @@ def add_quality(benches: Any) -> None:
     )
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="prompts that MagCache is calibrated on"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=whole_number(2),
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="computed steps of the plans; for speedups of 1.3 to 6 if left out",
+    )
+    parser.add_argument(
+        "--search-runs",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="runs on the --calibration prompts that each search for a plan may make; 0 leaves "
+        "the methods out that search by whole runs",
     )
     parser.add_argument(
         "--steps", type=whole_number(2, MAX_STEPS), default=50, help="denoising steps"
@@ -78,12 +94,17 @@ def _quality(arguments: argparse.Namespace) -> None:
 
     names = None if arguments.methods is None else arguments.methods.split(",")
     check_names(names or ())
+    most = max(arguments.budgets, default=0)
+    if most > arguments.steps:
+        raise PlanError(f"--budgets: found {most}, expected at most {arguments.steps} steps")
     prompts = read_prompts(arguments.prompts) if arguments.prompts else list(EMBEDDED_PROMPTS)
     policy = _policy_of(arguments)
     if arguments.calibration:
         calibration = read_prompts(arguments.calibration)
     else:
         calibration = list(policy.prompts[:2]) if policy is not None else []
+    if arguments.search_runs and not calibration:
+        raise ModelError("prompts to search on are needed: --search-runs N --calibration FILE")
 
     from vidaccel.bench.figures import draw_quality
     from vidaccel.bench.quality import quality
@@ -96,7 +117,13 @@ def _quality(arguments: argparse.Namespace) -> None:
     ratios = None
     if calibration and (names is None or "MagCache" in names):
         ratios = _magnitude_ratios(pipe, call, calibration, arguments.seed)
-    measured, left_out = variants(names, MethodContext(steps_of(pipe, call), policy, ratios))
+    steps = steps_of(pipe, call)
+    searched: Any = {}
+    if arguments.search_runs:
+        searched = _searched(pipe, call, calibration, steps, names, arguments)
+    chosen = tuple(arguments.budgets)
+    context = MethodContext(steps, policy, ratios, chosen, searched)
+    measured, left_out = variants(names, context)
     lpips = None
     try:
         lpips = load_lpips()
@@ -117,6 +144,8 @@ def _quality(arguments: argparse.Namespace) -> None:
         policy=arguments.policy or (EMBEDDED_POLICY if policy is not None else None),
         mag_ratios=ratios,
     )
+    if searched:
+        result.settings.update(search_runs=arguments.search_runs, searched_on=calibration)
     result.left_out.update(left_out)
     table = points_table if arguments.every_point else quality_table
     print_result(table(result), arguments.json)
@@ -124,6 +153,30 @@ def _quality(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         draw_quality(result, arguments.plot)
         print_written([arguments.plot])
+
+
+def _searched(
+    pipe: Any,
+    call: dict[str, Any],
+    prompts: list[str],
+    steps: int,
+    names: list[str] | None,
+    arguments: argparse.Namespace,
+) -> Any:
+    """Run the searches of the methods that need them."""
+    from vidaccel.bench.plan_searches import SEARCHES, searched_plans
+    from vidaccel.bench.variants import MethodContext
+
+    return searched_plans(
+        pipe,
+        {**call, "num_inference_steps": steps},
+        prompts,
+        MethodContext(steps, chosen=tuple(arguments.budgets)).budgets,
+        [method for method in SEARCHES if names is None or method in names],
+        arguments.search_runs,
+        seed=arguments.seed,
+        workdir=arguments.workdir,
+    )
 
 
 def _policy_of(arguments: argparse.Namespace) -> Any:
