@@ -8,6 +8,7 @@ model, carried over by position; the generic schedule. Runs of few steps are com
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import fmean
 
 from vidaccel.errors import PolicyError
 from vidaccel.lemica.transfer import transferred
@@ -40,7 +41,7 @@ def known_plan(run: RunSettings, wish: Wish) -> Plan | None:
     known = known_policies(run)
     for find in (_made_for, _learned_alike, _transferred, _by_position):
         if find is _learned_alike:
-            known = sorted(known, key=lambda one: len(_unlike(one.policy, run)))
+            known = sorted(known, key=lambda one: len(unlike(one.policy, run)))
         for policy in known:
             plan = find(policy, run, wish)
             if plan is not None:
@@ -112,12 +113,25 @@ def _made_for(known: Known, run: RunSettings, wish: Wish) -> Plan | None:
     """The plan of a policy that is made for this run."""
     policy, name = known.policy, known.name
     learned = policy.provenance == "learned"
-    if not policy.fits(run) or (learned and _unlike(policy, run)):
+    if not policy.fits(run) or (learned and unlike(policy, run)):
         return None
     note = "" if policy.validation or learned else ", not validated here"
     note += f", adapters {', '.join(policy.adapters)} told by name" if policy.adapters else ""
-    origin = with_doubt(f"{name} ({policy.provenance}{note})", policy, run)
-    return replace(_filled(policy, wish, run), origin=origin)
+    plan = _filled(policy, wish, run)
+    told = f"{name} ({policy.provenance}{note}){_expected(policy, plan) if learned else ''}"
+    return replace(plan, origin=with_doubt(told, policy, run))
+
+
+def _expected(policy: CachePolicy, plan: Plan) -> str:
+    """Say how close the clip of a learned plan is to come: by prediction, and as was measured."""
+    budget = len(plan.steps)
+    predicted = policy.predicted_psnr(budget)
+    found = [clip.psnr for clip in user_folder.measured_clips(policy) if clip.budget == budget]
+    told = "" if predicted is None else f", {predicted:.0f} dB predicted"
+    if found:
+        clips = f"{len(found)} clip{'s' * (len(found) > 1)}"
+        told += f", {fmean(found):.0f} dB measured on {clips}"
+    return told
 
 
 def _learned_alike(known: Known, run: RunSettings, wish: Wish) -> Plan | None:
@@ -125,11 +139,11 @@ def _learned_alike(known: Known, run: RunSettings, wish: Wish) -> Plan | None:
     policy = known.policy
     if policy.provenance != "learned" or policy.adapters != run.adapters or not policy.fits(run):
         return None
-    origin = f"{known.name} (learned with {' and '.join(_unlike(policy, run))})"
+    origin = f"{known.name} (learned with {' and '.join(unlike(policy, run))})"
     return replace(wish.of(policy), origin=with_doubt(origin, policy, run))
 
 
-def _unlike(policy: CachePolicy, run: RunSettings) -> list[str]:
+def unlike(policy: CachePolicy, run: RunSettings) -> list[str]:
     """Return in what a learned policy is of another kind of run, besides its model and steps."""
     found = []
     if policy.latents != run.latents:

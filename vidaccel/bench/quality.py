@@ -8,6 +8,7 @@ result but for the timings.
 import hashlib
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -37,6 +38,7 @@ from vidaccel.clips import metrics
 from vidaccel.clips.compare import adherence_of
 from vidaccel.clips.generate import generate
 from vidaccel.clips.load import steps_of
+from vidaccel.clips.measurement import learned_plan
 from vidaccel.clips.video import Clip
 from vidaccel.engine.stats import StepKind
 from vidaccel.environment import environment
@@ -187,6 +189,7 @@ class _PromptRuns:
             with variant.enabled(self.pipe):
                 frames, generation = self._generate(call)
                 steps_share, density = _reported_shares(self.pipe)
+                ran = None if variant.foreign else learned_plan(self.pipe)
         # Whatever a foreign cache raises on a model is a result; only our own errors end the run.
         except Exception as error:
             if not variant.foreign:
@@ -211,6 +214,11 @@ class _PromptRuns:
             density=density,
         )
         self._keep(variant, record)
+        if ran is not None:
+            speedup = self.folder.plain(self.prompt)[-1].seconds / generation.seconds
+            psnr, ssim = record.psnr, record.ssim
+            for note in ran.add(self.call, self.seed, psnr=psnr, ssim=ssim, speedup=speedup):
+                warnings.warn(note, stacklevel=2)
 
     def _generate(self, call: dict[str, Any]) -> tuple[Clip, Generation]:
         self.blocks.ran = 0

@@ -52,8 +52,9 @@ def _list(arguments: argparse.Namespace) -> None:
         scale = policy.guidance.scale
         run += [] if scale is None else [f"guidance {scale:g}"]
         run += [f"with {', '.join(policy.adapters)}"] if policy.adapters else []
-        best = max((row.psnr for row in policy.validation or ()), default=None)
-        run += [] if best is None else ["validated"]
+        clips = len(user_folder.measured_clips(policy))
+        run += [f"measured on {clips} clip{'s' * (clips > 1)}"] if clips else []
+        run += ["validated"] if policy.validation else []
         rows.append(f"{file.name}\n  {', '.join(filter(None, run))}")
     print(f"{user_folder.folder()}: {len(rows)} policies" if rows else _NOTHING)
     for row in rows:
@@ -67,9 +68,24 @@ _NOTHING = (
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from vidaccel.plans import user_folder
     from vidaccel.plans.policy import CachePolicy
 
-    print(CachePolicy.load(_find(arguments.name)).table())
+    policy = CachePolicy.load(_find(arguments.name))
+    print(user_folder.with_measured(policy).table())
+    clips = user_folder.measured_clips(policy)
+    if not clips:
+        return
+    print("\nbeside plain clips, the newest first")
+    print("budget  predicted       PSNR   SSIM  speedup  seed  prompt")
+    for clip in clips:
+        predicted = policy.predicted_psnr(clip.budget)
+        expected = "-" if predicted is None else f"{predicted:.1f} dB"
+        ssim = "-" if clip.ssim is None else f"{clip.ssim:.3f}"
+        print(
+            f"{clip.budget:6d}  {expected:>9}  {clip.psnr:6.1f} dB  {ssim:>5}  "
+            f"{clip.speedup:6.2f}x  {clip.seed:4d}  {clip.prompt[:8]}"
+        )
 
 
 def _add(arguments: argparse.Namespace) -> None:
@@ -80,12 +96,13 @@ def _add(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from vidaccel.plans import user_folder
     from vidaccel.plans.policy import CachePolicy
 
     out: Path = arguments.out
     if out.suffix != ".json":
         raise PolicyError(f"expected a file name that ends in .json, found {out}")
-    policy = CachePolicy.load(_find(arguments.name))
+    policy = user_folder.with_measured(CachePolicy.load(_find(arguments.name)))
     check_writable(out)
     policy.save(out)
     print_written([out])

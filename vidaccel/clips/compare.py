@@ -1,23 +1,18 @@
 """One prompt with and without acceleration: both clips, the numbers, and files that show them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vidaccel.api import accelerate, engines_of, restore
-from vidaccel.automatic import known_policies
+from vidaccel.api import accelerate, restore
 from vidaccel.clips import metrics, scenes, video
 from vidaccel.clips.fidelity import in_words, sheet_of
 from vidaccel.clips.generate import Run, generate
-from vidaccel.clips.load import steps_of
+from vidaccel.clips.lesson import learning_from
+from vidaccel.clips.measurement import learned_plan
 from vidaccel.clips.notes import COMPRESSION, notes_on
 from vidaccel.clips.video import Clip
-from vidaccel.engine.run_settings import run_settings_of
 from vidaccel.engine.stats import StepKind
-from vidaccel.hosts.registry import find_transformers
-from vidaccel.learning.learner import LEARNED, Learner
-from vidaccel.resolve import Resolver
 
 
 def compare(
@@ -56,7 +51,9 @@ def compare(
     if warm_up:
         short = {**call, "num_inference_steps": 2}
         generate(pipe, short, seed=seed, label="warm-up ", progress=progress)
-    plain, lesson = _plain(pipe, call, acceleration.get("policy", "auto"), seed, progress)
+    with learning_from(pipe, call, acceleration.get("policy", "auto")) as lesson:
+        plain = generate(pipe, call, seed=seed, label="plain   ", progress=progress)
+    plain, learned = lesson.without(plain)
     accelerate(pipe, **acceleration)
     fast = generate(pipe, call, seed=seed, label="vidaccel", progress=progress)
     assert fast.report is not None
@@ -64,65 +61,28 @@ def compare(
     branches = [branch for part in parts for branch in part["branches"]]
     blocks = [sum(b[key] for b in branches) for key in ("blocks_without_vidaccel", "blocks_run")]
     timeline = "".join(part["timeline"] for part in parts)
+    measured = metrics.summary(plain.frames, fast.frames)
+    speedup = plain.seconds / fast.seconds
+    ran, kept = learned_plan(pipe), []
+    if ran is not None:
+        psnr, ssim = measured["psnr"], measured["ssim"]
+        kept = ran.add(call, seed, psnr=psnr, ssim=ssim, speedup=speedup)
     result = {
         "steps": len(timeline),
         "steps_computed": [len(timeline), timeline.count(StepKind.COMPUTED)],
         "blocks_run": blocks,
         "seconds": [plain.seconds, fast.seconds],
         "denoising_seconds": [plain.denoising_seconds, fast.denoising_seconds],
-        "speedup": plain.seconds / fast.seconds,
+        "speedup": speedup,
         "denoising_speedup": plain.denoising_seconds / fast.denoising_seconds
         if plain.denoising_seconds and fast.denoising_seconds
         else None,
-        "metrics": metrics.summary(plain.frames, fast.frames),
+        "metrics": measured,
         "adherence": [adherence_of(run.frames, call.get("prompt")) for run in (plain, fast)],
-        "notes": [*lesson, *notes_on(pipe, call, fast), COMPRESSION],
+        "notes": [*learned, *kept, *notes_on(pipe, call, fast), COMPRESSION],
         "report": fast.report,
     }
     return plain, fast, result
-
-
-def _plain(
-    pipe: Any, call: dict[str, Any], policy: Any, seed: int, progress: bool
-) -> tuple[Run, list[str]]:
-    """Run a pipeline plain; where nothing was measured of such runs, learn from this one.
-
-    Returns:
-        The run, without the time that learning took, and notes on what was learned.
-    """
-    learns = _is_worth_learning(pipe, call, policy)
-    if learns:
-        accelerate(pipe, policy=Resolver("learn", anew=True), cache=None, attention=None)
-    plain = generate(pipe, call, seed=seed, label="plain   ", progress=progress)
-    observers = [engine.observer for engine in engines_of(pipe).values()] if learns else []
-    restore(pipe)
-    if not observers or not isinstance(observers[0], Learner):
-        return plain, []
-    seconds, notes = observers[0].seconds, observers[0].notes
-    denoising = plain.denoising_seconds and plain.denoising_seconds - seconds
-    plain = replace(plain, seconds=plain.seconds - seconds, denoising_seconds=denoising)
-    spent = f"the time of the plain run is given without the {seconds:.2f} s that this took"
-    if LEARNED not in notes:
-        return plain, [f"{note}; {spent}" for note in notes]
-    learned = "the plain run was learned from, for the accelerated one and those to come"
-    return plain, [f"{learned}; {spent}"]
-
-
-def _is_worth_learning(pipe: Any, call: dict[str, Any], policy: Any) -> bool:
-    """Tell whether a policy is asked for that could be learned, and none is known."""
-    name = policy.policy if isinstance(policy, Resolver) else policy
-    if not isinstance(name, str) or name not in ("auto", "learn"):
-        return False
-    for transformer, _ in find_transformers(pipe).values():
-        try:
-            run = run_settings_of(transformer, [pipe], pipe.scheduler, steps_of(pipe, call))
-        except (AttributeError, TypeError, ValueError):  # no table of times yet
-            return True
-        run = replace(run, sigmas=None)
-        known = [known.policy for known in known_policies(run) if known.policy.fits(run)]
-        if any(policy.provenance in ("measured", "learned") for policy in known):
-            return False
-    return True
 
 
 def adherence_of(frames: Clip, prompt: Any) -> dict[str, bool] | None:

@@ -188,6 +188,7 @@ def _remarks(saved: SavedRun) -> list[str]:
         lines += [note for part in parts for note in part["notes"]]
     if saved.result.get("original_kept"):
         lines.append("the original is that of an earlier run with the same prompt, seed and size")
+    lines += saved.result.get("notes", [])
     if fidelity is not None:
         lines += [f"{name.upper()} is not available here" for name in fidelity["unavailable"]]
     return lines

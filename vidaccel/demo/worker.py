@@ -13,10 +13,13 @@ from vidaccel.api import accelerate, engines_of, restore
 from vidaccel.clips.calling import parameters_of
 from vidaccel.clips.fidelity import fidelity
 from vidaccel.clips.generate import Run, generate
+from vidaccel.clips.lesson import is_worth_learning, learning_from
 from vidaccel.clips.load import call_arguments, steps_of
+from vidaccel.clips.measurement import LearnedPlan, learned_plan
 from vidaccel.clips.video import Clip
 from vidaccel.demo.eta import Eta
 from vidaccel.demo.preview import Preview, data_uri
+from vidaccel.demo.run_store import CLIPS
 from vidaccel.demo.settings import OFF, Settings
 from vidaccel.engine.stats import StepKind
 from vidaccel.environment import environment
@@ -95,6 +98,7 @@ class Worker:
     ) -> None:
         """Make the clips that settings ask for, the accelerated one first.
 
+        Where nothing was measured or learned of such runs, the original comes first, and teaches.
         The original of a prompt, seed, size, number of steps and guidance is kept and not made
         again.
 
@@ -111,26 +115,57 @@ class Worker:
         pipe = self.load()
         call = call_arguments(pipe, settings.call())
         clips: dict[str, Run] = {}
-        about: dict[str, Any] = {"model": self.model, "environment": environment()}
+        about: dict[str, Any] = {"model": self.model, "environment": environment(), "notes": []}
+        arguments = None if settings.acceleration == OFF else settings.acceleration_arguments()
+        ran: LearnedPlan | None = None
 
         def generate_clip(phase: str, call: dict[str, Any]) -> Run:
             return self._generate(phase, call, settings.seed, on_progress, stop)
 
         def add_clip(name: str, run: Run) -> None:
             clips[name] = run
-            save(about | _numbers(clips), {name: run.frames for name, run in clips.items()})
-
-        try:
-            if settings.acceleration != OFF:
-                add_clip("accelerated", self._accelerated(settings, call, generate_clip))
-            if settings.acceleration == OFF or settings.compare:
-                original = self._originals.get(settings.original())
-                about["original_kept"] = original is not None
-                if original is None:
-                    original = generate_clip("original", call)
-                    self._keep(settings.original(), original)
+            if len(clips) == 2:
                 on_progress(phase="comparing", step=0, steps=0, eta=None, preview="")
-                add_clip("original", original)
+            numbers = _numbers(clips)
+            if ran is not None and len(clips) == 2:
+                mean, faster = numbers["closeness"]["mean"], numbers["speedup"]
+                psnr, ssim = mean["psnr"], mean.get("ssim")
+                kept = ran.add(call, settings.seed, psnr=psnr, ssim=ssim, speedup=faster)
+                about["notes"] += kept
+            save(about | numbers, {name: clips[name].frames for name in CLIPS if name in clips})
+
+        def add_original() -> None:
+            original = self._originals.get(settings.original())
+            about["original_kept"] = original is not None
+            if original is None:
+                with learning_from(pipe, call, policy) as lesson:
+                    original = generate_clip("original", call)
+                original, notes = lesson.without(original)
+                about["notes"] += notes
+                self._keep(settings.original(), original)
+            add_clip("original", original)
+
+        policy = "auto" if arguments is None else arguments["policy"]
+        compared = arguments is None or settings.compare
+        try:
+            if arguments is not None:
+                self._prepare(settings, arguments, call, generate_clip)
+            # An original that teaches comes first: the accelerated clip uses what it has taught.
+            teaches = (
+                compared
+                and settings.original() not in self._originals
+                and is_worth_learning(pipe, call, policy)
+            )
+            if teaches or arguments is None:
+                add_original()
+            if arguments is not None:
+                accelerate(pipe, **arguments)
+                accelerated = generate_clip("accelerated", call)
+                ran = learned_plan(pipe)
+                restore(pipe)
+                add_clip("accelerated", accelerated)
+            if compared and "original" not in clips:
+                add_original()
         except BaseException:
             # Offloaded parts stay where an exception finds them.
             pipe.maybe_free_model_hooks()
@@ -140,25 +175,21 @@ class Worker:
         finally:
             restore(pipe)
 
-    def _accelerated(
+    def _prepare(
         self,
         settings: Settings,
+        arguments: dict[str, Any],
         call: dict[str, Any],
         generate_clip: Callable[[str, dict[str, Any]], Run],
-    ) -> Run:
-        """Make the accelerated clip, after a warm-up where a comparison follows."""
-        pipe, arguments = self._pipe, settings.acceleration_arguments()
-        accelerate(pipe, **arguments)  # what cannot be is refused before any work
-        restore(pipe)
+    ) -> None:
+        """Refuse what cannot be before any work, and warm up where a comparison follows."""
+        accelerate(self._pipe, **arguments)
+        restore(self._pipe)
         shape = tuple(call.get(name) for name in ("height", "width", "num_frames"))
         if settings.compare and shape not in self._warm:
             # Neither side of a comparison should pay for the first run of a shape.
             generate_clip("warm-up", {**call, "num_inference_steps": 2})
             self._warm.add(shape)
-        accelerate(pipe, **arguments)
-        run = generate_clip("accelerated", call)
-        restore(pipe)
-        return run
 
     def _keep(self, key: Settings, run: Run) -> None:
         """Remember an original, and forget the oldest ones when they take too much memory."""

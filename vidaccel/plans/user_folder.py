@@ -15,6 +15,8 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from vidaccel.errors import PolicyError
+from vidaccel.plans import measured
+from vidaccel.plans.measured import MeasuredClip
 from vidaccel.plans.plan import RunSettings
 from vidaccel.plans.policy import CachePolicy
 
@@ -92,6 +94,41 @@ def delete(file: Path) -> None:
         file.unlink()
     except OSError as error:
         raise PolicyError(f"cannot delete policy {file}: {error.strerror}") from error
+    measured.forget(_records_of(file.stem))
+
+
+def add_measured(policy: CachePolicy, record: MeasuredClip) -> None:
+    """Keep what a clip of one of a policy's plans was like beside the plain one.
+
+    Raises:
+        PolicyError: the folder cannot be written.
+    """
+    place = _records_of(Path(name_of(policy)).stem)
+    try:
+        measured.add(place, record)
+    except OSError as error:
+        raise PolicyError(f"cannot write to {place}: {error.strerror}") from error
+
+
+def measured_clips(policy: CachePolicy) -> list[MeasuredClip]:
+    """Return the clips that were measured of the plans that a policy has now, newest first."""
+    total = policy.num_inference_steps
+    plans = {b: measured.digest_of(policy.plans[str(b)].to_plan(total)) for b in policy.budgets()}
+    records = measured.read(_records_of(Path(name_of(policy)).stem))
+    return [record for record in records if plans.get(record.budget) == record.plan]
+
+
+def with_measured(policy: CachePolicy) -> CachePolicy:
+    """Return a policy with what was measured of its plans as its validation, where anything was."""
+    records = measured_clips(policy)
+    if not records:
+        return policy
+    return policy.model_copy(update={"validation": measured.validation_of(records)})
+
+
+def _records_of(stem: str) -> Path:
+    """Return the folder of the records of a policy file."""
+    return folder() / "measured" / stem
 
 
 def name_of(policy: CachePolicy) -> str:
@@ -127,7 +164,7 @@ def _drop_old(keep: Path) -> None:
     for file in oldest[: len(found) - MOST_FILES]:
         try:
             if CachePolicy.load(file).provenance == "learned":
-                file.unlink()
+                delete(file)
         except (OSError, PolicyError):  # not ours to delete, or gone already
             continue
 
