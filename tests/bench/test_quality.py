@@ -19,6 +19,7 @@ from vidaccel.bench.tables import points_table
 from vidaccel.bench.variants import MethodContext, Variant
 from vidaccel.cli.main import main
 from vidaccel.errors import BenchError
+from vidaccel.plans import user_folder
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.shipped import shipped_policies
 
@@ -92,6 +93,19 @@ def test_all_methods_without_a_policy_run(case):
     shares = sorted(point.blocks_share for point in fewer)
     assert shares == [budget / STEPS for budget in sorted(MethodContext(STEPS).budgets)]
     assert all(point.speedup == point.cpu_speedup for point in fewer)
+
+
+def test_what_it_measures_of_a_learned_plan_is_kept(case):
+    case.call["num_inference_steps"] = 12
+    accelerate(case.pipe, policy="learn", attention=None)
+    case.pipe(**case.call, prompt=PROMPTS[0])
+    restore(case.pipe)
+    (file,) = user_folder.files()
+    result = run(case, [planned("own", "auto"), planned("half", "every 2")])
+    own = next(point for point in result.points if point.method == "own")
+    clips = user_folder.measured_clips(CachePolicy.load(file))
+    assert sorted(clip.psnr for clip in clips) == pytest.approx(sorted(own.every_psnr))
+    assert {clip.budget for clip in clips} == {4}
 
 
 def test_lpips_with_a_random_backbone(case):

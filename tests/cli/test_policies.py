@@ -6,6 +6,7 @@ import pytest
 
 from tiny.policies import parse, valid
 from vidaccel.plans import user_folder
+from vidaccel.plans.measured import MeasuredClip
 from vidaccel.plans.policy import CachePolicy
 
 
@@ -27,6 +28,28 @@ def test_list_and_show(run, learned):
         assert code == 0 and learned.name in stdout and "learned" in stdout
     code, stdout, _ = run("policies", "show", learned.name[:12])
     assert code == 0 and "budget" in stdout
+
+
+def test_what_was_measured_is_listed_shown_and_exported(run, learned, tmp_path):
+    policy = CachePolicy.load(learned)
+    budget = policy.budgets()[0]
+    plan = policy.plan(budget=budget)
+    for seed, psnr in ((0, 44.0), (1, 31.5)):
+        record = MeasuredClip.of(plan, "a red circle", seed, psnr=psnr, ssim=0.912, speedup=2.25)
+        user_folder.add_measured(policy, record)
+    _, stdout, _ = run("policies")
+    assert "measured on 2 clips" in stdout
+    _, stdout, _ = run("policies", "show", learned.stem)
+    assert "37.8 dB" in stdout  # their mean
+    rows = stdout[stdout.index("beside plain clips") :].splitlines()[2:]
+    assert [row.split()[0] for row in rows] == [str(budget)] * 2
+    assert "31.5 dB" in rows[0] and "0.912" in rows[0] and "2.25x" in rows[0]
+    out = tmp_path / "mine.json"
+    run("policies", "export", learned.stem, str(out))
+    (row,) = CachePolicy.load(out).validation
+    assert (row.budget, row.psnr, row.worst_psnr) == (budget, 37.75, 31.5)
+    run("policies", "delete", learned.stem)
+    assert not list(user_folder.folder().glob("measured/*"))
 
 
 def test_export_and_add(run, learned, tmp_path):

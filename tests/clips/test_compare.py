@@ -1,7 +1,7 @@
 """A comparison learns from its plain run where nothing is known of such runs."""
 
 from tiny.wan import wan
-from vidaccel.clips import compare as comparing
+from vidaccel.clips import lesson
 from vidaccel.clips.compare import compare
 from vidaccel.engine.stats import StepKind
 from vidaccel.plans import user_folder
@@ -24,7 +24,7 @@ def test_the_plain_run_teaches_the_accelerated_one():
 
 def test_what_is_known_is_not_learned_again(monkeypatch):
     _compare()
-    monkeypatch.setattr(comparing, "Learner", None)
+    monkeypatch.setattr(lesson, "accelerate", None)
     _, _, result = _compare()
     assert not any("learned from" in note for note in result["notes"])
 

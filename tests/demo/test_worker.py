@@ -18,6 +18,8 @@ from vidaccel.demo.run_store import RunStore
 from vidaccel.demo.settings import Limits, Settings
 from vidaccel.demo.worker import Worker, in_words
 from vidaccel.hosts.registry import HOSTS, find_transformers
+from vidaccel.plans import user_folder
+from vidaccel.plans.policy import CachePolicy
 
 
 def test_a_run_makes_both_clips_and_publishes_its_progress(queue):
@@ -62,6 +64,27 @@ def test_the_original_is_kept_until_what_it_depends_on_changes(queue):
         assert saved_run(queue, **few | changed).result["original_kept"] is False, changed
     off = saved_run(queue, acceleration="off", **few)
     assert off.result["original_kept"] is True and set(off.clips) == {"original"}
+
+
+def test_an_original_of_which_nothing_is_known_comes_first_and_teaches(queue):
+    asked = {"acceleration": "balanced", "policy": "auto", "steps": 12}
+    progress = progress_of(queue, queue.submit(ME, settings(**asked)))
+    assert progress[-1].state == "done", progress[-1].message
+    phases = [p.phase for p in progress]
+    assert phases.index("original") < phases.index("accelerated") < phases.index("comparing")
+    run = progress[-1].saved
+    assert "(learned)" in run.result["report"]["transformers"][0]["policy"]
+    (note,) = run.result["notes"]
+    assert "the plain run was learned from" in note and "without the" in note
+    assert "the plain run was learned from" in html.numbers(run)
+    (file,) = user_folder.files()
+    (clip,) = user_folder.measured_clips(CachePolicy.load(file))
+    assert clip.psnr == pytest.approx(run.fidelity["mean"]["psnr"])
+    again = progress_of(queue, queue.submit(ME, settings(**asked, seed=1)))
+    phases = [p.phase for p in again]
+    assert phases.index("accelerated") < phases.index("original")
+    assert again[-1].saved.result["notes"] == [] and len(user_folder.files()) == 1
+    assert len(user_folder.measured_clips(CachePolicy.load(file))) == 2
 
 
 def test_stop_ends_a_run_within_a_step_and_the_next_one_is_clean(queue, pipe):
