@@ -14,6 +14,7 @@ from vidaccel.api import engines_of
 from vidaccel.bench import quality
 from vidaccel.bench.curves import MOST_DECIBELS, QualityResult
 from vidaccel.bench.methods import variants
+from vidaccel.bench.plan_searches import BUDCACHE
 from vidaccel.bench.quality import quality as bench
 from vidaccel.bench.tables import points_table
 from vidaccel.bench.variants import MethodContext, Variant
@@ -241,3 +242,21 @@ def test_command_line(tmp_path, capsys):
     assert result["points"][0]["adherence"].keys() == {"color", "background", "motion"}
     assert "lpips" in result["left_out"] or result["points"][0]["lpips"] is not None
     assert "evenly spaced" in capsys.readouterr().out
+
+
+def test_a_race_on_the_command_line(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red dotted circle moving up on a charcoal striped background\n")
+    assert main(["bench", "quality", "--budgets", "9", "--steps", "8"]) == 2
+    assert "found 9, expected at most 8" in capsys.readouterr().err
+    other = ["--model", "some/model", "--prompts", str(prompts), "--search-runs", "5"]
+    assert main(["bench", "quality", *other]) == 2
+    assert "--calibration" in capsys.readouterr().err
+    arguments = ["--size", "48x48", "--frames", "5", "--steps", "4", "--threads", "1"]
+    arguments += ["--budgets", "2", "--search-runs", "2", "--calibration", str(prompts)]
+    arguments += ["--methods", BUDCACHE, "--prompts", str(prompts), "--clock", "cpu"]
+    assert main(["bench", "quality", *arguments, "--json", str(tmp_path / "q.json")]) == 0
+    result = json.loads((tmp_path / "q.json").read_text())
+    (point,) = result["points"]
+    assert point["method"] == BUDCACHE and len(point["setting"]["steps"]) == 2
+    assert result["settings"]["search_runs"] == 2 and len(result["settings"]["searched_on"]) == 1
