@@ -1,6 +1,7 @@
 """The queue of jobs: order, limits, and what becomes of a job that fails."""
 
 import threading
+import time
 
 import pytest
 
@@ -50,6 +51,24 @@ def test_a_run_that_nobody_waits_for_is_dropped(queue, monkeypatch):
     monkeypatch.setattr(job_queue, "ABANDONED_AFTER", -1.0)
     progress = progress_of(queue, queue.submit(ME, settings()))
     assert progress[-1].state == "stopped" and "nobody was waiting" in progress[-1].message
+
+
+def test_a_run_that_somebody_asks_for_is_not(queue, monkeypatch):
+    monkeypatch.setattr(job_queue, "ABANDONED_AFTER", 0.5)
+    running = queue.submit(YOU, settings(steps=60))
+    until(lambda: running.progress.step >= 1)
+    waiting = queue.submit(ME, settings(compare=False))
+    submitted = time.monotonic()
+    until(lambda: queue.look(waiting) and time.monotonic() > submitted + 1)
+    queue.stop(running)
+    assert progress_of(queue, waiting)[-1].state == "done"
+
+
+def test_each_change_has_a_number_and_each_clip_too(queue):
+    progress = progress_of(queue, queue.submit(ME, settings()))
+    numbers = [p.number for p in progress]
+    assert numbers == sorted(set(numbers))
+    assert (progress[-1].saves, len(progress[-1].saved.clips)) == (2, 2)
 
 
 def test_the_words_of_a_refusal_are_shown_and_the_next_run_works(queue):

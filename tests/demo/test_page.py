@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tiny.demo import PATIENCE, until
+from tiny.relay import Relay
 from vidaccel.plans.shipped import shipped_policies
 
 # A run of the page takes seconds, and many times that on a busy machine.
@@ -421,6 +422,55 @@ def test_a_reload_in_the_middle_goes_on_where_it_was(tab):
     tab.click("#stop")
     tab.wait_for_selector("#status:has-text('Stopped at step')")
     tab.wait_for_selector("#generate:not([disabled])")
+
+
+def lost_in_silence(relay):
+    """The connections that there are say nothing any more: a computer slept, a network changed."""
+    relay.lose()
+
+
+def cut_off(relay):
+    """The connections that there are end, and others can be made: a proxy has had enough."""
+    relay.cut()
+
+
+def out_of_reach(relay):
+    """The server cannot be reached for a while, until the page has noticed."""
+    relay.reachable = False
+    relay.cut()
+
+
+@pytest.mark.parametrize("happens", [lost_in_silence, cut_off, out_of_reach])
+def test_a_run_goes_on_after_a_lost_connection(browser, server, happens):
+    relay = Relay(int(server.rpartition(":")[2]))
+    context = browser.new_context()
+    context.set_default_timeout(1000 * PATIENCE)
+    try:
+        tab = open_page(context, relay.address)
+        long_run(tab)
+        tab.click("#generate")
+        until(lambda: step(tab) >= 1)
+        happens(relay)
+        if not relay.reachable:
+            tab.wait_for_selector("text=Connection to the server was lost")
+            relay.reachable = True
+            tab.wait_for_selector("text=Connection to the server was lost", state="detached")
+            tab.wait_for_selector("#status .va-bar")
+        before = step(tab)
+        until(lambda: step(tab) > before)
+        assert tab.locator("#generate").is_disabled()
+        tab.click("#stop")
+        tab.wait_for_selector("#status:has-text('Stopped at step')")
+        tab.wait_for_selector("#generate:not([disabled])")
+        # And so does the next one.
+        tab.click("#generate")
+        tab.wait_for_selector("#status .va-bar")
+        tab.click("#stop")
+        tab.wait_for_selector("#status:has-text('Stopped at step')")
+        tab.wait_for_selector("#generate:not([disabled])")
+    finally:
+        context.close()
+        relay.close()
 
 
 def test_two_tabs_wait_for_each_other(tab, server):

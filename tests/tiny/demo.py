@@ -21,8 +21,17 @@ def settings(**fields: Any) -> Settings:
 
 
 def progress_of(queue: JobQueue, job: Job) -> list[Progress]:
-    """Wait for the end of a job and return all its progress."""
-    return list(queue.follow(job))
+    """Wait for the end of a job and return its progress, as often as it was seen to change."""
+    seen = [queue.look(job)]
+
+    def ended() -> bool:
+        progress = queue.look(job)
+        if progress is not seen[-1]:
+            seen.append(progress)
+        return seen[-1].final
+
+    until(ended)
+    return seen
 
 
 def saved_run(queue: JobQueue, owner: str = ME, **fields: Any) -> SavedRun:

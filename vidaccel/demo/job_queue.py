@@ -5,7 +5,6 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +18,9 @@ from vidaccel.errors import QueueFullError, VidaccelError
 
 logger = logging.getLogger(__name__)
 
-FOLLOW_EVERY = 0.15  # seconds
-ABANDONED_AFTER = 60.0  # seconds without anyone following a run that still waits
+# Seconds without anyone asking for a run that still waits. A browser lets a tab that is behind
+# others ask once a minute.
+ABANDONED_AFTER = 180.0
 REMEMBERED = 200  # ended jobs
 
 
@@ -38,6 +38,8 @@ class Progress:
         preview: the latents as a picture in a data URI.
         message: why it stopped or failed.
         saved: the run as far as it is in its files: first the accelerated clip, then all.
+        number: how often it has changed, which tells what somebody has seen of it.
+        saves: how often `saved` has.
     """
 
     state: str = "waiting"
@@ -50,6 +52,8 @@ class Progress:
     preview: str = ""
     message: str = ""
     saved: SavedRun | None = None
+    number: int = 0
+    saves: int = 0
 
     @property
     def final(self) -> bool:
@@ -68,7 +72,7 @@ class Job:
         id: names the job; cannot be guessed.
         progress: how far it is.
         stop: when set, the job ends within a step.
-        seen: when somebody followed it last, in seconds on the monotonic clock.
+        seen: when somebody asked for it last, in seconds on the monotonic clock.
     """
 
     def __init__(self, owner: str, settings: Settings) -> None:
@@ -144,20 +148,10 @@ class JobQueue:
                 self._publish(job, state="stopped", message="taken out of the queue")
                 self._renumber()
 
-    def follow(self, job: Job) -> Iterator[Progress]:
-        """Yield the progress of a job whenever it has changed, until nothing more will happen."""
-        shown: Progress | None = None
-        while True:
-            with self._changed:
-                self._changed.wait_for(partial(_has_changed, job, shown), timeout=1.0)
-                progress = job.progress
-            job.seen = time.monotonic()
-            if progress is not shown:
-                yield progress
-            if progress.final:
-                return
-            shown = progress
-            time.sleep(FOLLOW_EVERY)
+    def look(self, job: Job) -> Progress:
+        """Return the progress of a job, and take note that somebody waits for it."""
+        job.seen = time.monotonic()
+        return job.progress
 
     def close(self, timeout: float = 60.0) -> None:
         """Stop what runs, drop what waits, and end the thread."""
@@ -170,7 +164,7 @@ class JobQueue:
 
     def _publish(self, job: Job, **changes: Any) -> None:
         with self._changed:
-            job.progress = replace(job.progress, **changes)
+            job.progress = replace(job.progress, **changes, number=job.progress.number + 1)
             self._changed.notify_all()
 
     def _renumber(self) -> None:
@@ -219,12 +213,8 @@ class JobQueue:
             nonlocal run_id
             saved = self.store.save(job.owner, job.settings, result, clips, run_id)
             run_id = saved.id
-            self._publish(job, saved=saved)
+            self._publish(job, saved=saved, saves=job.progress.saves + 1)
 
         self.worker.run(
             job.settings, on_progress=partial(self._publish, job), stop=job.stop, save=save
         )
-
-
-def _has_changed(job: Job, shown: Progress | None) -> bool:
-    return job.progress is not shown

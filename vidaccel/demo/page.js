@@ -4,9 +4,10 @@
 // reload the page goes on where it was, with the same accordions open. Gradio asks with each event,
 // since one can come before the page has answered that it was opened.
 (() => {
+  const ASK_EVERY = 300, ANSWERED_WITHIN = 5000;  // milliseconds
   let token = Array.from(crypto.getRandomValues(new Uint8Array(16)),
                          byte => byte.toString(16).padStart(2, '0')).join('');
-  let following = '', opened = '';
+  let following = '', opened = '', asked = 0, askedAt = 0;
   try {  // a browser can forbid storage; then the page forgets when it is reloaded
     token = localStorage.vidaccelOwner ||= token;
     following = sessionStorage.vidaccelJob || '';
@@ -23,6 +24,8 @@
     owner: () => token,
     job: () => following,
     opened: () => opened,
+    heard: () => document.querySelector('#heard')?.textContent.trim() || '',
+    ask: () => { askedAt = performance.now(); return String(++asked); },
     remember: (job) => {
       following = job;
       try { sessionStorage.vidaccelJob = job; } catch {}
@@ -30,6 +33,14 @@
     },
     look: () => bring(document.querySelector('#status .va-error') ? '#status' : '#pair'),
   };
+  // Ask how far the run is, until the page has been told of its end. It never waits for ever: what
+  // is not answered, since a connection was lost, is asked again.
+  setInterval(() => {
+    const [job, , , state, answered] = vidaccel.heard().split(' ');
+    if (!following || (job === following && state === 'over')) return;
+    if (Number(answered || 0) < asked && performance.now() - askedAt < ANSWERED_WITHIN) return;
+    document.querySelector('#ask')?.click();
+  }, ASK_EVERY);
 })();
 
 // Two clips in step: what happens to one of them happens to the other.

@@ -1,7 +1,6 @@
 """The demo page: a clip with and without acceleration, beside each other."""
 
 import re
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,19 @@ OWNER = re.compile(r"[0-9a-f]{32}")
 
 # What page.js is asked as an event begins; see there.
 VISITOR = "() => [vidaccel.owner(), vidaccel.job()]"
+ASK = "() => [vidaccel.owner(), vidaccel.job(), vidaccel.heard(), vidaccel.ask()]"
 ARRIVAL = "() => [vidaccel.owner(), vidaccel.job(), vidaccel.opened()]"
 OWNER_AND_VALUES = "(_, ...values) => [vidaccel.owner(), ...values]"
 LOOK = "() => vidaccel.look()"
 REMEMBER = "(job) => vidaccel.remember(job)"
 
-# Of every event: no overlay while it is handled, and no place in the public API.
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Of every event: no overlay while it is handled, no place in the public API, and an answer of its
+# own. Those of Gradio's queue come over one connection that has to last, and where that is lost
+# without a word (a computer that slept, another network), the page would wait for them for ever.
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 
 # component -> its new value. Where nothing changes, it is gr.skip(): Gradio takes an empty one for
-# a value, and clears the outputs of a generator that yields nothing.
+# a value.
 Updates = dict[Any, Any]
 
 
@@ -113,6 +115,10 @@ class Page:
             self._owner = gr.Textbox(visible=False)
             self._job = gr.Textbox(visible=False)
             self._opened = gr.Textbox(visible=False)
+            # What the page has been told of a run, and the button with which page.js asks for more.
+            self._heard = gr.HTML("", visible="hidden", elem_id="heard")
+            self._asked = gr.Textbox(visible=False)
+            self._ask = gr.Button("Ask", visible="hidden", elem_id="ask")
             self._history_ids = gr.State([])
             with gr.Row(elem_id="board"):  # page.css lays it out on a narrow screen
                 with gr.Column(scale=2, min_width=320):
@@ -135,7 +141,7 @@ class Page:
         """Connect the events of the components with their handlers."""
         controls, view, status = self._controls, self._view, self._status
         visitor, history = [self._owner, self._job], [self._history, self._history_ids]
-        board = [status, controls.generate, controls.stop, *view.outputs, *history]
+        buttons = [controls.generate, controls.stop]
         arrival = [self._owner, *history, *controls.outputs, *self._accordions.values()]
         self.blocks.load(
             self.arrive,
@@ -143,17 +149,25 @@ class Page:
             list(dict.fromkeys(arrival)),
             js=ARRIVAL,
             **QUIET,
-        ).then(self.follow, visitor, board, js=VISITOR, **QUIET)
+        )
         controls.generate.click(
             self.submit,
             [self._owner, *controls.inputs],
-            [self._job, controls.seed, status, controls.generate, controls.stop, *view.outputs],
+            [self._job, controls.seed, status, *buttons, *view.outputs],
             js=OWNER_AND_VALUES,
             **QUIET,
-        ).then(None, self._job, None, js=REMEMBER).then(
-            self.follow, visitor, board, js=VISITOR, **QUIET
+        ).then(None, self._job, None, js=REMEMBER)
+        # A question or a wish to stop whose answer is lost is not in the way of the next one.
+        self._ask.click(
+            self.follow,
+            [*visitor, self._heard, self._asked],
+            [self._heard, status, *buttons, *view.outputs, *history],
+            js=ASK,
+            trigger_mode="multiple",
+            show_progress_on=self._asked,  # elsewhere Gradio writes how long it takes, unseen
+            **QUIET,
         )
-        controls.stop.click(self.stop, visitor, None, js=VISITOR, queue=False, **QUIET)
+        controls.stop.click(self.stop, visitor, None, js=VISITOR, trigger_mode="multiple", **QUIET)
         self._gallery.select(self.choose_example, None, [status, *view.outputs], **QUIET).then(
             None, None, None, js=LOOK
         )
@@ -203,24 +217,39 @@ class Page:
             **self._controls.show_busy(True),
         }
 
-    def follow(self, token: str, job_id: str) -> Iterator[Updates]:
-        """Show the progress of a run until it has ended."""
+    def follow(self, token: str, job_id: str, heard: str, asked: str) -> Updates:
+        """Show what has become of a run since the page was told of it last.
+
+        Args:
+            token: the visitor's.
+            job_id: the run that this tab follows.
+            heard: what came with the answer that the page shows; "" where it has had none.
+            asked: names the question, and comes back with its answer.
+        """
+        before, number, saves, *_ = [*heard.split(), "", "", ""]
         job = self._queue.job(_checked(token), job_id)
         if job is None:
-            yield gr.skip()
-            return
-        view: tuple[SavedRun | None] | None = None  # the run that is shown, once this has shown one
-        for progress in self._queue.follow(job):
-            updates = {
+            forgotten = html.note("This run is no longer known here.")
+            return {
+                self._heard: f"{job_id} 0 0 over {asked}",
+                **({self._status: forgotten} if before == job_id else {}),
+                **self._controls.show_busy(False),
+            }
+        progress = self._queue.look(job)
+        state = "over" if progress.final else "on"
+        updates: Updates = {
+            self._heard: f"{job_id} {progress.number} {progress.saves} {state} {asked}"
+        }
+        if (before, number) != (job_id, str(progress.number)):
+            updates |= {
                 self._status: html.status(progress),
                 **self._controls.show_busy(not progress.final),
             }
-            if view != (progress.saved,):
-                view = (progress.saved,)
-                updates |= self._view.show(progress.saved)
             if progress.final:
                 updates |= self._show_history(token)
-            yield updates
+        if (before, saves) != (job_id, str(progress.saves)):
+            updates |= self._view.show(progress.saved)
+        return updates
 
     def stop(self, token: str, job_id: str) -> None:
         """Have the visitor's run end."""
