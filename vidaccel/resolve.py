@@ -26,7 +26,7 @@ from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.store import shipped_as
 from vidaccel.plans.wish import Wish
 from vidaccel.svg2.settings import SVG2
-from vidaccel.svg2.support import gpu_of, why_dense, why_not_on
+from vidaccel.svg2.support import gpu_here, gpu_of, why_dense, why_not_on
 
 _EVERY = re.compile(r"\s*every[ :]?(\d{1,6})\s*")
 _STEPS = re.compile(r"-?\d{1,9}(\s*,\s*-?\d{1,9})*")  # Python refuses to read endless digits
@@ -302,9 +302,12 @@ def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -
             `SVG2()` where there is a GPU that runs the kernels, the model allows it, and a sparse
             call is faster than a dense one, and tells in the report where not.
 
+    Judged is the device on which the transformer is, or to which its offloading moves it. One that
+    is moved to a GPU later is judged there, by its first call.
+
     Raises:
         AttentionError: it is none of these, or this attention cannot be made sparse, by an `SVG2`
-            on the GPU of this machine. Without one an `SVG2` runs in torch.
+            on the GPU of this transformer. On all other devices an `SVG2` runs in torch.
     """
     if attention is None:
         return AttentionHook()
@@ -313,7 +316,7 @@ def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -
             f"attention is 'auto', None or an SVG2, found {type(attention).__name__}"
         )
     gpu = gpu_of(transformer)
-    if attention == "auto" and gpu is None:
+    if attention == "auto" and gpu is None and gpu_here() is None:
         return AttentionHook()
     # Only here, since Triton and Diffusers' attention take seconds to import.
     from vidaccel.svg2.gate import Gate, why_trial_fails
@@ -327,11 +330,11 @@ def attention_of(attention: Attention, transformer: nn.Module, host: HostSpec) -
         reason = why_not_on(gpu, transformer, host)
         if reason := reason or why_trial_fails(gpu, transformer, host, attention):
             raise AttentionError(
-                f"the attention of {type(transformer).__name__} cannot be made sparse on this "
-                f"machine: {reason}; pass attention=None"
+                f"the attention of {type(transformer).__name__} cannot be made sparse on {gpu}: "
+                f"{reason}; pass attention=None"
             )
         return sparse
-    assert gpu is not None  # with "auto"
-    if reason := why_dense(transformer, host) or why_not_on(gpu, transformer, host):
+    reason = why_dense(transformer, host)
+    if reason := reason or ("" if gpu is None else why_not_on(gpu, transformer, host)):
         return AttentionHook(f"dense, since {reason}")
     return SparseAttention(transformer, host, SVG2(), gpu_only=True, gate=Gate())

@@ -8,7 +8,7 @@ import torch
 from tiny import STEPS
 from tiny.base import LAYERS
 from tiny.hunyuan import hunyuan
-from tiny.machine import card
+from tiny.machine import card, offloaded_to
 from tiny.wan import wan, wan_transformer
 from vidaccel import SVG2, accelerate, report
 from vidaccel.api import engines_of
@@ -102,7 +102,8 @@ def test_a_failing_trial_is_told_by_auto_and_refused_by_name(monkeypatch):
 
     monkeypatch.setattr(gate, "why_kernels_fail", fails)
     case = wan()
-    with pytest.raises(AttentionError, match=r"on this machine: a trial .*died\); pass attention"):
+    offloaded_to("cuda", case.pipe.transformer)
+    with pytest.raises(AttentionError, match=r"on cuda: a trial .*died\); pass attention"):
         accelerate(case.pipe, policy=None, attention=SETTINGS)
     assert not engines_of(case.pipe)
     assert tried == [("cuda", 12, torch.float32)]

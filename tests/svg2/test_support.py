@@ -5,9 +5,9 @@ import torch
 
 from tiny import Case
 from tiny.looking import two_steps
-from tiny.machine import card, without_triton
+from tiny.machine import card, offloaded_to, without_triton
 from tiny.wan import wan, wan_transformer
-from vidaccel import SVG2, accelerate, report
+from vidaccel import SVG2, accelerate, report, restore
 from vidaccel.api import engines_of
 from vidaccel.errors import AttentionError
 from vidaccel.hosts.registry import HOSTS, find_transformers
@@ -81,6 +81,7 @@ def test_heads_without_a_kernel(monkeypatch):
 def test_the_size_of_the_heads_is_known_before_the_run(monkeypatch, size):
     card(monkeypatch)
     model = wan_transformer(attention_head_dim=size)
+    offloaded_to("cuda", model)
     assert support.head_size(model, WAN) == size
     if size in common.HEAD_DIMS:
         assert isinstance(attention_of("auto", model, WAN), SparseAttention)
@@ -94,11 +95,18 @@ def test_the_size_of_the_heads_is_known_before_the_run(monkeypatch, size):
 def refused_for(reason: str, case: Case | None = None) -> None:
     """auto is dense and says why; an SVG2 is refused before anything is changed."""
     case = case or wan()
+    # As long as it is on the CPU, no GPU of the machine is in the way of an SVG2.
+    accelerate(case.pipe, policy=None, attention=SPARSE)
+    assert note(case.pipe).startswith("SVG2(")
+    case.run()
+    assert report(case.pipe).transformers[0].attention.sparse_calls
+    restore(case.pipe)
+    offloaded_to("cuda:1", case.pipe.transformer)
     accelerate(case.pipe, policy=None)
     assert note(case.pipe).startswith(f"dense, since {reason}")
     assert f"attention: dense, since {reason}" in str(report(case.pipe))
     engines = engines_of(case.pipe)
-    with pytest.raises(AttentionError, match="cannot be made sparse on this machine: ") as error:
+    with pytest.raises(AttentionError, match="cannot be made sparse on cuda:1: ") as error:
         accelerate(case.pipe, policy=None, attention=SPARSE)
     assert reason in str(error.value) and str(error.value).endswith("; pass attention=None")
     assert engines_of(case.pipe) == engines
@@ -107,19 +115,30 @@ def refused_for(reason: str, case: Case | None = None) -> None:
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_devices_that_are_not_cuda(monkeypatch, kernels_for_12, kind):
     """auto does not try; an SVG2 runs there in torch."""
-    other = torch.device(kind)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: other)
     case = wan()
+    offloaded_to(kind, case.pipe.transformer)
     accelerate(case.pipe, policy=None)
     assert f"NVIDIA GPUs alone, and this is {kind}" in note(case.pipe)
     accelerate(case.pipe, policy=None, attention=SPARSE)
     assert note(case.pipe).startswith("SVG2(")
 
 
-def test_a_transformer_is_judged_by_its_own_device(monkeypatch):
-    assert support.gpu_of(wan_transformer().to("meta")) is None
-    card(monkeypatch)
-    assert support.gpu_of(wan_transformer()) == torch.device("cuda")
+def test_a_transformer_is_judged_by_the_device_that_it_runs_on(monkeypatch):
+    card(monkeypatch, (7, 5))  # somewhere in the machine, and never asked about
+    model = wan_transformer()
+    assert support.gpu_of(model) is None and support.gpu_of(model.to("meta")) is None
+    model = wan_transformer()
+    offloaded_to("cuda:1", model)
+    assert support.gpu_of(model) == torch.device("cuda:1")
+    model = wan_transformer()
+    model.enable_group_offload(
+        torch.device("cuda:1"), torch.device("cpu"), "block_level", num_blocks_per_group=1
+    )
+    assert support.gpu_of(model) == torch.device("cuda:1")
+    # One that may be moved yet is judged where it runs then.
+    sparse = attention_of("auto", wan_transformer(), WAN)
+    tokens = runner.Tokens(20_000, 0, 20_000)
+    assert "this GPU has 7.5" in sparse.why_dense_here(OnGPU(), tokens, False)
 
 
 def test_the_size_of_the_heads_is_found_in_every_family(family: Case):

@@ -18,6 +18,13 @@ def card(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
 
+def offloaded_to(device: str, transformer: torch.nn.Module) -> None:
+    """Let a transformer be moved to a device for its calls, as `enable_model_cpu_offload` does."""
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    add_hook_to_module(transformer, CpuOffload(execution_device=device))
+
+
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no module of kernels find Triton, also those that have found it before."""
     for name, module in list(sys.modules.items()):

@@ -286,11 +286,11 @@ def in_words(error: Exception, settings: Settings) -> str:
 
 def _attention_of(pipe: Any) -> str:
     # Only here, since Triton and Diffusers' attention take seconds to import.
-    from vidaccel.svg2.support import gpu_of, why_dense, why_not_on
+    from vidaccel.svg2.support import gpu_here, gpu_of, why_dense, why_not_on
 
     for transformer, host in find_transformers(pipe).values():
         reason = why_dense(transformer, host)
-        if not reason and (gpu := gpu_of(transformer)) is not None:
+        if not reason and (gpu := gpu_of(transformer) or gpu_here()) is not None:
             reason = why_not_on(gpu, transformer, host)
         if reason:
             return f"Attention stays dense with this model: {reason}."

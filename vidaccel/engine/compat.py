@@ -110,6 +110,21 @@ def guidance_branch(guider: Any) -> str | None:
     return getattr(batches[position], guider._identifier_key, None)
 
 
+def offload_device(transformer: nn.Module) -> torch.device | None:
+    """Return the device to which hooks move weights and inputs for a call; None without such."""
+    for module in transformer.modules():
+        hook: Any = vars(module).get("_hf_hook")
+        registry: Any = vars(module).get("_diffusers_hook")
+        groups = [] if registry is None else registry.hooks.values()
+        devices = [
+            *(getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))),
+            *(getattr(getattr(part, "group", None), "onload_device", None) for part in groups),
+        ]
+        if found := next((device for device in devices if device is not None), None):
+            return torch.device(found)
+    return None
+
+
 def sequential_offload(transformer: nn.Module) -> tuple[Any, bool] | None:
     """Return device and whether buffers move too where layers are offloaded one by one."""
     for module in transformer.modules():

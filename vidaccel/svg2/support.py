@@ -5,16 +5,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from vidaccel.engine.compat import offload_device
 from vidaccel.errors import AttentionError
 from vidaccel.hosts.spec import HostSpec
 from vidaccel.kernels.common import DTYPES, HEAD_DIMS, why_no_kernels
 
 
 def gpu_of(transformer: nn.Module) -> torch.device | None:
-    """Return the GPU that a transformer is on or can be moved to; None on a machine without."""
-    device = next((x.device for x in transformer.parameters()), torch.device("cpu"))
-    if device.type not in ("cpu", "meta"):
-        return device
+    """Return the GPU on which a transformer is, or to which its offloading moves it for a call.
+
+    None where it runs on the CPU, as long as nobody moves it.
+    """
+    device = offload_device(transformer)
+    if device is None:
+        device = next((x.device for x in transformer.parameters()), torch.device("cpu"))
+    return None if device.type in ("cpu", "meta") else device
+
+
+def gpu_here() -> torch.device | None:
+    """Return a GPU of this machine, to which a transformer may yet be moved; None without one."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.accelerator.current_accelerator(check_available=True)
