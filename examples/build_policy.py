@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 import vidaccel
 from vidaccel.clips.embedded import embedded_model
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(allow_abbrev=False)
 parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--size", type=int, default=64)
 parser.add_argument("--frames", type=int, default=9)

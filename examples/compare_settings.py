@@ -13,7 +13,7 @@ from vidaccel.clips.embedded import EMBEDDED_PROMPT
 from vidaccel.clips.generate import generate
 from vidaccel.clips.load import load_pipeline
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(allow_abbrev=False)
 parser.add_argument("--steps", type=int, default=50)
 parser.add_argument("--size", type=int, default=64)
 parser.add_argument("--frames", type=int, default=9)

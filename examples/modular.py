@@ -14,7 +14,7 @@ import vidaccel
 from vidaccel.clips.embedded import embedded_model
 from vidaccel.clips.video import write_video
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(allow_abbrev=False)
 parser.add_argument("prompt", nargs="?", default="a red circle moving right")
 parser.add_argument("--model", default=embedded_model())
 parser.add_argument("--steps", type=int, default=30)

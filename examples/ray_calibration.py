@@ -29,7 +29,7 @@ def load() -> WanPipeline:
     return pipe
 
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(allow_abbrev=False)
 parser.add_argument("--workers", type=int, default=2)
 parser.add_argument("--ray-address")
 parser.add_argument("--steps", type=int, default=12)

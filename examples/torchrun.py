@@ -20,7 +20,7 @@ from vidaccel.clips.load import load_pipeline
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", help="folder or hub id; the embedded model if left out")
     parser.add_argument("--prompt", default=EMBEDDED_PROMPT)
     parser.add_argument("--size", type=int, default=480)

@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 import vidaccel
 from vidaccel.clips.video import write_video
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(allow_abbrev=False)
 parser.add_argument("prompt")
 parser.add_argument("--model", default="Wan-AI/Wan2.2-T2V-A14B-Diffusers")
 parser.add_argument("--steps", type=int, default=40)

@@ -35,7 +35,7 @@ Video = np.ndarray  # float [frames, height, width, 3] in 0..1
 
 def main() -> None:
     here = Path(__file__).parent.parent
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path, default=here / "tiny-wan")
     parser.add_argument("--output", type=Path, default=here / "results" / "tiny-wan.json")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))

@@ -52,7 +52,7 @@ SAMPLE_SHIFT = 1.0  # evenly spaced noise levels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("stage", choices=["vae", "encode", "transformer", "export", "all"])
     parser.add_argument("--workdir", type=Path, default=Path("build/tiny-wan"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "tiny-wan")

@@ -135,3 +135,23 @@ def test_python_dash_m():
 def test_older_spellings_of_options_are_taken(arguments, message, run):
     code, _, stderr = run(*arguments)
     assert code == 2 and message in stderr and "unrecognized" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["generate", "--prompt", "a red circle"],
+            "there is no option --prompt; did you mean --pr",
+        ),
+        (["generate", "--step=3", "x"], "there is no option --step; did you mean --steps?"),
+        (["bench", "kernels", "--check"], "vidaccel bench kernels: there is no option --check"),
+        (["show", "--qwertz", "7"], "vidaccel show: there is no option --qwertz (vidaccel show"),
+        (["env", "one", "two"], "vidaccel env: there is no argument one"),
+        (["--vers"], "vidaccel: "),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_options_are_written_out(arguments, message, run):
+    code, out, stderr = run(*arguments)
+    assert code == 2 and not out and stderr.count("\n") == 1 and message in stderr

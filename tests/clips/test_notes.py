@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tiny.hunyuan import hunyuan
+from tiny.wan import wan
 from vidaccel.clips.generate import Run
-from vidaccel.clips.notes import notes_on
+from vidaccel.clips.notes import notes_before, notes_on
 
 CALL = {"prompt": "x", "num_frames": 9, "height": 32, "width": 48}
 
@@ -49,3 +51,43 @@ def test_another_size_than_asked_for(shape, message):
 def test_a_plain_run_has_no_report():
     run = Run(np.zeros((9, 32, 48, 3), np.uint8), 1.0, None, None)
     assert notes_on(SimpleNamespace(device="cpu"), CALL, run) == []
+
+
+def pipeline(each, default, name="vae_scale_factor_temporal"):
+    class Pipe:
+        def __call__(self, prompt, num_frames=default):
+            """Make a clip."""
+
+    pipe = Pipe()
+    setattr(pipe, name, each)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("pipe", "asked", "made"),
+    [
+        (pipeline(2, 81), 10, "9 or 11"),
+        (pipeline(4, 81), 12, "9 or 13"),
+        (pipeline(4, 81), 13, None),
+        (pipeline(8, 121, "vae_temporal_compression_ratio"), 24, "17 or 25"),
+        (pipeline(4, 88), 88, None),
+        (pipeline(4, None), 10, None),
+        (SimpleNamespace(), 10, None),
+    ],
+    ids=str,
+)
+def test_frames_that_cannot_be_are_told_before_the_run(pipe, asked, made):
+    notes = notes_before(pipe, {"prompt": "x", "num_frames": asked})
+    assert len(notes) == (made is not None)
+    if made:
+        assert notes[0].endswith(f"of the {asked} asked for it makes {made}")
+    assert notes_before(pipe, {"prompt": "x"}) == []
+
+
+@pytest.mark.parametrize("make", [wan, hunyuan], ids=lambda make: make.__name__)
+def test_what_is_made_of_a_number_of_frames_is_one_of_those_told(make):
+    case = make()
+    frames = {"num_frames": case.kwargs["num_frames"] + 1}
+    (note,) = notes_before(case.pipe, {**case.kwargs, **frames})
+    clip = case.run(**frames, output_type="pt", num_inference_steps=1)  # [B, F, C, H, W]
+    assert str(clip.shape[1]) in note.rpartition("makes ")[2].split(" or ")

@@ -185,7 +185,7 @@ def _digest_of_kernels() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run a part; the arguments are those that `vidaccel.bench.gpu` gives."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("run")

@@ -169,9 +169,13 @@ def _make_all(arguments: argparse.Namespace) -> None:
     pipe = pipeline_of(arguments, resolver, steps, **call)
     call = call_of(pipe, arguments, num_inference_steps=steps, **call)
 
+    from vidaccel.clips.notes import notes_before
     from vidaccel.clips.outline import check_acceleration
 
     check_acceleration(pipe, call, resolver)
+    if not arguments.quiet:
+        for note in notes_before(pipe, call):
+            print(f"note: {note}", file=sys.stderr)
     make = _with_plain if arguments.compare else _alone
     precision = None if arguments.precision == "none" else arguments.precision
     acceleration = {"policy": resolver, "attention": attention, "precision": precision}

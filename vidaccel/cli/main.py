@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from vidaccel import __version__
 from vidaccel.cli.bench import add_bench
@@ -37,7 +38,26 @@ TRACEBACK = "VIDACCEL_TRACEBACK"
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage of the command."""
+    """A parser whose errors are one line, without the usage, and of the command that was meant.
+
+    Options have to be written out: an abbreviation would be read as another option without a word.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "allow_abbrev": False})
+
+    # Its own type is that of two overloads.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and leave where something is not known: here it is known which command it is."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = [text for text in self._option_string_actions if text.startswith("--")]
+            near = get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            kind = "option" if name.startswith("-") else "argument"
+            self.error(f"there is no {kind} {name}{hint}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Print the line and leave with code 2."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vidaccel.clips.calling import parameters_of
 from vidaccel.clips.generate import Run
 from vidaccel.engine.stats import StepKind
 
@@ -9,6 +10,32 @@ COMPRESSION = (
     "measured on the frames as they were generated; vidaccel compare of the .mp4 files counts what "
     "their compression has lost, too"
 )
+
+# What pipelines call the number of frames that one frame of latents stands for.
+_FRAMES_EACH = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+
+
+def notes_before(pipe: Any, call: dict[str, Any]) -> list[str]:
+    """Return what is to be said before a run.
+
+    Args:
+        pipe: the pipeline.
+        call: the arguments of its call.
+    """
+    # VAEs with a first frame of its own; one for which even the default would be rounded is none.
+    each = next((getattr(pipe, name) for name in _FRAMES_EACH if hasattr(pipe, name)), None)
+    default = getattr(parameters_of(pipe).get("num_frames"), "default", None)
+    asked = call.get("num_frames")
+    if not all(isinstance(value, int) and value > 0 for value in (each, default, asked)):
+        return []
+    beyond = (asked - 1) % each
+    if not beyond or (default - 1) % each:
+        return []
+    low = asked - beyond
+    return [
+        f"{type(pipe).__name__} makes a multiple of {each} frames, and one more: of the {asked} "
+        f"asked for it makes {low} or {low + each}"
+    ]
 
 
 def notes_on(pipe: Any, call: dict[str, Any], run: Run) -> list[str]:
