@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vidaccel.bench.gpu_device import Device
+from vidaccel.bench.gpu_sampled import check_sampled
 from vidaccel.bench.kernel_checks import check
 from vidaccel.environment import environment
 from vidaccel.errors import VidaccelError
@@ -70,9 +71,10 @@ def kernels(
     *,
     dtype: torch.dtype = torch.bfloat16,
     milliseconds: int = 300,
+    timed: bool = True,
     report: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Check every kernel, then time it at the shapes of video models.
+    """Check every kernel, then check and time it at the shapes of video models.
 
     Args:
         shapes: names of SHAPES.
@@ -80,12 +82,13 @@ def kernels(
             every method that is given one.
         dtype: bfloat16 or float16.
         milliseconds: how long one measurement repeats.
+        timed: False ends with the checks.
         report: takes a line of progress.
 
     Returns:
-        "checks" (name -> error and limit), "rows" (times in milliseconds, useful TFLOP/s on the
-        selected pairs), "layers" (a whole layer with clustering: time, launches, scratch bytes)
-        and "environment".
+        "checks" (name -> error and limit; those of a shape on sampled rows), "rows" (times in
+        milliseconds, useful TFLOP/s on the selected pairs), "layers" (a whole layer with
+        clustering: time, launches, scratch bytes) and "environment".
 
     Raises:
         CheckError: a kernel is wrong; nothing is timed then.
@@ -93,11 +96,24 @@ def kernels(
     """
     require_gpu()
     device = Device()
-    checks = check(dtype)
-    for name, found in checks.items():
-        report(f"{name:44} error {found['error']:.2e} of at most {found['limit']:.2e}")
-    rows, layers = [], []
+    checks: dict[str, dict[str, float]] = {}
+
+    def keep(found: dict[str, dict[str, float]], place: str = "") -> None:
+        for name, one in found.items():
+            checks[f"{place}{name}"] = one
+            told = f"error {one['error']:.2e} of at most {one['limit']:.2e}"
+            report(f"{place + name:44} {told}")
+
+    keep(check(dtype))
+    # All of them, before the first is timed.
     for name in shapes:
+        for int8 in (False, True):
+            words = f"{name}{', scores in int8' if int8 else ''}: "
+            tokens = video_like(device, SHAPES[name], dtype)
+            keep(check_sampled(*tokens, _settings(SHAPES[name], int8)), words)
+            del tokens
+    rows, layers = [], []
+    for name in shapes if timed else ():
         shape = SHAPES[name]
         q, k, v = video_like(device, shape, dtype)
         dense = dense_times(device, q, k, v, milliseconds)
@@ -110,7 +126,7 @@ def kernels(
                 rows.append(measured(device, shape, method, share, time) | {"shape": name})
                 report(_line(rows[-1]))
         for int8 in (False, True):
-            config = SemanticConfig(shape.query_clusters, shape.key_clusters, int8_qk=int8)
+            config = _settings(shape, int8)
             layers.append({"shape": name, **layer_times(device, q, k, v, config, milliseconds)})
             layers[-1]["share_of_dense"] = layers[-1]["overhead_ms"] / min(dense.values())
             report(f"{name}: {layers[-1]}")
@@ -119,9 +135,15 @@ def kernels(
     return {"checks": checks, "rows": rows, "layers": layers, "environment": environment()}
 
 
+def _settings(shape: Shape, int8: bool) -> SemanticConfig:
+    """The settings of a layer of this shape."""
+    return SemanticConfig(shape.query_clusters, shape.key_clusters, int8_qk=int8)
+
+
 def kernels_table(result: dict[str, Any]) -> str:
-    """Show the result of `kernels`: a line per measurement."""
-    lines = [_line(row) for row in result["rows"]] + [""]
+    """Show the result of `kernels`: how many checks there were, and a line per measurement."""
+    lines = [f"{len(result['checks'])} checks, all within their limits"]
+    lines += [_line(row) for row in result["rows"]] + [""] * bool(result["layers"])
     for layer in result["layers"]:
         lines.append(
             f"{layer['shape']:24} layer {layer['layer_ms']:8.2f} ms, density "

@@ -21,9 +21,11 @@ def add_kernels(benches: Any) -> None:
         benches, "kernels", "check the attention kernels on a CUDA GPU, then measure them"
     )
     parser.add_argument(
-        "--shapes", default="", help="part of a model's name, such as Wan; all if left out"
+        "--shapes",
+        default="",
+        help="check and measure at those with this in their name, such as Wan; all if left out",
     )
-    parser.add_argument("--check-only", action="store_true", help="measure nothing")
+    parser.add_argument("--check-only", action="store_true", help="check the same, measure nothing")
     add_json_option(parser)
     parser.set_defaults(run=_kernels)
 
@@ -34,9 +36,11 @@ def _kernels(arguments: argparse.Namespace) -> None:
     from vidaccel.bench.kernels import SHAPES, kernels, kernels_table
 
     names = _named(arguments.shapes, SHAPES, "shape")
-    if arguments.check_only:
-        names = []
-    result = kernels(names, report=lambda line: print(line, file=sys.stderr))
+    result = kernels(
+        names,
+        timed=not arguments.check_only,
+        report=lambda line: print(line, file=sys.stderr),
+    )
     print_result(kernels_table(result), arguments.json)
     write_json(result, arguments.json)
 
