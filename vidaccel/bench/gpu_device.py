@@ -13,9 +13,28 @@ from typing import Any
 
 import torch
 
+from vidaccel.errors import VidaccelError
+
 # What the host calls when it waits for the device or reads from it.
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+
+
+def require_gpu() -> None:
+    """Refuse to go on without a CUDA GPU and Triton.
+
+    Raises:
+        VidaccelError: one of them is not there.
+    """
+    if not torch.cuda.is_available():
+        raise VidaccelError(
+            "bench kernels measures on a CUDA GPU, and there is none here; "
+            "vidaccel bench codegen needs none"
+        )
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise VidaccelError("bench kernels needs Triton: pip install triton") from error
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vidaccel.bench.gpu_device import Device
+from vidaccel.bench.gpu_device import Device, require_gpu
 from vidaccel.bench.gpu_sampled import check_sampled
 from vidaccel.bench.kernel_checks import check
 from vidaccel.environment import environment
-from vidaccel.errors import VidaccelError
 from vidaccel.kernels.common import Selection
 from vidaccel.kernels.common import density as computed_share
 from vidaccel.kernels.state import SemanticConfig
@@ -46,23 +45,6 @@ SHAPES = {
     "LTX-Video 704p": Shape(32, 12_000, 64, 64, 128),
 }
 DENSITIES = (0.1, 0.2, 0.3, 0.5, 1.0)
-
-
-def require_gpu() -> None:
-    """Refuse to go on without a CUDA GPU and Triton.
-
-    Raises:
-        VidaccelError: one of them is not there.
-    """
-    if not torch.cuda.is_available():
-        raise VidaccelError(
-            "bench kernels measures on a CUDA GPU, and there is none here; "
-            "vidaccel bench codegen needs none"
-        )
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise VidaccelError("bench kernels needs Triton: pip install triton") from error
 
 
 def kernels(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -52,8 +53,7 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            known = [text for text in self._option_string_actions if text.startswith("--")]
-            near = get_close_matches(name, known, 1)
+            near = get_close_matches(name, re.findall(r"--[a-z-]+", self.format_help()), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             kind = "option" if name.startswith("-") else "argument"
             self.error(f"there is no {kind} {name}{hint}")
