@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from vidaccel.cli.argument_types import MAX_STEPS, whole_number
+from vidaccel.cli.argument_types import whole_number
 from vidaccel.cli.bench_calibration import add_calibration, add_learning, add_search
 from vidaccel.cli.bench_defaults import add_defaults
 from vidaccel.cli.bench_gpu import add_gpu
@@ -15,11 +15,12 @@ from vidaccel.cli.options import (
     add_command,
     add_json_option,
     add_model_options,
+    add_steps_option,
     call_of,
     model_name,
     pipeline_of,
 )
-from vidaccel.cli.output import check_writable, print_result, write_json
+from vidaccel.cli.output import check_writable, print_bench
 
 
 def add_overhead(benches: Any) -> None:
@@ -29,9 +30,7 @@ def add_overhead(benches: Any) -> None:
         "overhead",
         "what vidaccel costs when idle, and realised against ideal speedup",
     )
-    parser.add_argument(
-        "--steps", type=whole_number(2, MAX_STEPS), default=50, help="denoising steps"
-    )
+    add_steps_option(parser, 2, 50)
     parser.add_argument("--rounds", type=whole_number(1), default=9, help="medians are over these")
     add_json_option(parser)
     add_clip_options(parser)
@@ -49,8 +48,7 @@ def _overhead(arguments: argparse.Namespace) -> None:
     call = call_of(pipe, arguments, prompt=EMBEDDED_PROMPT, num_inference_steps=arguments.steps)
     result = overhead(pipe, call, rounds=arguments.rounds)
     result.settings["model"] = model_name(arguments)
-    print_result(overhead_table(result), arguments.json)
-    write_json(result.to_dict(), arguments.json)
+    print_bench(arguments, result, overhead_table)
 
 
 def add_soak(benches: Any) -> None:
@@ -61,9 +59,7 @@ def add_soak(benches: Any) -> None:
         "many generations in one process: memory, and outputs of equal requests",
     )
     parser.add_argument("--generations", type=whole_number(12), default=200, help="how many in all")
-    parser.add_argument(
-        "--steps", type=whole_number(8, MAX_STEPS), default=8, help="denoising steps"
-    )
+    add_steps_option(parser, 8, 8)
     add_json_option(parser)
     add_clip_options(parser)
     parser.set_defaults(size="32x32", frames=5)
@@ -107,8 +103,7 @@ def _soak(arguments: argparse.Namespace) -> None:
         device=str(pipe.device),
         threads=torch.get_num_threads(),
     )
-    print_result(soak_table(result), arguments.json)
-    write_json(result.to_dict(), arguments.json)
+    print_bench(arguments, result, soak_table)
 
 
 # Each adds one bench.

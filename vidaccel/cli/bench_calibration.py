@@ -4,18 +4,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vidaccel.cli.argument_types import MAX_STEPS, whole_number
+from vidaccel.cli.argument_types import whole_number
 from vidaccel.cli.options import (
     add_clip_options,
     add_command,
     add_json_option,
     add_model_options,
+    add_steps_option,
     call_of,
     model_name,
     pipeline_of,
     read_prompts,
 )
-from vidaccel.cli.output import check_writable, print_result, write_json
+from vidaccel.cli.output import check_writable, print_bench
 
 
 def add_search(benches: Any) -> None:
@@ -34,8 +35,7 @@ def _search(arguments: argparse.Namespace) -> None:
     from vidaccel.bench.calibration import search_table, search_times
 
     result = search_times(arguments.rounds)
-    print_result(search_table(result), arguments.json)
-    write_json(result.to_dict(), arguments.json)
+    print_bench(arguments, result, search_table)
 
 
 def add_calibration(benches: Any) -> None:
@@ -82,8 +82,7 @@ def _calibration(arguments: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     result = calibration(pipe, arguments.exact_workdir, held_out, arguments.budgets)
     result.settings["model"] = model_name(arguments)
-    print_result(calibration_table(result), arguments.json)
-    write_json(result.to_dict(), arguments.json)
+    print_bench(arguments, result, calibration_table)
 
 
 def add_learning(benches: Any) -> None:
@@ -98,9 +97,7 @@ def add_learning(benches: Any) -> None:
         metavar="FILE",
         help="each teaches, and the next one is tried with that: a text file, one per line",
     )
-    parser.add_argument(
-        "--steps", type=whole_number(8, MAX_STEPS), default=50, help="denoising steps"
-    )
+    add_steps_option(parser, 8, 50)
     parser.add_argument(
         "--budgets",
         type=whole_number(1),
@@ -134,7 +131,4 @@ def _learning(arguments: argparse.Namespace) -> None:
     call = call_of(pipe, arguments, num_inference_steps=arguments.steps)
     result = learning(pipe, call, prompts, budgets=arguments.budgets, gain=arguments.gain)
     result.settings["model"] = model_name(arguments)
-    print_result(learning_table(result), arguments.json)
-    write_json(result.to_dict(), arguments.json)
-    if arguments.plot is not None:
-        draw_learning(result, arguments.plot)
+    print_bench(arguments, result, learning_table, draw_learning)

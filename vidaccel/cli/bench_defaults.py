@@ -1,22 +1,24 @@
 """The bench of the call without a calibration: `vidaccel bench defaults`."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from vidaccel.cli.argument_types import MAX_SEED, whole_number
-from vidaccel.cli.bench_quality import EMBEDDED_PROMPTS, add_plot_option
+from vidaccel.cli.bench_quality import EMBEDDED_PROMPTS
 from vidaccel.cli.options import (
     add_clip_options,
     add_command,
     add_json_option,
     add_model_options,
+    add_plot_option,
+    add_prompts_option,
+    add_seed_option,
+    add_workdir_option,
     call_of,
     model_name,
     pipeline_of,
     read_prompts,
 )
-from vidaccel.cli.output import check_writable, print_result, print_written, write_json
+from vidaccel.cli.output import check_writable, print_bench
 from vidaccel.errors import BenchError
 
 
@@ -28,15 +30,13 @@ def add_defaults(benches: Any) -> None:
         "auto without any policy against other caches at equal CPU time, over schedulers, shifts, "
         "steps and guidance scales",
     )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
+    add_prompts_option(parser)
     parser.add_argument(
         "--only", metavar="TEXT", help='settings whose name holds this, such as "16 steps"'
     )
     parser.add_argument("--list", action="store_true", help="name the settings and stop")
-    parser.add_argument(
-        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the noise"
-    )
-    parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
+    add_seed_option(parser)
+    add_workdir_option(parser)
     add_json_option(parser)
     add_plot_option(parser)
     add_clip_options(parser)
@@ -66,8 +66,4 @@ def _defaults(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompts) if arguments.prompts else list(EMBEDDED_PROMPTS[:2])
     result = defaults(pipe, call, prompts, grid, seed=arguments.seed, workdir=arguments.workdir)
     result.settings["model"] = model_name(arguments)
-    print_result(defaults_table(result), arguments.json)
-    write_json(result.to_dict(), arguments.json)
-    if arguments.plot is not None:
-        draw_defaults(result, arguments.plot)
-        print_written([arguments.plot])
+    print_bench(arguments, result, defaults_table, draw_defaults)

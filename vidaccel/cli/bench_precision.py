@@ -11,6 +11,8 @@ from vidaccel.cli.options import (
     add_command,
     add_json_option,
     add_model_options,
+    add_prompts_option,
+    add_workdir_option,
     call_of,
     model_name,
     pipeline_of,
@@ -45,7 +47,7 @@ def add_precision(benches: Any) -> None:
     parser.add_argument(
         "--steps", nargs="+", type=whole_number(2, 1000), default=[20, 50], help="denoising steps"
     )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
+    add_prompts_option(parser)
     parser.add_argument(
         "--count", type=whole_number(1), default=4, help="prompts of the model's own"
     )
@@ -59,7 +61,7 @@ def add_precision(benches: Any) -> None:
         action="store_true",
         help="instead: integers against floating formats on Gaussian numbers, by crest factor",
     )
-    parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
+    add_workdir_option(parser)
     parser.add_argument(
         "--plot", "--figure", type=Path, metavar="FILE", help="draw it there; needs matplotlib"
     )

@@ -4,18 +4,23 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vidaccel.cli.argument_types import MAX_SEED, MAX_STEPS, shares, whole_number
+from vidaccel.cli.argument_types import shares, whole_number
 from vidaccel.cli.options import (
     add_clip_options,
     add_command,
     add_json_option,
     add_model_options,
+    add_plot_option,
+    add_prompts_option,
+    add_seed_option,
+    add_steps_option,
+    add_workdir_option,
     call_of,
     model_name,
     pipeline_of,
     read_prompts,
 )
-from vidaccel.cli.output import check_writable, print_result, print_written, write_json
+from vidaccel.cli.output import check_writable, print_bench
 from vidaccel.errors import MetricUnavailable, ModelError, PlanError, UnsupportedPipelineError
 
 EMBEDDED_POLICY = "vidaccel--tiny-wan/50-steps.json"
@@ -37,7 +42,7 @@ def add_quality(benches: Any) -> None:
     )
     parser.add_argument("--methods", metavar="A,B,...", help="see --list; all if left out")
     parser.add_argument("--list", action="store_true", help="name the methods and stop")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
+    add_prompts_option(parser)
     parser.add_argument(
         "--policy", help="policy file, folder or hub id; a shipped one that fits if left out"
     )
@@ -60,16 +65,12 @@ def add_quality(benches: Any) -> None:
         help="runs on the --calibration prompts that each search for a plan may make; 0 leaves "
         "the methods out that search by whole runs",
     )
-    parser.add_argument(
-        "--steps", type=whole_number(2, MAX_STEPS), default=50, help="denoising steps"
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the noise"
-    )
+    add_steps_option(parser, 2, 50)
+    add_seed_option(parser)
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="what speedups are taken from"
     )
-    parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
+    add_workdir_option(parser)
     parser.add_argument(
         "--every-point", action="store_true", help="a row for every setting, not for equal times"
     )
@@ -148,11 +149,7 @@ def _quality(arguments: argparse.Namespace) -> None:
         result.settings.update(search_runs=arguments.search_runs, searched_on=calibration)
     result.left_out.update(left_out)
     table = points_table if arguments.every_point else quality_table
-    print_result(table(result), arguments.json)
-    write_json(result.to_dict(), arguments.json)
-    if arguments.plot is not None:
-        draw_quality(result, arguments.plot)
-        print_written([arguments.plot])
+    print_bench(arguments, result, table, draw_quality)
 
 
 def _searched(
@@ -212,12 +209,8 @@ def add_parity(benches: Any) -> None:
         "DBCache beside cache-dit's with equal settings: steps reused and results",
     )
     parser.add_argument("--prompt", default=EMBEDDED_PROMPTS[0], help="what to show")
-    parser.add_argument(
-        "--steps", type=whole_number(8, MAX_STEPS), default=30, help="denoising steps"
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the noise"
-    )
+    add_steps_option(parser, 8, 30)
+    add_seed_option(parser)
     add_json_option(parser)
     add_clip_options(parser)
     parser.set_defaults(size="32x32", frames=9)
@@ -234,8 +227,7 @@ def _parity(arguments: argparse.Namespace) -> None:
     call = call_of(pipe, arguments, prompt=arguments.prompt, num_inference_steps=arguments.steps)
     result = parity(pipe, call, seed=arguments.seed)
     result.settings["model"] = model_name(arguments)
-    print_result(parity_table(result), arguments.json)
-    write_json(result.to_dict(), arguments.json)
+    print_bench(arguments, result, parity_table)
 
 
 def add_attention(benches: Any) -> None:
@@ -243,19 +235,15 @@ def add_attention(benches: Any) -> None:
     parser = add_command(
         benches, "attention", "PSNR against density of sparse attention, on the embedded model"
     )
-    parser.add_argument(
-        "--steps", type=whole_number(2, MAX_STEPS), default=12, help="denoising steps"
-    )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
+    add_steps_option(parser, 2, 12)
+    add_prompts_option(parser)
     parser.add_argument(
         "--top-p", type=shares, default="0.5,0.7,0.9", help="masses to keep, separated by commas"
     )
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help="measure these alone, without single changes"
     )
-    parser.add_argument(
-        "--workdir", "--partial", type=Path, help="keeps what is measured; go on from there"
-    )
+    add_workdir_option(parser, "--partial")
     add_json_option(parser)
     add_plot_option(parser)
     add_model_options(parser, any_model=False)
@@ -280,19 +268,4 @@ def _attention(arguments: argparse.Namespace) -> None:
         workdir=arguments.workdir,
     )
     result.settings["model"] = model_name(arguments)
-    print_result(attention_table(result), arguments.json)
-    if arguments.plot is not None:
-        draw_attention(result, arguments.plot)
-        print_written([arguments.plot])
-    write_json(result.to_dict(), arguments.json)
-
-
-def add_plot_option(parser: argparse.ArgumentParser) -> None:
-    """Add --plot."""
-    parser.add_argument(
-        "--plot",
-        "--figure",
-        type=Path,
-        metavar="FILE",
-        help="draw the curves there: .png, .svg or .pdf; needs matplotlib",
-    )
+    print_bench(arguments, result, attention_table, draw_attention)

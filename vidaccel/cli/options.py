@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vidaccel.cli.argument_types import MAX_FRAMES, number, size, whole_number
+from vidaccel.cli.argument_types import MAX_FRAMES, MAX_SEED, MAX_STEPS, number, size, whole_number
 from vidaccel.dbcache import DBCache
 from vidaccel.errors import AttentionError, ModelError, PlanError, PolicyError
 from vidaccel.svg2.settings import SVG2
@@ -205,6 +205,41 @@ def attention_of(arguments: argparse.Namespace) -> Any:
         ) from None
     # Asked for by name, it is for short clips too.
     return SVG2(top_p=top_p, min_tokens=0)
+
+
+def add_steps_option(parser: argparse.ArgumentParser, least: int, default: int) -> None:
+    """Add --steps, of which there have to be so many at least."""
+    steps = whole_number(least, MAX_STEPS)
+    parser.add_argument("--steps", type=steps, default=default, help="denoising steps")
+
+
+def add_seed_option(parser: argparse.ArgumentParser) -> None:
+    """Add --seed, of one seed."""
+    seed = whole_number(0, MAX_SEED)
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
+
+
+def add_prompts_option(parser: argparse.ArgumentParser) -> None:
+    """Add --prompts; `read_prompts` reads them."""
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one per line")
+
+
+def add_workdir_option(parser: argparse.ArgumentParser, *older: str) -> None:
+    """Add --workdir, also under older names."""
+    parser.add_argument(
+        "--workdir", *older, type=Path, help="keeps what is measured; go on from there"
+    )
+
+
+def add_plot_option(parser: argparse.ArgumentParser) -> None:
+    """Add --plot."""
+    parser.add_argument(
+        "--plot",
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="draw the curves there: .png, .svg or .pdf; needs matplotlib",
+    )
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

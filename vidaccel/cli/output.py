@@ -1,5 +1,6 @@
 """Results of a command: a table for people, JSON for programs, and the files that were written."""
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from itertools import count
@@ -72,3 +73,27 @@ def write_json(result: dict[str, Any], path: Path | None, *, one_line: str | Non
 def _is_screen(path: Path | None) -> bool:
     """Tell whether a path stands for stdout."""
     return str(path) == "-"
+
+
+def print_bench(
+    arguments: argparse.Namespace,
+    result: Any,
+    table: Callable[[Any], str],
+    draw: Callable[[Any, Path], object] | None = None,
+) -> None:
+    """Print what a bench has measured, and write and draw it where that was asked for.
+
+    Args:
+        arguments: those of the command line, with --json, and with --plot where it draws.
+        result: has a `to_dict`.
+        table: shows it.
+        draw: draws it into a file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    print_result(table(result), arguments.json)
+    write_json(result.to_dict(), arguments.json)
+    if draw is not None and arguments.plot is not None:
+        draw(result, arguments.plot)
+        print_written([arguments.plot])

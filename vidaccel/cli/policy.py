@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vidaccel.cli.argument_types import MAX_STEPS, whole_number
+from vidaccel.cli.argument_types import whole_number
 from vidaccel.cli.options import (
     add_clip_options,
     add_command,
     add_model_options,
+    add_steps_option,
+    add_workdir_option,
     call_of,
     loader_of,
     pipeline_of,
@@ -27,9 +29,7 @@ def add_build_policy(commands: Any) -> None:
     )
     parser.add_argument("out", type=Path, help="the policy file, .json")
     parser.add_argument("--prompts", type=Path, required=True, help="text file, one per line")
-    parser.add_argument(
-        "--steps", type=whole_number(3, MAX_STEPS), default=50, help="denoising steps"
-    )
+    add_steps_option(parser, 3, 50)
     parser.add_argument("--seeds", type=whole_number(1), default=1, help="number of seeds")
     _add_measuring(parser)
     parser.add_argument("--no-validate", action="store_true", help="skip the end-to-end check")
@@ -40,7 +40,7 @@ def add_build_policy(commands: Any) -> None:
         metavar="RUNS",
         help="so many runs for each validated budget improve its plan by small changes",
     )
-    parser.add_argument("--workdir", type=Path, help="keeps what is measured; go on from there")
+    add_workdir_option(parser)
     parser.add_argument(
         "--workers",
         type=whole_number(0),

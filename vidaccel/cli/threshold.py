@@ -3,13 +3,15 @@
 import argparse
 from typing import Any
 
-from vidaccel.cli.argument_types import MAX_SEED, MAX_STEPS, number, whole_number
+from vidaccel.cli.argument_types import number
 from vidaccel.cli.options import (
     add_cache_options,
     add_clip_options,
     add_command,
     add_json_option,
     add_model_options,
+    add_seed_option,
+    add_steps_option,
     cache_of,
     call_of,
     check_prompts,
@@ -27,9 +29,7 @@ def add_suggest_threshold(commands: Any) -> None:
         "find the threshold of the block cache from recorded runs",
     )
     parser.add_argument("prompt", nargs="*", help="one or a few; the embedded model has its own")
-    parser.add_argument(
-        "--steps", type=whole_number(2, MAX_STEPS), default=50, help="denoising steps"
-    )
+    add_steps_option(parser, 2, 50)
     wish = parser.add_mutually_exclusive_group(required=True)
     wish.add_argument(
         "--speedup", type=number(0, above=True), help="how many times fewer blocks are to run"
@@ -37,9 +37,7 @@ def add_suggest_threshold(commands: Any) -> None:
     wish.add_argument(
         "--max-error", type=number(0), help="largest error of the final latents, as a fraction"
     )
-    parser.add_argument(
-        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the noise"
-    )
+    add_seed_option(parser)
     add_json_option(parser)
     add_cache_options(parser)
     add_clip_options(parser)
