@@ -325,7 +325,7 @@ def loop_cycles(
         config: a shipped config, with BLOCK_M rows in its tile.
         chip: the compute capability.
         loop: names of the instructions of the loop.
-        columns: of its tile.
+        columns: how many its tile has.
     """
     constants = config.constants
     block_d = constants.get("BLOCK_D") or constants["BLOCK_K"]

@@ -51,8 +51,8 @@ class Launch:
         kernel: its name in the inventory of kernels.
         times: how often it is launched.
         bytes_moved: read from and written to memory by one launch.
-        turns: of each loop with matrix products, in their order in the code, by all programs of
-            one launch together; none where the time goes into memory.
+        turns: how often each loop with matrix products turns, in the order of the code, in all
+            programs of one launch together; none where the time goes into memory.
         columns: constants that name the columns of the tile of each loop.
     """
 
@@ -69,7 +69,7 @@ def layer(
     """Predict one layer in bf16 in its steady state: two rounds of k-means and all the rest.
 
     Args:
-        shape: of the layer.
+        shape: the layer.
         density: computed share of all pairs, from 0 to 1; the selection is random.
         chip: a compute capability of `RATES`.
         mass: queries score clusters one by one, as `SVG2(mass_averaging=True)` has it.
@@ -125,7 +125,7 @@ def attention_turns(
     """Count the turns for a random selection among clusters of random sizes, the same each time.
 
     Args:
-        shape: of the layer.
+        shape: the layer.
         density: share of the key clusters that a query cluster selects.
         block_m, block_n: the tile of queries and keys.
         partial: keys of a partial block.
@@ -165,8 +165,8 @@ def launches(
     """List the launches of a layer in bf16, in their order.
 
     Args:
-        shape: of the layer.
-        turns: of attention.
+        shape: the layer.
+        turns: what attention takes.
         constants: kernel -> what is known of it when compiling.
         mass, means: as `layer` has them.
     """
