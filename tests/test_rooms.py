@@ -49,7 +49,12 @@ ROOMS = (
 DOORS = {"policy": "vidaccel"}
 WITHOUT = {"lemica": ("torch", "diffusers"), "kernels": ("diffusers",)}
 # Where a library is called otherwise than what is installed.
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "pycvvdp": "cvvdp",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+}
 # Looked for, and used where somebody has installed it.
 UNDECLARED = ("flashinfer",)
 MOST_LINES = 400

@@ -16,6 +16,7 @@ _PACKAGES = (
     "peft",
     "torchvision",
     "lpips",
+    "cvvdp",
     "scikit-image",
     "gradio",
     "ray",

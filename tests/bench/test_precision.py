@@ -25,7 +25,6 @@ from vidaccel.bench.precision_cases import (
 from vidaccel.bench.precision_crossover import PAIRS, crossover, gaussian_blocks
 from vidaccel.bench.precision_figures import draw_crossover, draw_precision
 from vidaccel.bench.precision_layers import sensitivity, sensitivity_table
-from vidaccel.bench.precision_vmaf import vmaf
 from vidaccel.errors import BenchError, MetricUnavailable
 from vidaccel.precision.settings import PRESETS, LowPrecision
 
@@ -148,13 +147,3 @@ def test_blocks_have_the_crest_factor_that_is_asked_for():
     crest = x.abs().amax(1) / x.square().mean(1).sqrt()
     assert torch.allclose(crest, torch.full_like(crest, 3.0), rtol=1e-5)
     assert gaussian_blocks(256, 256, 1.2, 0) is None
-
-
-def test_vmaf_of_equal_clips_is_the_highest():
-    torch.manual_seed(0)
-    clip = torch.randint(0, 255, (5, 32, 32, 3), dtype=torch.uint8).numpy()
-    try:
-        equal, other = vmaf(clip, clip), vmaf(clip, clip[::-1])
-    except MetricUnavailable as error:
-        pytest.skip(str(error))
-    assert equal > 90 > other

@@ -16,7 +16,7 @@ from vidaccel.bench.curves import MOST_DECIBELS, QualityResult
 from vidaccel.bench.methods import variants
 from vidaccel.bench.plan_searches import BUDCACHE
 from vidaccel.bench.quality import quality as bench
-from vidaccel.bench.tables import points_table
+from vidaccel.bench.tables import points_table, quality_table
 from vidaccel.bench.variants import MethodContext, Variant
 from vidaccel.cli.main import main
 from vidaccel.errors import BenchError
@@ -74,7 +74,10 @@ def test_measures_each_variant_against_the_plain_run(case):
     assert half.worst_psnr == min(half.every_psnr)
     assert half.psnr == pytest.approx(sum(half.every_psnr) / 2)
     assert half.worst_psnr < 60
-    assert half.lpips is None
+    assert half.lpips is None and "LPIPS:" not in quality_table(result)
+    assert half.worst_frame_psnr < half.worst_psnr
+    assert whole.cvvdp is None or half.worst_cvvdp <= half.cvvdp < whole.cvvdp <= 10
+    assert half.vmaf is None or half.worst_vmaf <= half.vmaf <= 100
     assert half.adherence is None
     assert half.speedup == half.wall_speedup
     assert result.plain.bit_equal_after_every_method is True

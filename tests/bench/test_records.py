@@ -37,6 +37,7 @@ FAILED = {"method": "MagCache", "setting": {"threshold": 0.1}, "failed": "ValueE
         (PLAIN, PlainRecord),
         (VARIANT, VariantRecord),
         (VARIANT | {"steps_share": 0.5, "density": 0.3}, VariantRecord),
+        (VARIANT | {"vmaf": 95.0, "cvvdp": 9.8, "worst_frames": {"psnr": 31.5}}, VariantRecord),
         (FAILED, FailedRecord),
     ],
 )

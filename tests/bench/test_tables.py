@@ -2,7 +2,7 @@
 
 from tiny.points import point
 from vidaccel.bench.curves import PlainSummary, QualityResult, equal_time
-from vidaccel.bench.tables import equal_time_table, quality_table
+from vidaccel.bench.tables import equal_time_table, points_table, quality_table
 
 
 def test_a_row_per_method_at_equal_times():
@@ -21,3 +21,18 @@ def test_what_was_left_out_stands_below():
     text = quality_table(QualityResult(settings, plain, points, {}, {}, {"x": "why"}))
     assert text.startswith("2 prompts; plain 4.00 s")
     assert text.endswith("x: why")
+
+
+def test_measures_that_every_point_has_get_a_table():
+    settings = {"prompts": ["a"], "clock": "cpu"}
+    plain = PlainSummary(4.0, 3.0, 1000, None, True)
+    more = {"vmaf": 95.0, "worst_vmaf": 90.0, "cvvdp": 9.5, "worst_cvvdp": 9.25}
+    more |= {"worst_frame_psnr": 31.25}
+    points = [point("a", s, 60 - 8 * s, **more) for s in (1.5, 2, 3)]
+    text = quality_table(QualityResult(settings, plain, points, {}, {}))
+    assert "\nVMAF:\n" in text and "95.0 (90.0)" in text
+    assert "\nColorVideoVDP:\n" in text and "9.50 (9.25)" in text
+    row = points_table(QualityResult(settings, plain, points, {}, {})).splitlines()[2].split()
+    assert row[-6:] == ["31.2", "-", "95.0", "9.50", "+0.00", "-"]
+    older = [*points, point("b", 2, 40)]
+    assert "VMAF" not in quality_table(QualityResult(settings, plain, older, {}, {}))

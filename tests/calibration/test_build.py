@@ -245,6 +245,10 @@ def test_validation_keeps_the_best_candidate_of_each_budget(case):
     assert policy.prompts == ("a",)  # the other one is for validation
     assert policy.validation is not None
     rows = [row for row in policy.validation if row.budget == 4]
+    assert all(row.worst_frame_psnr <= row.worst_psnr + 1e-6 for row in rows)
+    assert all(row.flicker is not None for row in rows)
+    assert all(row.vmaf is None or 0 <= row.vmaf <= 100 for row in rows)
+    assert all(row.cvvdp is None or row.cvvdp <= 10 for row in rows)
     names = {row.candidate for row in rows}
     assert {"evenly spaced", "evenly spaced, half line", "fewer sampling steps"} < names
     (kept,) = (row for row in rows if row.kept)

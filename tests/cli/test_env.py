@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import vidaccel
 from vidaccel.cli.env import capabilities
 from vidaccel.clips import metrics
+from vidaccel.clips.cvvdp import load_cvvdp
 from vidaccel.environment import environment
 from vidaccel.hosts import BlockList, HostSpec
 from vidaccel.hosts.registry import HOSTS, families_of_diffusers, left_out_list, markdown_table
@@ -77,3 +79,14 @@ def test_what_is_installed_and_does_not_work_is_told(monkeypatch):
         assert found[part].startswith("no: installed, but it does not work here (operator")
     monkeypatch.setattr("vidaccel.cli.env.find_spec", lambda name: None)
     assert capabilities()["SSIM"] == 'no: pip install "vidaccel[metrics]"'
+
+
+def test_vmaf_and_colorvideovdp_say_what_is_missing(monkeypatch):
+    load_cvvdp.cache_clear()
+    monkeypatch.setattr("vidaccel.clips.vmaf.why_no_vmaf", lambda: "its ffmpeg is too small")
+    monkeypatch.setitem(sys.modules, "pycvvdp", None)
+    found = capabilities()
+    assert found["VMAF"] == "no: its ffmpeg is too small"
+    assert found["ColorVideoVDP"].startswith("no: it needs the package cvvdp")
+    monkeypatch.setattr("vidaccel.clips.vmaf.why_no_vmaf", lambda: "")
+    assert capabilities()["VMAF"] == "yes"

@@ -12,7 +12,8 @@ from PIL import Image
 
 from tiny.cogvideo import cogvideox_i2v
 from vidaccel.clips import video
-from vidaccel.clips.embedded import embedded_model
+from vidaccel.clips.embedded import EMBEDDED_PROMPT, embedded_model
+from vidaccel.clips.fidelity import MEASURES
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.store import shipped_policies
 
@@ -36,8 +37,11 @@ def test_generate_compares_and_writes_everything(tmp_path, run, small):
     assert set(result["adherence"][0]) == {"color", "background", "motion"}
     assert result["settings"]["num_inference_steps"] == 8
     assert result["environment"]["packages"]["torch"]
-    for row in ("steps computed", "8 of 8", "3 of 8", "PSNR", "SSIM", "LPIPS", "shows the motion"):
+    assert set(result["metrics"]["worst"]) | set(result["metrics"]["unavailable"]) == set(MEASURES)
+    for row in ("steps computed", "8 of 8", "3 of 8", "flicker", "shows the motion"):
         assert row in stdout
+    for measure in MEASURES.values():
+        assert f"{measure.title} (worst frame)" in stdout
     assert "plain" in stderr and "reused=5" in stderr
     plain, fps = video.read_video(tmp_path / "new" / "clip-plain.mp4")
     fast, _ = video.read_video(out)
@@ -295,3 +299,14 @@ def test_block_cache_and_sparse_attention_are_options(tmp_path, run):
 def test_wrong_caches_and_attention_are_refused_in_one_line(option, message, run):
     code, _, stderr = run("generate", *option)
     assert code == 2 and message in stderr and stderr.count("\n") == 1
+
+
+def test_clips_are_there_when_their_measuring_is_interrupted(tmp_path, run, small, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vidaccel.clips.compare.summary", interrupted)
+    arguments = ("--policy", "every 4", "--compare", "--out", "clip.mp4")
+    assert run("generate", EMBEDDED_PROMPT, *small, *arguments)[0] == 130
+    assert video.read_video(tmp_path / "clip.mp4")[0].shape == (9, 64, 64, 3)
+    assert video.read_video(tmp_path / "clip-plain.mp4")[0].shape == (9, 64, 64, 3)

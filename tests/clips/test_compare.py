@@ -1,8 +1,9 @@
 """A comparison learns from its plain run where nothing is known of such runs."""
 
 from tiny.wan import wan
+from vidaccel.clips import compare as comparing
 from vidaccel.clips import lesson
-from vidaccel.clips.compare import compare
+from vidaccel.clips.compare import compare, comparison_table
 from vidaccel.engine.stats import StepKind
 from vidaccel.plans import user_folder
 
@@ -36,3 +37,27 @@ def test_other_policies_and_short_runs_teach_nothing():
     assert not user_folder.files()
     timeline = result["report"]["transformers"][0]["timeline"]
     assert timeline.count(StepKind.COMPUTED) == 6
+
+
+def test_the_clips_are_kept_before_they_are_measured(monkeypatch):
+    events = []
+    measured = comparing.summary
+
+    def summary(*clips, **options):
+        events.append("measured")
+        return measured(*clips, **options)
+
+    monkeypatch.setattr(comparing, "summary", summary)
+    plain, fast, result = _compare(policy="every 2", keep=lambda *runs: events.append(runs))
+    assert events == [(plain, fast), "measured"]
+    assert result["cpu_seconds"] == [plain.cpu_seconds, fast.cpu_seconds]
+    table = comparison_table(result)
+    assert all(f"{title} (worst frame)" in table for title in ("PSNR", "VMAF", "ColorVideoVDP"))
+    assert "flicker" in table
+
+
+def test_the_table_has_cpu_time_where_the_clock_tells_another_speedup():
+    _, _, result = _compare(policy="every 2")
+    result |= {"clocks_disagree": True, "cpu_seconds": [9.0, 3.0], "cpu_speedup": 3.0}
+    assert "CPU time" in comparison_table(result) and "3.00x" in comparison_table(result)
+    assert "CPU time" not in comparison_table(result | {"clocks_disagree": False})

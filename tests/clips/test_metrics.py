@@ -166,35 +166,12 @@ def test_flicker_is_the_mean_change_between_frames():
     assert metrics.flicker(still) == pytest.approx(20)  # 30, 30 and 0
 
 
-def test_summary_has_every_metric(clip, noisy, model):
-    pytest.importorskip("skimage")
-    values = metrics.summary(clip, noisy, model=model)
-    assert values == {
-        "psnr": metrics.psnr(clip, noisy),
-        "ssim": metrics.ssim(clip, noisy),
-        "lpips": metrics.lpips(clip, noisy, model=model),
-        "flicker": metrics.flicker(noisy) - metrics.flicker(clip),
-        "unavailable": {},
-    }
-
-
-def test_summary_goes_on_without_the_optional_metrics(clip, noisy, monkeypatch):
-    metrics.load_lpips.cache_clear()
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
-    values = metrics.summary(clip, noisy)
-    assert values["ssim"] is None
-    assert values["lpips"] is None
-    assert values["psnr"] > 20
-    assert set(values["unavailable"]) == {"ssim", "lpips"}
-
-
 def test_worst_knows_which_end_is_bad():
     assert metrics.worst("psnr", [30, 25, 40]) == (1, 25)
     assert metrics.worst("lpips", [0.1, 0.3, 0.2]) == (1, 0.3)
 
 
-@pytest.mark.parametrize("metric", [metrics.psnr, metrics.ssim, metrics.lpips, metrics.summary])
+@pytest.mark.parametrize("metric", [metrics.psnr, metrics.ssim, metrics.lpips])
 def test_shapes_must_match(clip, metric):
     with pytest.raises(VideoError, match=r"\[5, 32, 48, 3\], found \[4, 32, 48, 3\]"):
         metric(clip, clip[:4])

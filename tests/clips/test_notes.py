@@ -8,7 +8,13 @@ import pytest
 from tiny.hunyuan import hunyuan
 from tiny.wan import wan
 from vidaccel.clips.generate import Run
-from vidaccel.clips.notes import notes_before, notes_on
+from vidaccel.clips.notes import (
+    clocks_disagree,
+    cpu_speedup,
+    notes_before,
+    notes_on,
+    notes_on_times,
+)
 
 CALL = {"prompt": "x", "num_frames": 9, "height": 32, "width": 48}
 
@@ -91,3 +97,37 @@ def test_what_is_made_of_a_number_of_frames_is_one_of_those_told(make):
     (note,) = notes_before(case.pipe, {**case.kwargs, **frames})
     clip = case.run(**frames, output_type="pt", num_inference_steps=1)  # [B, F, C, H, W]
     assert str(clip.shape[1]) in note.rpartition("makes ")[2].split(" or ")
+
+
+def timed(seconds, cpu_seconds, others=None):
+    return Run(np.zeros((1, 8, 8, 3), np.uint8), seconds, None, None, cpu_seconds, others)
+
+
+def timing_notes(plain, fast, **options):
+    return notes_on_times({"plain": plain, "accelerated": fast}, **{"on_cpu": True} | options)
+
+
+def test_clocks_that_agree_on_an_idle_machine_need_no_note():
+    assert timing_notes(timed(12, 12, 0.1), timed(4, 4, 0.0), cores=2) == []
+    # Two threads, and 9 % between the clocks.
+    assert timing_notes(timed(12, 24), timed(4.36, 8), cores=2) == []
+
+
+def test_cpu_time_is_told_where_the_clock_tells_another_speedup():
+    plain, fast = timed(12, 12), timed(8, 4)
+    [note] = timing_notes(plain, fast, cores=2)
+    assert "by CPU time the speedup is 3.00x, by the clock 1.50x" in note and "10%" in note
+    assert timing_notes(plain, fast, on_cpu=False) == []  # a GPU works while CPU time stands still
+
+
+def test_runs_without_cpu_time_are_judged_by_the_clock_alone():
+    assert cpu_speedup(timed(12, None), timed(4, 4)) is None
+    assert not clocks_disagree(timed(12, None), timed(8, 4))
+
+
+def test_a_busy_machine_is_told():
+    [note] = timing_notes(timed(10, 10, 14), timed(4, 4, 0.1), cores=2)
+    assert "busy" in note
+    assert "of its 2 cores other programs used 1.4 during the plain run and 0.0" in note
+    # The same programs are a small part of a large machine.
+    assert timing_notes(timed(10, 10, 14), timed(4, 4, 0.1), cores=16) == []

@@ -21,10 +21,11 @@ before = {"environment": dict(os.environ), "loggers": set(logging.root.manager.l
           "handlers": list(logging.root.handlers), "path": list(sys.path)}
 import vidaccel
 vidaccel.accelerate, vidaccel.report, vidaccel.restore
+libraries = ("triton", "gradio", "lpips", "pycvvdp", "ray", "diffusers")
 after = {"environment": dict(os.environ), "handlers": list(logging.root.handlers),
          "path": list(sys.path)}
 print(json.dumps({
-    "loaded": [m for m in ("triton", "gradio", "lpips", "ray", "diffusers") if m in sys.modules],
+    "loaded": [m for m in libraries if m in sys.modules],
     "changed": [key for key in after if before[key] != after[key]],
 }))
 """

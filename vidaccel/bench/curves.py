@@ -28,6 +28,9 @@ class Qualities:
         psnr, worst_psnr: in dB.
         ssim, worst_ssim: structural similarity; None where it cannot be computed.
         lpips, worst_lpips: perceptual distance; None without its weights.
+        vmaf, worst_vmaf, cvvdp, worst_cvvdp: VMAF and ColorVideoVDP; None where one cannot be
+            computed, and in files of before.
+        worst_frame_psnr: that of the worst frame of all prompts, in dB; None in files of before.
         flicker: mean of the grey levels more than those of the plain clips.
     """
 
@@ -38,6 +41,11 @@ class Qualities:
     lpips: float | None
     worst_lpips: float | None
     flicker: float | None
+    vmaf: float | None = None
+    worst_vmaf: float | None = None
+    cvvdp: float | None = None
+    worst_cvvdp: float | None = None
+    worst_frame_psnr: float | None = None
 
     def value(self, metric: str) -> float | None:
         """Return the value of the metric of that name."""
@@ -218,6 +226,9 @@ def _point(rows: Sequence[_Compared], clock: str) -> Point:
     psnr = [min(record.psnr, MOST_DECIBELS) for record in records]
     ssim = _all([record.ssim for record in records])
     lpips = _all([record.lpips for record in records])
+    vmaf = _all([record.vmaf for record in records])
+    cvvdp = _all([record.cvvdp for record in records])
+    frames = _all([record.worst_frames.get("psnr") for record in records])
     wall = median(row.wall_speedup for row in rows)
     cpu = median(row.cpu_speedup for row in rows)
     return Point(
@@ -233,6 +244,11 @@ def _point(rows: Sequence[_Compared], clock: str) -> Point:
         worst_lpips=None if lpips is None else max(lpips),
         every_lpips=lpips,
         flicker=fmean(record.flicker for record in records),
+        vmaf=_mean(vmaf),
+        worst_vmaf=None if vmaf is None else min(vmaf),
+        cvvdp=_mean(cvvdp),
+        worst_cvvdp=None if cvvdp is None else min(cvvdp),
+        worst_frame_psnr=None if frames is None else min(MOST_DECIBELS, *frames),
         adherence=adherence_shares(records),
         seconds=median(record.seconds for record in records),
         cpu_seconds=median(record.cpu_seconds for record in records),

@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from vidaccel.api import report
 from vidaccel.bench.precision_cases import GROUPS, PrecisionCase, calibration_file
-from vidaccel.bench.precision_vmaf import vmaf
 from vidaccel.bench.records import digest_of
 from vidaccel.clips import metrics
 from vidaccel.clips.compare import adherence_of
 from vidaccel.clips.generate import generate
 from vidaccel.clips.video import Clip
+from vidaccel.clips.vmaf import vmaf
 from vidaccel.environment import environment
 from vidaccel.errors import BenchError, MetricUnavailable
 from vidaccel.precision.calibrate import calibrate_precision

@@ -34,15 +34,15 @@ from vidaccel.bench.records import (
     key_of,
 )
 from vidaccel.bench.variants import Variant
-from vidaccel.clips import metrics
 from vidaccel.clips.compare import adherence_of
+from vidaccel.clips.fidelity import MEASURES, summary
 from vidaccel.clips.generate import generate
 from vidaccel.clips.load import steps_of
 from vidaccel.clips.measurement import learned_plan
 from vidaccel.clips.video import Clip
 from vidaccel.engine.stats import StepKind
 from vidaccel.environment import environment
-from vidaccel.errors import BenchError, MetricUnavailable
+from vidaccel.errors import BenchError
 from vidaccel.hosts.registry import config_of, find_transformers
 
 PLAIN_EVERY = 12  # generations between two plain ones, which the speedups are taken from
@@ -121,6 +121,7 @@ class _PromptRuns:
         self.pipe, self.call, self.seed = pipe, call, seed
         self.prompt: str = call["prompt"]
         self.folder, self.blocks, self.lpips = folder, blocks, lpips
+        self.leave_out = ("lpips",) if lpips is None else ()
         self.reference: Clip | None = None
 
     def measure(self, variants: Sequence[Variant], bar: Any) -> int:
@@ -199,16 +200,13 @@ class _PromptRuns:
             self._keep(variant, FailedRecord(variant.method, variant.setting, failed))
             return
         assert self.reference is not None
+        found = summary(self.reference, frames, lpips_model=self.lpips, leave_out=self.leave_out)
         record = VariantRecord(
             **vars(generation),
             method=variant.method,
             setting=variant.setting,
-            psnr=metrics.psnr(self.reference, frames),
-            ssim=_ssim(self.reference, frames),
-            lpips=None
-            if self.lpips is None
-            else metrics.lpips(self.reference, frames, model=self.lpips),
-            flicker=metrics.flicker(frames) - metrics.flicker(self.reference),
+            **{name: found[name] for name in (*MEASURES, "flicker")},
+            worst_frames={name: worst["value"] for name, worst in found["worst"].items()},
             adherence=adherence_of(frames, self.prompt),
             steps_share=steps_share,
             density=density,
@@ -301,10 +299,3 @@ def _reported_shares(pipe: Any) -> tuple[float | None, float | None]:
     densities = [density for density in found if density is not None]
     complete = densities and len(densities) == len(found)
     return steps_share, fmean(densities) if complete else None
-
-
-def _ssim(reference: Clip, clip: Clip) -> float | None:
-    """Return the structural similarity; None where it cannot be computed."""
-    with suppress(MetricUnavailable):
-        return metrics.ssim(reference, clip)
-    return None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class VariantRecord(Generation):
     Attributes:
         method, setting: the variant.
         psnr, ssim, lpips: fidelity to the plain clip; None where it cannot be computed.
+        vmaf, cvvdp: the same; None in shards of before, too.
+        worst_frames: measure -> value of the worst frame; empty in shards of before.
         flicker: grey levels more than those of the plain clip.
         adherence: parts of its scene caption -> shown or not; None without a caption.
         steps_share: share of the steps that were computed; None where there is no report.
@@ -74,11 +76,14 @@ class VariantRecord(Generation):
     adherence: dict[str, bool] | None
     steps_share: float | None = None
     density: float | None = None
+    vmaf: float | None = None
+    cvvdp: float | None = None
+    worst_frames: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as its shard keeps it: without a report's shares where it had none."""
-        reported = ("steps_share", "density")
-        return {k: v for k, v in asdict(self).items() if k not in reported or v is not None}
+        """Return the record as its shard keeps it: without what was not told, or not measured."""
+        optional = ("steps_share", "density", "vmaf", "cvvdp", "worst_frames")
+        return {k: v for k, v in asdict(self).items() if k not in optional or v not in (None, {})}
 
 
 @dataclass(frozen=True)

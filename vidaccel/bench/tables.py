@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from vidaccel.bench.curves import AT_SPEEDUPS, Qualities, QualityResult, equal_time
+from vidaccel.clips.fidelity import MEASURES
 from vidaccel.clips.metrics import HIGHER_IS_BETTER
 
 
@@ -18,8 +19,9 @@ def quality_table(result: QualityResult) -> str:
         "PSNR in dB, mean of the prompts (worst prompt), at equal time:",
         equal_time_table(equal, "psnr", ".1f"),
     ]
-    if all(point.lpips is not None for point in result.points):
-        lines += ["", "LPIPS:", equal_time_table(equal, "lpips", ".3f")]
+    for name, form in (("lpips", ".3f"), ("vmaf", ".1f"), ("cvvdp", ".2f")):
+        if all(point.value(name) is not None for point in result.points):
+            lines += ["", f"{MEASURES[name].title}:", equal_time_table(equal, name, form)]
     lines += [f"{name}: {why}" for name, why in {**result.left_out, **result.failed}.items()]
     return "\n".join(lines)
 
@@ -59,14 +61,16 @@ def equal_time_table(
 
 
 def points_table(result: QualityResult) -> str:
-    """Return every point of a result: what ran, how long it took, and how close it came."""
+    """Return every point of a result: what ran, how long it took, and how close it came.
+
+    "worst" is the PSNR of the worst prompt, "frame" that of the worst frame, "JOD" ColorVideoVDP.
+    """
     header = ["method", "steps", "blocks", "density", "seconds", "speedup", "PSNR", "worst"]
-    rows = [[*header, "LPIPS", "follows"]]
+    rows = [[*header, "frame", "LPIPS", "VMAF", "JOD", "flicker", "follows"]]
     plain = result.plain
-    times = f"{plain.seconds:.2f}"
-    rows.append(
-        ["plain", "100%", "100%", "-", times, "1.00x", "-", "-", "-", _follows(plain.adherence)]
-    )
+    none = ["-"] * 7
+    times = [f"{plain.seconds:.2f}", "1.00x"]
+    rows.append(["plain", "100%", "100%", "-", *times, *none, _follows(plain.adherence)])
     for point in result.points:
         rows.append(
             [
@@ -78,11 +82,19 @@ def points_table(result: QualityResult) -> str:
                 f"{point.speedup:.2f}x",
                 f"{point.psnr:.1f}",
                 f"{point.worst_psnr:.1f}",
-                "-" if point.lpips is None else f"{point.lpips:.3f}",
+                _number(point.worst_frame_psnr, ".1f"),
+                _number(point.lpips, ".3f"),
+                _number(point.vmaf, ".1f"),
+                _number(point.cvvdp, ".2f"),
+                _number(point.flicker, "+.2f"),
                 _follows(point.adherence),
             ]
         )
     return aligned(rows)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _share(value: float | None) -> str:

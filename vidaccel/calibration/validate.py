@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from vidaccel.api import accelerate, restore
 from vidaccel.calibration.fidelity import fit_fidelity
+from vidaccel.clips.fidelity import summary
 from vidaccel.clips.generate import generate
-from vidaccel.clips.metrics import load_lpips, summary
-from vidaccel.errors import MetricUnavailable
 from vidaccel.plans.plan import Plan
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.schema import StoredPlan, Validation
+
+MOST_DECIBELS = 99.0
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,20 @@ class Score:
     Attributes:
         psnr: dB.
         worst_psnr: that of the worst prompt, dB.
-        ssim, lpips: None where they are not available.
+        worst_frame_psnr: that of the worst frame of all prompts, dB.
+        ssim, lpips, vmaf, cvvdp: None where they are not available.
+        flicker: grey levels more than those of the plain run.
         seconds: time of one generation.
     """
 
     psnr: float
     worst_psnr: float
+    worst_frame_psnr: float
     ssim: float | None
     lpips: float | None
+    vmaf: float | None
+    cvvdp: float | None
+    flicker: float
     seconds: float
 
 
@@ -62,10 +69,6 @@ def scores(
     Returns:
         Name -> score, and the seconds of a plain run.
     """
-    try:
-        model = load_lpips()
-    except MetricUnavailable:
-        model = None
     found: dict[str, list[tuple[dict[str, Any], float]]] = {}
     plain_seconds = []
     variants: dict[str, tuple[Plan | None, int]] = {
@@ -85,7 +88,7 @@ def scores(
                 asked = {**call, "num_inference_steps": steps}
                 run = generate(pipe, asked, seed=seed, progress=False)
                 restore(pipe)
-                measured = summary(plain.frames, run.frames, model=model)
+                measured = summary(plain.frames, run.frames)
                 found.setdefault(name, []).append((measured, run.seconds))
                 bar.update()
     return {name: _mean(rows) for name, rows in found.items()}, fmean(plain_seconds)
@@ -97,12 +100,17 @@ def _mean(rows: Sequence[tuple[dict[str, Any], float]]) -> Score:
         return None if None in values else fmean(values)
 
     # Equal clips have an infinite PSNR; 99 dB is as good and has a mean.
-    decibels = [min(measured["psnr"], 99.0) for measured, _ in rows]
+    decibels = [min(measured["psnr"], MOST_DECIBELS) for measured, _ in rows]
+    frames = [measured["worst"]["psnr"]["value"] for measured, _ in rows]
     return Score(
         psnr=fmean(decibels),
         worst_psnr=min(decibels),
+        worst_frame_psnr=min(MOST_DECIBELS, *frames),
         ssim=over("ssim"),
         lpips=over("lpips"),
+        vmaf=over("vmaf"),
+        cvvdp=over("cvvdp"),
+        flicker=fmean(measured["flicker"] for measured, _ in rows),
         seconds=fmean(seconds for _, seconds in rows),
     )
 
@@ -143,8 +151,12 @@ def validated_policy(
                 kept=name == best,
                 psnr=score.psnr,
                 worst_psnr=score.worst_psnr,
+                worst_frame_psnr=score.worst_frame_psnr,
                 ssim=score.ssim,
                 lpips=score.lpips,
+                vmaf=score.vmaf,
+                cvvdp=score.cvvdp,
+                flicker=score.flicker,
                 speedup=plain_seconds / score.seconds,
             )
             rows.append(row)

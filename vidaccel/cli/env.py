@@ -141,6 +141,8 @@ def capabilities() -> dict[str, str]:
         "video files": _ffmpeg(),
         "SSIM": _extra("metrics", "skimage.metrics"),
         "LPIPS": _lpips(),
+        "VMAF": _vmaf(),
+        "ColorVideoVDP": _cvvdp(),
         "demo page": _extra("demo", "gradio"),
         "Ray workers": _extra("ray", "ray"),
     }
@@ -170,6 +172,26 @@ def _lpips() -> str:
     if file.is_file():
         return "yes"
     return f"not yet: installed, its weights are not; the first use downloads {url}"
+
+
+def _vmaf() -> str:
+    """Say whether VMAF can be computed."""
+    from vidaccel.clips.vmaf import why_no_vmaf
+
+    missing = why_no_vmaf()
+    return f"no: {missing}" if missing else "yes"
+
+
+def _cvvdp() -> str:
+    """Say whether ColorVideoVDP can be computed."""
+    from vidaccel.clips.cvvdp import load_cvvdp
+    from vidaccel.errors import MetricUnavailable
+
+    try:
+        load_cvvdp()
+    except MetricUnavailable as error:
+        return f"no: {error}"
+    return "yes"
 
 
 def _sparse() -> str:

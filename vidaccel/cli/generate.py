@@ -237,13 +237,31 @@ _Made = tuple[str, dict[str, Any], list[Path]]
 def _with_plain(pipe: Any, one: _Clip, acceleration: dict[str, Any]) -> _Made:
     """Make the clip with and without acceleration, and write what shows the difference."""
     from vidaccel.clips.compare import compare, comparison_table, write_comparison
+    from vidaccel.clips.generate import Run
 
-    quiet = one.arguments.quiet
-    plain, fast, result = compare(
-        pipe, one.call, seed=one.seed, progress=not quiet, warm_up=one.first, **acceleration
+    quiet, fps = one.arguments.quiet, one.arguments.fps
+    written: list[Path] = []
+
+    def keep(plain: Run, fast: Run) -> None:
+        """Write the clips, so that whatever befalls their measuring, they are there."""
+        clips = {
+            "plain": plain.frames,
+            f"vidaccel {plain.seconds / fast.seconds:.2f}x": fast.frames,
+        }
+        written.extend(write_comparison(one.out, clips, fps))
+        if not quiet:
+            print("measuring how close the clips are ...", file=sys.stderr)
+
+    _, _, result = compare(
+        pipe,
+        one.call,
+        seed=one.seed,
+        progress=not quiet,
+        warm_up=one.first,
+        fps=fps,
+        keep=keep,
+        **acceleration,
     )
-    clips = {"plain": plain.frames, f"vidaccel {result['speedup']:.2f}x": fast.frames}
-    written = write_comparison(one.out, clips, one.arguments.fps)
     return comparison_table(result), result, written
 
 

@@ -1,16 +1,23 @@
 """One prompt with and without acceleration: both clips, the numbers, and files that show them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vidaccel.api import accelerate, restore
-from vidaccel.clips import metrics, scenes, video
-from vidaccel.clips.fidelity import in_words, sheet_of
+from vidaccel.clips import scenes, video
+from vidaccel.clips.fidelity import MEASURES, in_words, sheet_of, summary, why_unavailable
 from vidaccel.clips.generate import Run, generate
 from vidaccel.clips.lesson import learning_from
 from vidaccel.clips.measurement import learned_plan
-from vidaccel.clips.notes import COMPRESSION, notes_on
+from vidaccel.clips.notes import (
+    COMPRESSION,
+    clocks_disagree,
+    cpu_speedup,
+    notes_on,
+    notes_on_times,
+    ran_on_cpu,
+)
 from vidaccel.clips.video import Clip
 from vidaccel.engine.stats import StepKind
 
@@ -22,6 +29,8 @@ def compare(
     seed: int = 0,
     progress: bool = True,
     warm_up: bool = True,
+    fps: float = 16.0,
+    keep: Callable[[Run, Run], None] | None = None,
     **acceleration: Any,
 ) -> tuple[Run, Run, dict[str, Any]]:
     """Run a pipeline plain and accelerated on the same noise.
@@ -34,12 +43,16 @@ def compare(
         seed: seed of the noise.
         progress: show a bar for each run.
         warm_up: run two steps first, which the first run of a process needs to be timed.
+        fps: frames per second at which the clips are shown.
+        keep: called with both runs before they are measured, to have the clips written by then.
         acceleration: arguments of `accelerate`; a `Resolver` as policy is read no second time.
 
     Returns:
         The plain run, the accelerated run, and a dict for JSON: "steps", "steps_computed",
-        "blocks_run", "seconds" and "denoising_seconds" of both, "speedup" (whole call and
-        denoising), "metrics" (`clips.metrics.summary` of the accelerated clip against the plain
+        "blocks_run", "seconds", "denoising_seconds", "cpu_seconds" (of this process, for the whole
+        call) and "other_cpu_seconds" (of all other programs meanwhile) of both, "speedup" (whole
+        call, denoising and CPU time), "clocks_disagree" (on a CPU: the clock's speedup is not that
+        of CPU time), "metrics" (`clips.fidelity.summary` of the accelerated clip against the plain
         one), "adherence" (`adherence_of` both), "notes" (what a reader of the numbers should
         know) and "report" (that of the accelerated run).
 
@@ -57,11 +70,15 @@ def compare(
     accelerate(pipe, **acceleration)
     fast = generate(pipe, call, seed=seed, label="vidaccel", progress=progress)
     assert fast.report is not None
+    if keep is not None:
+        keep(plain, fast)
+    on_cpu = ran_on_cpu(pipe)
+    timing = notes_on_times({"plain": plain, "accelerated": fast}, on_cpu=on_cpu)
     parts = fast.report["transformers"]
     branches = [branch for part in parts for branch in part["branches"]]
     blocks = [sum(b[key] for b in branches) for key in ("blocks_without_vidaccel", "blocks_run")]
     timeline = "".join(part["timeline"] for part in parts)
-    measured = metrics.summary(plain.frames, fast.frames)
+    measured = summary(plain.frames, fast.frames, fps=fps)
     speedup = plain.seconds / fast.seconds
     ran, kept = learned_plan(pipe), []
     if ran is not None:
@@ -77,9 +94,13 @@ def compare(
         "denoising_speedup": plain.denoising_seconds / fast.denoising_seconds
         if plain.denoising_seconds and fast.denoising_seconds
         else None,
+        "cpu_seconds": [plain.cpu_seconds, fast.cpu_seconds],
+        "cpu_speedup": cpu_speedup(plain, fast),
+        "other_cpu_seconds": [plain.other_cpu_seconds, fast.other_cpu_seconds],
+        "clocks_disagree": on_cpu and clocks_disagree(plain, fast),
         "metrics": measured,
         "adherence": [adherence_of(run.frames, call.get("prompt")) for run in (plain, fast)],
-        "notes": [*learned, *kept, *notes_on(pipe, call, fast), COMPRESSION],
+        "notes": [*timing, *learned, *kept, *notes_on(pipe, call, fast), COMPRESSION],
         "report": fast.report,
     }
     return plain, fast, result
@@ -138,8 +159,10 @@ def comparison_table(result: dict[str, Any]) -> str:
         return ["-" if value is None else f"{value:.2f} s" for value in values]
 
     def metric(name: str) -> str:
-        known = name not in measured["unavailable"]
-        return in_words(name, measured[name]) if known else "not available"
+        if name in measured["unavailable"]:
+            return "not available"
+        worst = in_words(name, measured["worst"][name]["value"]).partition(" ")[0]
+        return f"{in_words(name, measured[name])} ({worst})"
 
     def speedup(value: float | None) -> list[str]:
         return ["1.00x", "-" if value is None else f"{value:.2f}x"]
@@ -152,10 +175,16 @@ def comparison_table(result: dict[str, Any]) -> str:
         ["  speedup", *speedup(result["denoising_speedup"])],
         ["whole call", *seconds(result["seconds"])],
         ["  speedup", *speedup(result["speedup"])],
+    ]
+    if result["clocks_disagree"]:
+        rows += [
+            ["CPU time", *seconds(result["cpu_seconds"])],
+            ["  speedup", *speedup(result["cpu_speedup"])],
+        ]
+    rows += [
         *attention_rows(result["report"]),
-        ["PSNR", "", metric("psnr")],
-        ["SSIM", "", metric("ssim")],
-        ["LPIPS", "", metric("lpips")],
+        *([f"{measure.title} (worst frame)", "", metric(n)] for n, measure in MEASURES.items()),
+        ["flicker", *(f"{value:.2f}" for value in measured["flicker_of"])],
     ]
     plain, fast = result["adherence"]
     if plain is not None and fast is not None:
@@ -173,6 +202,6 @@ def comparison_table(result: dict[str, Any]) -> str:
         lines += [f"policy: {part['policy']}"]
         lines += [f"attention: {part['attention']['settings']}"] if part["attention"] else []
         lines += [f"note: {note}" for note in part["notes"]]
-    lines += [f"{name.upper()}: {why}" for name, why in measured["unavailable"].items()]
+    lines += [f"note: {line}" for line in why_unavailable(measured["unavailable"])]
     lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join(lines)

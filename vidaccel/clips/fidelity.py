@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,37 +12,106 @@ from typing import Any
 import numpy as np
 
 from vidaccel.clips import metrics, video
+from vidaccel.clips.cvvdp import cvvdp
+from vidaccel.clips.vmaf import vmaf_of_frames
 from vidaccel.errors import MetricUnavailable, VideoError
 
-# Metric -> how its values are printed.
-FORMS = {"psnr": "{:.1f} dB", "ssim": "{:.3f}", "lpips": "{:.3f}"}
+# The value of a whole clip, and one per frame.
+Values = tuple[float, list[float]]
 
 
-def fidelity(reference: Any, clip: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measure:
+    """A measure of fidelity.
+
+    Attributes:
+        title: its name for people.
+        form: how its values are printed.
+        measure: takes the reference, the clip, the frames per second, and the LPIPS network or
+            None for the usual one; raises MetricUnavailable.
+    """
+
+    title: str
+    form: str
+    measure: Callable[[video.Clip, video.Clip, float, Any], Values]
+
+
+def _psnr(first: video.Clip, second: video.Clip, *_: Any) -> Values:
+    return metrics.psnr(first, second), _each_frame(metrics.psnr, first, second)
+
+
+def _ssim(first: video.Clip, second: video.Clip, *_: Any) -> Values:
+    if min(first.shape[1:3]) < 3:
+        raise MetricUnavailable("it needs frames of 3 pixels a side")
+    return _with_mean(_each_frame(metrics.ssim, first, second))
+
+
+def _lpips(first: video.Clip, second: video.Clip, _: float, model: Any) -> Values:
+    known = _usual_lpips() if model is None else model
+    if isinstance(known, str):
+        raise MetricUnavailable(known)
+    return _with_mean(_each_frame(metrics.lpips, first, second, model=known))
+
+
+def _vmaf(first: video.Clip, second: video.Clip, *_: Any) -> Values:
+    return _with_mean(vmaf_of_frames(first, second))
+
+
+def _cvvdp(first: video.Clip, second: video.Clip, fps: float, _: Any) -> Values:
+    return cvvdp(first, second, fps=fps)
+
+
+MEASURES = {
+    "psnr": Measure("PSNR", "{:.1f} dB", _psnr),
+    "ssim": Measure("SSIM", "{:.3f}", _ssim),
+    "lpips": Measure("LPIPS", "{:.3f}", _lpips),
+    "vmaf": Measure("VMAF", "{:.1f}", _vmaf),
+    "cvvdp": Measure("ColorVideoVDP", "{:.2f} JOD", _cvvdp),
+}
+
+
+def fidelity(
+    reference: Any,
+    clip: Any,
+    *,
+    fps: float = 16.0,
+    lpips_model: Any = None,
+    leave_out: Collection[str] = (),
+) -> dict[str, Any]:
     """Measure how close a clip is to its reference, as a whole and frame by frame.
+
+    README.md beside this module tells what each measure is good for.
 
     Args:
         reference, clip: two clips of one shape, as `vidaccel.clips.video.as_uint8` takes them.
+        fps: frames per second at which they are shown.
+        lpips_model: the network of `vidaccel.clips.metrics.load_lpips`; None for the usual one.
+        leave_out: measures that are not wanted.
 
     Returns:
-        "mean" (metric -> value of the clip, as `vidaccel.clips.metrics.summary` gives it), "worst"
-        (metric -> {"frame", "value"}), "per_frame" (metric -> one value per frame), "flicker" (grey
-        levels of the reference and of the clip) and "unavailable" (metric -> why). The metrics are
-        "psnr", "ssim" and "lpips"; one that cannot be computed here is in none but the last.
+        "mean" (measure -> value of the clip), "worst" (measure -> {"frame", "value"}), "per_frame"
+        (measure -> one value per frame), "flicker" (grey levels of the reference and of the clip)
+        and "unavailable" (measure -> why). The measures are those of `MEASURES`; one that cannot
+        be computed here, whatever it raises, is in none but the last: the clips are worth more
+        than a number about them.
 
     Raises:
         VideoError: the clips differ in shape.
     """
-    first, second = video.as_uint8(reference), video.as_uint8(clip)
-    mean: dict[str, float] = {"psnr": metrics.psnr(first, second)}  # raises for different shapes
+    first, second = video.as_pair(reference, clip)
+    mean: dict[str, float] = {}
     per_frame: dict[str, list[float]] = {}
     unavailable: dict[str, str] = {}
-    for name in FORMS:
+    for name, measure in MEASURES.items():
+        if name in leave_out:
+            continue
         try:
-            per_frame[name] = _per_frame(name, first, second)
+            mean[name], per_frame[name] = measure.measure(first, second, fps, lpips_model)
         except MetricUnavailable as error:
             unavailable[name] = str(error)
-    mean |= {name: float(np.mean(per_frame[name])) for name in per_frame if name != "psnr"}
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            unavailable[name] = f"it failed ({type(error).__name__}: {reason})"
     worst = {}
     for name, values in per_frame.items():
         frame, value = metrics.worst(name, values)
@@ -54,34 +125,45 @@ def fidelity(reference: Any, clip: Any) -> dict[str, Any]:
     }
 
 
-def _per_frame(name: str, first: video.Clip, second: video.Clip) -> list[float]:
-    """Return the values of the metric of that name, one per frame."""
-    if name == "ssim" and min(first.shape[1:3]) < 3:
-        raise MetricUnavailable("SSIM needs frames of 3 pixels a side")
-    model = _lpips_model() if name == "lpips" else None
-    more = {} if model is None else {"model": model}
-    metric = getattr(metrics, name)
-    return [metric(first[i : i + 1], second[i : i + 1], **more) for i in range(len(first))]
+def summary(reference: Any, clip: Any, **options: Any) -> dict[str, Any]:
+    """Return the measures of `fidelity`, which takes the same, in one level and without the frames.
+
+    Returns:
+        Each measure -> value of the clip; None where it cannot be computed, and "unavailable" maps
+        it to the reason. "flicker" is that of the clip less that of the reference, in grey levels:
+        above 0 it flickers more; "flicker_of" has both. "worst" is as `fidelity` gives it.
+    """
+    found = fidelity(reference, clip, **options)
+    before, after = found["flicker"]
+    return {
+        **{name: found["mean"].get(name) for name in MEASURES},
+        "flicker": after - before,
+        "flicker_of": found["flicker"],
+        "worst": found["worst"],
+        "unavailable": found["unavailable"],
+    }
 
 
-def _lpips_model() -> Any:
-    """Return the LPIPS network; raises MetricUnavailable without one."""
-    model, reason = _lpips()
-    if model is None:
-        raise MetricUnavailable(reason)
-    return model
+def _each_frame(
+    metric: Callable[..., float], first: video.Clip, second: video.Clip, **options: Any
+) -> list[float]:
+    return [metric(first[i : i + 1], second[i : i + 1], **options) for i in range(len(first))]
+
+
+def _with_mean(values: list[float]) -> Values:
+    return float(np.mean(values)), values
 
 
 @cache
-def _lpips() -> tuple[Any, str]:
-    """Return the network, or None and why there is none.
+def _usual_lpips() -> Any:
+    """Return the LPIPS network, or why there is none.
 
     Kept for the process, since finding out can take seconds.
     """
     try:
-        return metrics.load_lpips(), ""
+        return metrics.load_lpips()
     except MetricUnavailable as error:
-        return None, str(error)
+        return str(error)
 
 
 def compare_files(
@@ -112,7 +194,7 @@ def compare_files(
         raise VideoError(
             f"expected two clips of one size and length, found {' and '.join(described)}"
         )
-    result = fidelity(first, second)
+    result = fidelity(first, second, fps=fps)
     a, b = labels or (reference.name, clip.name)
     clips = {a: first, (b if b != a else f"{b} (second)"): second}
     video.write_video(out, video.side_by_side(clips), fps)
@@ -128,15 +210,15 @@ def sheet_of(out: Path) -> Path:
 
 
 def fidelity_table(result: dict[str, Any]) -> str:
-    """Return the result of `fidelity` for people: a row per metric."""
+    """Return the result of `fidelity` for people: a row per measure."""
     rows = [("", "whole clip", "worst frame", "")]
-    for name in FORMS:
+    for name, measure in MEASURES.items():
         if name in result["unavailable"]:
-            rows.append((name.upper(), "not available", "", ""))
+            rows.append((measure.title, "not available", "", ""))
             continue
         worst = result["worst"][name]
         mean, lowest = (in_words(name, value) for value in (result["mean"][name], worst["value"]))
-        rows.append((name.upper(), mean, lowest, f"frame {worst['frame']}"))
+        rows.append((measure.title, mean, lowest, f"frame {worst['frame']}"))
     first, second = result["flicker"]
     rows.append(("flicker", f"{second - first:+.3f}", "", f"{first:.3f} to {second:.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -144,11 +226,16 @@ def fidelity_table(result: dict[str, Any]) -> str:
         f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}  {d}".rstrip()
         for a, b, c, d in rows
     ]
-    return "\n".join([*lines, *(f"{n.upper()}: {why}" for n, why in result["unavailable"].items())])
+    return "\n".join([*lines, *why_unavailable(result["unavailable"])])
+
+
+def why_unavailable(unavailable: dict[str, str]) -> list[str]:
+    """Return a line for each measure that could not be computed: its name, and why."""
+    return [f"{MEASURES[name].title} is not available: {why}" for name, why in unavailable.items()]
 
 
 def in_words(name: str, value: float | None) -> str:
     """Return a value of a metric for people; JSON has null for the PSNR of equal clips."""
     if name == "psnr" and (value is None or not math.isfinite(value)):
         return "identical"
-    return "-" if value is None else FORMS[name].format(value)
+    return "-" if value is None else MEASURES[name].form.format(value)

@@ -13,6 +13,7 @@ from vidaccel.api import engines_of, report
 from vidaccel.clips.calling import first_clip, outcome_of, parameters_of, without_bar
 from vidaccel.clips.load import steps_of
 from vidaccel.clips.step_events import follow_steps
+from vidaccel.clips.stopwatch import Stopwatch
 from vidaccel.clips.video import Clip, as_uint8
 
 
@@ -26,12 +27,16 @@ class Run:
         denoising_seconds: duration until the end of the last denoising step; None where the
             pipeline does not call back at the end of its steps.
         report: `vidaccel.report` of this generation as a dict; None when not accelerated.
+        cpu_seconds: CPU time of this process for the call, all threads together; None: not taken.
+        other_cpu_seconds: CPU time of all other programs meanwhile; None where it is not known.
     """
 
     frames: Clip = field(repr=False)
     seconds: float
     denoising_seconds: float | None
     report: dict[str, Any] | None
+    cpu_seconds: float | None = None
+    other_cpu_seconds: float | None = None
 
 
 def generate(
@@ -86,14 +91,16 @@ def generate(
             call["callback_on_step_end"] = callback
         following = nullcontext() if calls_back else follow_steps(pipe, on_step_end)
         with without_bar(pipe), following:
-            started = time.perf_counter()
+            watch = Stopwatch()
             frames = as_uint8(first_clip(outcome_of(pipe, call, "np")))
-            seconds = time.perf_counter() - started
+            times = watch.read()
     return Run(
         frames,
-        seconds,
-        step_ends[-1] - started if step_ends else None,
+        times.wall,
+        step_ends[-1] - watch.started if step_ends else None,
         report(pipe).to_dict() if engines else None,
+        times.cpu,
+        times.others,
     )
 
 

@@ -33,8 +33,15 @@ class Lesson:
             return plain, []
         seconds, notes = self._learner.seconds, self._learner.notes
         denoising = plain.denoising_seconds and plain.denoising_seconds - seconds
+        # How much CPU time learning took is not known: as large a share as of the clock.
+        rest = 1 - seconds / plain.seconds
         plain = replace(
-            plain, seconds=plain.seconds - seconds, denoising_seconds=denoising, report=None
+            plain,
+            seconds=plain.seconds - seconds,
+            denoising_seconds=denoising,
+            cpu_seconds=plain.cpu_seconds and plain.cpu_seconds * rest,
+            other_cpu_seconds=plain.other_cpu_seconds and plain.other_cpu_seconds * rest,
+            report=None,
         )
         spent = f"the time of the plain run is given without the {seconds:.2f} s that this took"
         if LEARNED not in notes:

@@ -1,4 +1,4 @@
-"""Fidelity of an accelerated clip to the one the plain pipeline makes: PSNR, SSIM, LPIPS, flicker.
+"""Fidelity of a clip to another one, in numbers of single pictures: PSNR, SSIM, LPIPS, flicker.
 
 Every function takes clips in any form that `clips.video.as_uint8` takes, the reference first,
 and compares them as 8-bit pictures: what a viewer gets. Two clips must have the same shape
@@ -18,10 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from vidaccel.clips.video import Clip, as_uint8
+from vidaccel.clips.video import Clip, as_pair, as_uint8
 from vidaccel.errors import MetricUnavailable, VideoError
 
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "flicker": False}
+HIGHER_IS_BETTER = {
+    "psnr": True,
+    "ssim": True,
+    "lpips": False,
+    "vmaf": True,
+    "cvvdp": True,
+    "flicker": False,
+}
 
 LPIPS_BACKBONES = {
     "alex": "AlexNet_Weights.IMAGENET1K_V1",
@@ -37,7 +44,7 @@ INSTALL = 'install it with `pip install "vidaccel[metrics]"`'
 
 def psnr(reference: Any, clip: Any) -> float:
     """Return the peak signal-to-noise ratio over all pixels, in dB; infinite for equal clips."""
-    first, second = _pair(reference, clip)
+    first, second = as_pair(reference, clip)
     squares = sum(
         float(np.square(a.astype(np.int32) - b).sum()) for a, b in zip(first, second, strict=True)
     )
@@ -51,7 +58,7 @@ def ssim(reference: Any, clip: Any) -> float:
 
     Raises MetricUnavailable without scikit-image.
     """
-    first, second = _pair(reference, clip)
+    first, second = as_pair(reference, clip)
     side = min(first.shape[1:3])
     if side < 3:
         raise VideoError(f"SSIM needs frames of 3 pixels a side, found {list(first.shape)}")
@@ -109,7 +116,7 @@ def lpips(reference: Any, clip: Any, *, model: Any = None) -> float:
 
     Raises MetricUnavailable if there is no model and none can be loaded.
     """
-    first, second = _pair(reference, clip)
+    first, second = as_pair(reference, clip)
     model = load_lpips() if model is None else model
     import torch
 
@@ -134,34 +141,13 @@ def flicker(clip: Any) -> float:
 
     This is the temporal flickering measure of VBench (Huang et al., CVPR 2024, arXiv:2311.17982),
     which reports 1 minus it over 255. It counts motion as well, so one value says little: compare a
-    clip with its reference, which has the same motion, as `summary` does. One frame gives 0.
+    clip with its reference, which has the same motion, as `fidelity` does. One frame gives 0.
     """
     frames = as_uint8(clip)
     changes = [
         float(np.abs(after.astype(np.int16) - before).mean()) for before, after in pairwise(frames)
     ]
     return float(np.mean(changes)) if changes else 0.0
-
-
-def summary(reference: Any, clip: Any, *, model: Any = None) -> dict[str, Any]:
-    """Return all metrics of `clip` against `reference`; `model` is the one for `lpips`.
-
-    The keys are "psnr" (dB, infinite for equal clips), "ssim", "lpips", "flicker" (grey levels,
-    that of the clip less that of the reference: above 0 it flickers more) and "unavailable". A
-    metric that cannot be computed here is None, and "unavailable" maps its name to the reason.
-    """
-    first, second = _pair(reference, clip)
-    values: dict[str, Any] = {"psnr": psnr(first, second)}
-    unavailable: dict[str, str] = {}
-    for name, metric in {"ssim": ssim, "lpips": lpips}.items():
-        try:
-            more = {"model": model} if name == "lpips" else {}
-            values[name] = metric(first, second, **more)
-        except MetricUnavailable as error:
-            values[name] = None
-            unavailable[name] = str(error)
-    values["flicker"] = flicker(second) - flicker(first)
-    return values | {"unavailable": unavailable}
 
 
 def worst(metric: str, values: Sequence[float]) -> tuple[int, float]:
@@ -172,17 +158,6 @@ def worst(metric: str, values: Sequence[float]) -> tuple[int, float]:
     pick = min if HIGHER_IS_BETTER[metric] else max
     index = pick(range(len(values)), key=values.__getitem__)
     return index, values[index]
-
-
-def _pair(reference: Any, clip: Any) -> tuple[Clip, Clip]:
-    """Return both clips as uint8; raises VideoError for two shapes."""
-    first, second = as_uint8(reference), as_uint8(clip)
-    if first.shape != second.shape:
-        raise VideoError(
-            f"expected a clip of the reference's shape {list(first.shape)}, "
-            f"found {list(second.shape)}"
-        )
-    return first, second
 
 
 def lpips_weights(net: str = "alex") -> tuple[str, Path]:

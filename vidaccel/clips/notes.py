@@ -1,6 +1,10 @@
 """Notes for readers of the numbers of a clip, a sentence each."""
 
+import os
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from vidaccel.clips.calling import parameters_of
 from vidaccel.clips.generate import Run
@@ -36,6 +40,12 @@ def notes_before(pipe: Any, call: dict[str, Any]) -> list[str]:
         f"{type(pipe).__name__} makes a multiple of {each} frames, and one more: of the {asked} "
         f"asked for it makes {low} or {low + each}"
     ]
+
+
+# The clock and CPU time may differ so much in the speedup that they tell.
+CLOCKS_BOUND = 0.10
+# The machine was busy where other programs took more than this share of the CPU time it had.
+BUSY_BOUND = 0.10
 
 
 def notes_on(pipe: Any, call: dict[str, Any], run: Run) -> list[str]:
@@ -76,3 +86,55 @@ def _other_size(pipe: Any, call: dict[str, Any], run: Run) -> list[str]:
         f"{name} made {got} {words[key]}, not {asked}: it rounds to a number that its VAE can make"
         for key, (asked, got) in differing.items()
     ]
+
+
+def ran_on_cpu(pipe: Any) -> bool:
+    """Tell whether a pipeline runs on a CPU: offloaded parts wait there for a GPU, where one is."""
+    return str(pipe.device).startswith("cpu") and not torch.cuda.is_available()
+
+
+def cpu_speedup(plain: Run, fast: Run) -> float | None:
+    """Return the speedup by CPU time of this process; None where that was not taken."""
+    if not plain.cpu_seconds or not fast.cpu_seconds:
+        return None
+    return plain.cpu_seconds / fast.cpu_seconds
+
+
+def clocks_disagree(plain: Run, fast: Run) -> bool:
+    """Tell whether the speedup by the clock differs from that by CPU time by over `CLOCKS_BOUND`.
+
+    It means something for runs on a CPU alone: while a GPU works, CPU time stands still.
+    """
+    by_cpu = cpu_speedup(plain, fast)
+    return by_cpu is not None and abs(plain.seconds / fast.seconds / by_cpu - 1) > CLOCKS_BOUND
+
+
+def notes_on_times(runs: Mapping[str, Run], *, on_cpu: bool, cores: int | None = None) -> list[str]:
+    """Return what is to be said of the seconds of two runs, where they are not to be trusted.
+
+    Args:
+        runs: name -> run, the plain one first and the accelerated one second.
+        on_cpu: the pipeline ran on a CPU.
+        cores: those of the machine; None to count them.
+    """
+    cores = cores or os.cpu_count() or 1
+    plain, fast = runs.values()
+    notes = []
+    if on_cpu and clocks_disagree(plain, fast):
+        notes.append(
+            f"by CPU time the speedup is {cpu_speedup(plain, fast):.2f}x, by the clock "
+            f"{plain.seconds / fast.seconds:.2f}x: they differ by more than {CLOCKS_BOUND:.0%}, so "
+            "trust the CPU time, which other programs hardly change"
+        )
+    others = {
+        name: run.other_cpu_seconds / run.seconds
+        for name, run in runs.items()
+        if run.other_cpu_seconds is not None and run.seconds
+    }
+    if any(used > BUSY_BOUND * cores for used in others.values()):
+        each = " and ".join(f"{used:.1f} during the {name} run" for name, used in others.items())
+        notes.append(
+            f"the machine was busy: of its {cores} cores other programs used {each}, on average; "
+            "measure again when it is idle"
+        )
+    return notes

@@ -68,6 +68,17 @@ def as_uint8(frames: Any) -> Clip:
     return np.clip(np.rint(array * np.float32(255)), 0, 255).astype(np.uint8)
 
 
+def as_pair(reference: Any, clip: Any) -> tuple[Clip, Clip]:
+    """Return two clips as `as_uint8` does; raises VideoError for two shapes."""
+    first, second = as_uint8(reference), as_uint8(clip)
+    if first.shape != second.shape:
+        raise VideoError(
+            f"expected a clip of the reference's shape {list(first.shape)}, "
+            f"found {list(second.shape)}"
+        )
+    return first, second
+
+
 def write_video(
     path: str | os.PathLike[str], frames: Any, fps: float = 16, *, comment: str = ""
 ) -> None:

@@ -5,7 +5,7 @@ from html import escape
 from textwrap import shorten
 from typing import Any
 
-from vidaccel.clips.fidelity import in_words
+from vidaccel.clips.fidelity import MEASURES, in_words, why_unavailable
 from vidaccel.demo.job_queue import Progress
 from vidaccel.demo.run_store import SavedRun
 from vidaccel.engine.stats import StepKind
@@ -152,7 +152,7 @@ def numbers(saved: SavedRun) -> str:
         timeline = "".join(part["timeline"] for part in report["transformers"])
         parts.append(strip(timeline, _details(report)))
         parts += [attention(part.get("attention")) for part in report["transformers"]]
-    parts.append(_seconds_table(result["seconds"], result["denoising_seconds"], saved.fidelity))
+    parts.append(_seconds_table(result, saved.fidelity))
     parts += [f'<div class="va-muted">{escape(line)}</div>' for line in _remarks(saved)]
     return f'<div class="va-numbers">{"".join(parts)}</div>'
 
@@ -164,11 +164,11 @@ def _cards(saved: SavedRun) -> str:
         cards.append((f"{saved.result['speedup']:.2f}x", "as fast"))
     fidelity = saved.fidelity
     if fidelity is not None:
-        for name in ("psnr", "ssim", "lpips"):
+        for name, measure in MEASURES.items():
             if name in fidelity["mean"]:
                 worst = in_words(name, fidelity["worst"][name]["value"])
                 mean = in_words(name, fidelity["mean"][name])
-                cards.append((mean, f"{name.upper()}, worst frame {worst}"))
+                cards.append((mean, f"{measure.title}, worst frame {worst}"))
     tiles = "".join(
         f"<div><b>{value}</b><span class='va-muted'>{what}</span></div>" for value, what in cards
     )
@@ -190,7 +190,7 @@ def _remarks(saved: SavedRun) -> list[str]:
         lines.append("the original is that of an earlier run with the same prompt, seed and size")
     lines += saved.result.get("notes", [])
     if fidelity is not None:
-        lines += [f"{name.upper()} is not available here" for name in fidelity["unavailable"]]
+        lines += why_unavailable(fidelity["unavailable"])
     return lines
 
 
@@ -208,17 +208,19 @@ def _asked(saved: SavedRun) -> str:
     return f"{settings.prompt} ({', '.join(str(part) for part in parts if part)})"
 
 
-def _seconds_table(
-    seconds: dict[str, float], denoising: dict[str, float | None], fidelity: dict[str, Any] | None
-) -> str:
+def _seconds_table(result: dict[str, Any], fidelity: dict[str, Any] | None) -> str:
+    """Return the times of both clips, and how much each flickers."""
+    seconds: dict[str, float] = result["seconds"]
     names = [name for name in ("original", "accelerated") if name in seconds]
 
     def row(title: str, values: list[str]) -> str:
         return f"<tr><td>{title}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
 
     rows = [row("whole call", [f"{seconds[name]:.2f} s" for name in names])]
-    known = [denoising[name] for name in names]
-    rows.append(row("denoising", ["-" if v is None else f"{v:.2f} s" for v in known]))
+    for title, key in (("denoising", "denoising_seconds"), ("CPU time", "cpu_seconds")):
+        if key in result:  # runs saved before have no CPU time
+            known = [result[key][name] for name in names]
+            rows.append(row(title, ["-" if v is None else f"{v:.2f} s" for v in known]))
     if fidelity is not None:
         rows.append(row("flicker", [f"{value:.2f}" for value in fidelity["flicker"]]))
     head = "".join(f"<th>{name}</th>" for name in names)

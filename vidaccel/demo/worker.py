@@ -16,6 +16,7 @@ from vidaccel.clips.generate import Run, generate
 from vidaccel.clips.lesson import is_worth_learning, learning_from
 from vidaccel.clips.load import call_arguments, steps_of
 from vidaccel.clips.measurement import LearnedPlan, learned_plan
+from vidaccel.clips.notes import notes_on_times, ran_on_cpu
 from vidaccel.clips.video import Clip
 from vidaccel.demo.eta import Eta
 from vidaccel.demo.preview import Preview, data_uri
@@ -126,7 +127,9 @@ class Worker:
             clips[name] = run
             if len(clips) == 2:
                 on_progress(phase="comparing", step=0, steps=0, eta=None, preview="")
-            numbers = _numbers(clips)
+                runs = {name: clips[name] for name in ("original", "accelerated")}
+                about["notes"] += notes_on_times(runs, on_cpu=ran_on_cpu(pipe))
+            numbers = _numbers(clips, settings.fps)
             if ran is not None and len(clips) == 2:
                 mean, faster = numbers["closeness"]["mean"], numbers["speedup"]
                 psnr, ssim = mean["psnr"], mean.get("ssim")
@@ -319,16 +322,18 @@ def _before_each_call(pipe: Any, on_call: Callable[..., None]) -> Iterator[None]
             handle.remove()
 
 
-def _numbers(clips: dict[str, Run]) -> dict[str, Any]:
+def _numbers(clips: dict[str, Run], fps: float) -> dict[str, Any]:
     """Return what was measured on one or two clips, as the fields of a run's result."""
     result: dict[str, Any] = {
         "seconds": {name: run.seconds for name, run in clips.items()},
         "denoising_seconds": {name: run.denoising_seconds for name, run in clips.items()},
+        "cpu_seconds": {name: run.cpu_seconds for name, run in clips.items()},
     }
     if "accelerated" in clips:
         result["report"] = clips["accelerated"].report
     if len(clips) == 2:
         fast, plain = clips["accelerated"], clips["original"]
         result["speedup"] = plain.seconds / fast.seconds
-        result["closeness"] = fidelity(plain.frames, fast.frames)  # its name in the files
+        # Its name in the files.
+        result["closeness"] = fidelity(plain.frames, fast.frames, fps=fps)
     return result

@@ -19,7 +19,7 @@ from vidaccel.plans.edge import Edge, edges_of
 from vidaccel.plans.forecast import MAX_ORDER, MAX_SCALE
 from vidaccel.plans.plan import Plan, RunSettings
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 3
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 4
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 
 # By `Edge.action`: what an edge does -> what it costs.
@@ -234,16 +234,31 @@ class StoredPlan(Record):
 
 
 class Validation(Record):
-    """The result of one candidate end to end, on prompts that were not used for the errors."""
+    """The result of one candidate end to end, on prompts that were not used for the errors.
+
+    `worst_frame_psnr` is that of the worst frame of all, `flicker` in grey levels more than those
+    of the plain clips; None: not measured, as in files of schema 1.3 and before.
+    """
 
     budget: Steps
     candidate: Text
     kept: bool
     psnr: float
     worst_psnr: float
+    worst_frame_psnr: float | None = None
     ssim: float | None = None
     lpips: float | None = None
+    vmaf: float | None = None
+    cvvdp: float | None = None
+    flicker: float | None = None
     speedup: Annotated[float, Field(gt=0)]
+
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a file of schema 1.3 has not."""
+        newer = ("worst_frame_psnr", "vmaf", "cvvdp", "flicker")
+        found: dict[str, Any] = handler(self)
+        return {k: v for k, v in found.items() if v is not None or k not in newer}
 
 
 def check_errors(budget: str, plan: Plan, errors: Errors) -> None:
