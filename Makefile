@@ -2,6 +2,7 @@
 # make test          environment, lint, types, and the tests that take seconds: every module
 # make test-all      lint, types and every test: also wheels, browser, compilers, several processes,
 #                    whole examples, and every supported family of models
+# make pictures      every picture in assets/ anew: the contact sheet, the page, figures from numbers
 # make test-oldest   the tests of the supported models again, with the oldest supported Diffusers
 PYTHON ?= python3
 VENV := .venv
@@ -11,10 +12,17 @@ OLDEST := diffusers==0.38.0
 # A process per core, a file of tests at a time: fixtures that a file shares are made once.
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
-.PHONY: demo test test-all test-oldest lint clean
+.PHONY: demo pictures test test-all test-oldest lint clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/vidaccel generate --compare --out out/demo.mp4
+
+# The page's picture needs Chromium.
+pictures: $(VENV)/installed-dev
+	$(BIN)/python assets/draw_figures.py
+	$(BIN)/vidaccel generate --compare --out out/pictures.mp4
+	cp out/pictures-contact-sheet.png assets/demo-contact-sheet.png
+	$(BIN)/python assets/photograph_page.py
 
 test: lint
 	$(PYTEST) -m "not slow and not browser and not repeats"
