@@ -48,6 +48,12 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDACCEL_HOME", str(tmp_path / "vidaccel-home"))
 
 
+@pytest.fixture(autouse=True)
+def on_a_machine_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what other programs do meanwhile out of the notes on a run."""
+    monkeypatch.setattr("vidaccel.clips.stopwatch.STAT", tmp_path / "no-stat")
+
+
 def _built(name: str) -> Case:
     if since := _too_old(SINCE, name):
         pytest.skip(f"{name} {since}")

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from vidaccel.clips import cvvdp as cvvdp_module
 from vidaccel.clips.cvvdp import cvvdp, load_cvvdp
 from vidaccel.errors import MetricUnavailable, VideoError
 
@@ -33,6 +34,14 @@ def test_pictures_and_odd_sizes_have_one(installed, size):
     jod, frames = cvvdp(clip, clip)
     assert len(frames) == size[0]
     assert jod == pytest.approx(10, abs=1e-3)
+
+
+def test_what_would_take_a_cpu_many_minutes_is_left(installed, monkeypatch):
+    monkeypatch.setattr(cvvdp_module, "MOST_ON_CPU", 2 * 24 * 24)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MetricUnavailable, match="many minutes on a CPU"):
+        cvvdp(CLIP, CLIP)
+    assert cvvdp(CLIP[:2], CLIP[:2])[0] > 9.9
 
 
 def test_its_import_leaves_the_path_and_the_log_alone(installed):

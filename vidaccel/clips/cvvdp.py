@@ -15,6 +15,7 @@ from vidaccel.errors import MetricUnavailable
 # clip in its own pixels. Enlarged to fill the screen, damage to small clips would be seen less.
 DISPLAY = "standard_fhd"
 GPU_GIB = 4.0  # of memory at a time, so that a pipeline beside it keeps its own
+MOST_ON_CPU = 4_000_000  # pixels of all frames together: about a minute
 
 
 def cvvdp(reference: Any, clip: Any, *, fps: float = 16.0) -> tuple[float, list[float]]:
@@ -36,7 +37,8 @@ def cvvdp(reference: Any, clip: Any, *, fps: float = 16.0) -> tuple[float, list[
 
     Raises:
         VideoError: the clips differ in shape.
-        MetricUnavailable: the package cvvdp is missing or does not work here.
+        MetricUnavailable: the package cvvdp is missing or does not work here, or a clip is too
+            large for a CPU.
     """
     import torch
 
@@ -47,6 +49,8 @@ def cvvdp(reference: Any, clip: Any, *, fps: float = 16.0) -> tuple[float, list[
             return _measured(package, first, second, fps, torch.device("cuda"))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()  # beside a large model; the CPU has room
+    if first.size // 3 > MOST_ON_CPU:
+        raise MetricUnavailable("a clip of this size would take it many minutes on a CPU")
     return _measured(package, first, second, fps, torch.device("cpu"))
 
 

@@ -27,11 +27,12 @@ def notes_before(pipe: Any, call: dict[str, Any]) -> list[str]:
         call: the arguments of its call.
     """
     # VAEs with a first frame of its own; one for which even the default would be rounded is none.
-    each = next((getattr(pipe, name) for name in _FRAMES_EACH if hasattr(pipe, name)), None)
-    default = getattr(parameters_of(pipe).get("num_frames"), "default", None)
-    asked = call.get("num_frames")
-    if not all(isinstance(value, int) and value > 0 for value in (each, default, asked)):
-        return []
+    each: Any = next((getattr(pipe, name) for name in _FRAMES_EACH if hasattr(pipe, name)), None)
+    default: Any = getattr(parameters_of(pipe).get("num_frames"), "default", None)
+    asked: Any = call.get("num_frames")
+    for value in (each, default, asked):
+        if not isinstance(value, int) or value < 1:
+            return []
     beyond = (asked - 1) % each
     if not beyond or (default - 1) % each:
         return []
