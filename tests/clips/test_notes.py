@@ -80,7 +80,7 @@ def pipeline(each, default, name="vae_scale_factor_temporal"):
         (pipeline(4, None), 10, None),
         (SimpleNamespace(), 10, None),
     ],
-    ids=str,
+    ids=range(7),
 )
 def test_frames_that_cannot_be_are_told_before_the_run(pipe, asked, made):
     notes = notes_before(pipe, {"prompt": "x", "num_frames": asked})
