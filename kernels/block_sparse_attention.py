@@ -9,7 +9,6 @@ int8 (see `quantise`) scores are products of whole numbers; all else stays as it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -26,7 +25,7 @@ from vidaccel.kernels.common import (
     resolve,
     rows_contiguous,
 )
-from vidaccel.kernels.launch import launch
+from vidaccel.kernels.launch import chip, launch
 from vidaccel.kernels.quantise import Int8Keys, quantise_keys, to_int8
 from vidaccel.kernels.tiles import (
     LN_2,
@@ -238,7 +237,7 @@ def attention_config(
     if chip not in (90, 100):
         return _config(64, 32, 4, 2)
     if head_dim == 64:
-        return _config(128, 64, 4, 3)
+        return _config(128, 64, 4, 3, means=16 if chip == 100 else 64)  # else it spills there
     if chip == 90 and not int8_qk:
         # A third stage keeps the copies of the next tile going, and leaves registers for this many
         # means alone, and for fewer where rows are masked.
@@ -249,17 +248,6 @@ def attention_config(
 def _config(block_m: int, block_n: int, warps: int, stages: int, means: int = 64) -> dict[str, int]:
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_MEANS": min(block_n, means)}
     return tiles | {"num_warps": warps, "num_stages": stages}
-
-
-def chip(device: torch.device) -> int:
-    """Return the row of configs that a device takes: a compute capability; 90 if interpreted."""
-    return _chip(device.index or 0) if device.type == "cuda" else 90
-
-
-@lru_cache
-def _chip(index: int) -> int:
-    major, _ = torch.cuda.get_device_capability(index)
-    return major * 10
 
 
 SIZES = ["heads", "num_queries", "num_q_clusters", "max_q_tiles", "num_keys"]

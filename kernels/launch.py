@@ -1,14 +1,17 @@
-"""Launches kernels: on the device of their tensors, and within the limits of a grid."""
+"""Launches kernels on the device of their tensors, within the limits of a grid, for its chip."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from vidaccel.kernels.common import MAX_GRID_Y, KernelError
+
+MAX_GRID_X = 2**31 - 1
 
 
 def launch(kernel: Any, device: torch.device, *grid: int) -> Callable[..., None]:
@@ -44,4 +47,12 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-MAX_GRID_X = 2**31 - 1
+def chip(device: torch.device) -> int:
+    """Return the row of configs that a device takes: a compute capability; 90 if interpreted."""
+    return _chip(device.index or 0) if device.type == "cuda" else 90
+
+
+@lru_cache
+def _chip(index: int) -> int:
+    major, _ = torch.cuda.get_device_capability(index)
+    return major * 10

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidaccel.kernels import reference
-from vidaccel.kernels.launch import launch
+from vidaccel.kernels.launch import chip, launch
 from vidaccel.kernels.tiles import LOG2_E, block_d, load_tile
 
 
@@ -51,20 +51,20 @@ def query_mass_logits(
         MOST=reference.MASS_QUERIES,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d(head_dim),
-        **mass_config(head_dim, q.dtype),
+        **mass_config(head_dim, q.dtype, chip(q.device)),
     )
     return out
 
 
-def mass_config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def mass_config(head_dim: int, dtype: torch.dtype, chip: int) -> dict[str, int]:
     """Return the tiles of the kernel: queries, key clusters, warps.
 
     At head size 64 the larger tiles and 8 warps nearly fit a step of the register count, to which
-    the compiler then holds the kernel, and spills.
+    the compiler then holds the kernel, and spills; on sm_100 it does at every head size.
     """
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if head_dim == 64 else 8}
-    return {"BLOCK_M": 64, "BLOCK_N": 32 if head_dim == 64 else 64, "num_warps": 4}
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if head_dim == 64 or chip == 100 else 64, "num_warps": 4}
 
 
 SIZES = ["heads", "tokens", "num_q_means", "num_k_means", "num_q_clusters"]

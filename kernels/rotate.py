@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidaccel.kernels.block_sparse_attention import chip
 from vidaccel.kernels.common import DTYPES, KernelError
-from vidaccel.kernels.launch import launch
+from vidaccel.kernels.launch import chip, launch
 from vidaccel.kernels.reference import E4M3_LEAST, E4M3_MOST, LEAST
 
 SIZES = (16, 32, 64, 128, 256)  # of groups and blocks

@@ -132,7 +132,7 @@ def _attention(head_dim: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped
     exact |= {"k_scale": None, "k_shift": None}
     # With int8 only as SVG2 has it: without means it is a part of the same code.
     absent = ("k_means", "v_means", "mean_bias", "num_means", "num_compensated")
-    mass = {"MOST": reference.MASS_QUERIES, **query_mass.mass_config(head_dim, dtype)}
+    mass = {"MOST": reference.MASS_QUERIES, **query_mass.mass_config(head_dim, dtype, chip)}
     for name, function, config, pointers, products in (
         ("attend", module._attend, exact | dict.fromkeys(absent), types, 2),
         ("attend_means", module._attend, exact, types, 2),

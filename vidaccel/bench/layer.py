@@ -17,6 +17,7 @@ import numpy as np
 from vidaccel.bench.codegen import disassembled, instructions, loop_cycles, matrix_loops
 from vidaccel.bench.kernels import Shape
 from vidaccel.environment import environment
+from vidaccel.errors import VidaccelError
 
 
 class _Rates(NamedTuple):
@@ -35,10 +36,10 @@ class _Rates(NamedTuple):
     bandwidth: float
 
 
+# Without sm_100, where the compiler takes loops apart, so that their turns are not known.
 RATES = {
     80: _Rates("A100 SXM 80 GB", 108, 1.41e9, 2.039e12),
     90: _Rates("H100 SXM", 132, 1.83e9, 3.35e12),
-    100: _Rates("B200", 148, 1.85e9, 8.0e12),
     120: _Rates("RTX 5090", 170, 2.41e9, 1.792e12),
 }
 
@@ -79,6 +80,10 @@ def layer(
         "launches" (a row per kernel), "layer_us", "dense_us" (the same attention kernel over all
         pairs in full tiles, and nothing else) and the settings. Times are pairs: every unit of a
         multiprocessor hides the others, or matrix products wait for all else.
+
+    Raises:
+        VidaccelError: the compiler has taken the loops of a kernel apart, so that their turns are
+            not known.
     """
     configs = _configs(shape, chip)
     attend = configs["attend_means" if means else "attend"].constants
@@ -233,7 +238,11 @@ def _row(shape: Shape, launch: Launch, config: Any, chip: int) -> dict[str, Any]
     if launch.turns:
         _, text = disassembled(config.compile(chip).asm["cubin"])
         loops = matrix_loops(instructions(text))
-        assert len(loops) == len(launch.turns), f"{config.name} has {len(loops)} loops"
+        if len(loops) != len(launch.turns):
+            raise VidaccelError(
+                f"{config.name} on sm_{chip} has {len(loops)} loops of products, not those "
+                f"{len(launch.turns)} of its source: the compiler has taken them apart"
+            )
         for turns, columns, loop in zip(launch.turns, launch.columns, loops, strict=True):
             width = config.constants[columns]
             found = loop_cycles(config, chip, [name for name, _ in loop], width)

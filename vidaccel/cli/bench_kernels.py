@@ -136,7 +136,7 @@ def add_layer(benches: Any) -> None:
         "--densities", type=shares, default="0.3", help="computed shares (default: %(default)s)"
     )
     parser.add_argument(
-        "--chip", type=int, choices=(80, 90, 100, 120), default=90, help="compute capability"
+        "--chip", type=int, choices=(80, 90, 120), default=90, help="compute capability"
     )
     parser.add_argument("--plain", action="store_true", help="without mass averaging and means")
     add_json_option(parser)
