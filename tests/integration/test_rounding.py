@@ -170,8 +170,8 @@ def test_every_call_is_placed_in_its_step(name, dtype):
         if steps > LAST.get(name, steps):
             break
         watched.run(num_inference_steps=steps)
-        start = 0
-        if watched.case.first:
+        start = watched.case.first
+        if start and "strength" in watched.case.kwargs:
             start = steps - min(int(steps * watched.case.kwargs["strength"]), steps)
         watched.check(start)
 

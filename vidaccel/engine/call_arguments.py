@@ -10,7 +10,7 @@ from vidaccel.engine.conditions import Conditions
 from vidaccel.hosts.spec import HostSpec
 
 # Why a call is run as if the transformer were not accelerated.
-ASIDE = "they belong to no denoising step and fill a cache for those"
+ASIDE = "they fill a cache that the calls of other steps read"
 
 
 class CallArguments:
@@ -70,7 +70,7 @@ class CallArguments:
         return self._run[1]
 
     def why_aside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Return why a call belongs to no denoising step; empty where it belongs to one."""
+        """Return why a call only fills a cache; empty where it does not."""
         if self._aside is None:
             return ""
         argument, value = self._aside

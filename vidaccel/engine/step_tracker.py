@@ -22,6 +22,7 @@ _EXACT = 1e-6
 # What a pipeline tells its transformer about the time, made of the tables of its scheduler.
 _TABLES: dict[Time, tuple[str, Callable[[float], float]]] = {
     "t": ("timesteps", lambda t: t),
+    "t - 1": ("timesteps", lambda t: t - 1),
     "t / 1000": ("timesteps", lambda t: t / 1000),
     "1 - t / 1000": ("timesteps", lambda t: 1 - t / 1000),
     "sigma": ("sigmas", lambda sigma: sigma),
@@ -150,9 +151,10 @@ class StepTracker:
 
     def _start(self, table: list[float], nearest: int, value: float) -> int:
         """The entry at which a walk begins."""
-        begin = self._begin_index
-        if begin is not None and _close(table, begin, value):
-            return begin
+        # The scheduler counts steps that were taken before, when none of their calls was placed.
+        for begin in (getattr(self.scheduler, "step_index", None), self._begin_index):
+            if begin is not None and _close(table, begin, value):
+                return begin
         # A rounded time may be nearer to a later entry than to the first.
         exact = abs(table[nearest] - value) <= _EXACT * max(abs(table[0]), abs(table[-1]))
         return nearest if exact or not _close(table, 0, value) else 0

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # The forms in which a pipeline gives its transformer the time, made of its scheduler's tables.
-Time = Literal["t", "t / 1000", "1 - t / 1000", "sigma", "sigma / (sigma + 1)"]
+Time = Literal["t", "t - 1", "t / 1000", "1 - t / 1000", "sigma", "sigma / (sigma + 1)"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class HostSpec:
         times: the forms in which pipelines give the time.
         levels: the time argument holds each noise level of a call once, in any order, and not a
             time per sample: one sequence with sound and conditioning at levels of their own.
-        aside: the forward argument and its value in calls that belong to no denoising step, such
-            as one that fills a cache for the steps; they run as they are.
+        aside: the forward argument and its value in calls that fill a cache for others, before the
+            first step or in it; they run as they are.
         left_out: the forward argument that, where it is true, has one block of the list left out,
             and the index of that block.
         since: the first version of diffusers that has the class.
