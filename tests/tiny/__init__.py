@@ -1,6 +1,17 @@
 """Tiny random pipelines of every supported family, built from a configuration, no download."""
 
-from tiny import cogvideo, cosmos, hunyuan, images, ltx, modular, new_images, others, wan
+from tiny import (
+    cogvideo,
+    cosmos,
+    hunyuan,
+    images,
+    ltx,
+    modular,
+    more_images,
+    new_images,
+    others,
+    wan,
+)
 from tiny.base import LAYERS, STEPS, Build, Case, embeds, generator
 
 __all__ = [
@@ -20,7 +31,8 @@ __all__ = [
     "generator",
 ]
 
-_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others, images, new_images, modular)
+_IMAGES = (images, new_images, more_images)
+_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others, *_IMAGES, modular)
 
 CASES: dict[str, Build] = {build.__name__: build for module in _MODULES for build in module.CASES}
 
@@ -58,6 +70,13 @@ SINCE = {
     "ltx2_dfr": "0.42",
     "krea2": "0.42",
     "ernie_image": "0.42",
+    "flux3": "0.42",
+    "flux3_edit": "0.42",
+    "joyimage_edit": "0.39",
+    "joyimage_edit_plus": "0.40",
+    "qwen_image21": "0.41",
+    "qwen_image21_whole": "0.41",
+    "bria_fibo2": "0.42",
     "wan22_vace_modular": "0.42",
     "wan_animate_2": "0.42",
     "minimax_h3": "0.42",
@@ -104,6 +123,8 @@ NO_BATCH = {
     "wan22_vace_modular": "takes no list of generators",
     "wan22_i2v_modular": "takes one image",
     "longcat_image": "takes embeddings of its own text encoder alone",
+    "joyimage_edit_plus": "takes embeddings of its own text encoder alone",
+    "glm_image_edit": "takes a list of pictures for each prompt",
     "minimax_h3": "takes one prompt",
     "minimax_h3_keyframe": "takes one prompt",
     "minimax_h3_references": "takes one prompt",
@@ -116,6 +137,7 @@ BATCH_SINCE = {"ltx2_condition": "0.42"}
 # ... or that no other scheduler fits.
 _H3 = "has times and a direction of its own"
 _TIMESTEPS = "hands its scheduler a table of its own"
+_SHIFT = "reads its shift from the config of FlowMatchEulerDiscreteScheduler"
 NO_OTHER_SCHEDULER = {
     "chrono_edit": "reaches into UniPCMultistepScheduler",
     "skyreels_df": "steps every frame with UniPCMultistepScheduler",
@@ -132,6 +154,10 @@ NO_OTHER_SCHEDULER = {
     "cogview4": _TIMESTEPS,
     "z_image": _TIMESTEPS,
     "ernie_image": _TIMESTEPS,
+    "glm_image": _TIMESTEPS,
+    "glm_image_edit": _TIMESTEPS,
+    "bria_fibo": _SHIFT,
+    "bria_fibo2": _SHIFT,
     "wan_animate_2": "hands its scheduler a generator",
     "minimax_h3": _H3,
     "minimax_h3_keyframe": _H3,

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -137,7 +138,10 @@ def case(
     """
     parts = {"tokenizer": None, "text_encoder": None, "transformer": transformer}
     parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
-    pipe = (getattr(diffusers, cls) if isinstance(cls, str) else cls)(**(parts | components))
+    pipeline = getattr(diffusers, cls) if isinstance(cls, str) else cls
+    taken = signature(pipeline.__init__).parameters
+    parts = {name: part for name, part in parts.items() if name in taken}
+    pipe = pipeline(**(parts | components))
     pipe.set_progress_bar_config(disable=True)
     kwargs = {
         "prompt_embeds": embeds(1),

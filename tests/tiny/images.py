@@ -14,7 +14,8 @@ def image_vae(channels: int, cls: str = "AutoencoderKL", **config: Any) -> Any:
     return built(cls, **(defaults | config))
 
 
-def _pooled(width: int) -> dict[str, torch.Tensor]:
+def pooled(width: int) -> dict[str, torch.Tensor]:
+    """Embeddings of whole prompts, [1, width]."""
     return {
         f"{prefix}pooled_prompt_embeds": torch.randn(1, width, generator=generator(seed))
         for seed, prefix in enumerate(("", "negative_"))
@@ -38,7 +39,7 @@ def rotary(**config: Any) -> dict[str, Any]:
 def flux() -> Case:
     """Blocks that return the text first; the time in thousandths."""
     transformer = built("FluxTransformer2DModel", **rotary(pooled_projection_dim=8))
-    call = _pooled(8) | {"true_cfg_scale": 3.0}
+    call = pooled(8) | {"true_cfg_scale": 3.0}
     vae = image_vae(1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
     parts = {"vae": vae, "text_encoder_2": None, "tokenizer_2": None}
     return case("FluxPipeline", transformer, call, **parts)
@@ -91,7 +92,7 @@ def sd3() -> Case:
     vae = image_vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
     names = ("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     parts = dict.fromkeys(names) | {"vae": vae}
-    return case("StableDiffusion3Pipeline", transformer, _pooled(8), **parts)
+    return case("StableDiffusion3Pipeline", transformer, pooled(8), **parts)
 
 
 def qwen_image() -> Case:

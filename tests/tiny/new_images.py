@@ -14,7 +14,7 @@ def _text_masks(suffix: str, dtype: torch.dtype = torch.bool) -> dict[str, torch
     return {f"{prefix}{suffix}": mask for prefix in ("prompt_", "negative_prompt_")}
 
 
-def _alive(model: Any) -> Any:
+def alive(model: Any) -> Any:
     """The model, in which no weight is all zero: some classes begin with blocks that do nothing."""
     for seed, parameter in enumerate(model.parameters()):
         if not parameter.any():
@@ -82,7 +82,7 @@ def prx() -> Case:
         axes_dim=[2, 2],
     )
     call = _text_masks("attention_mask") | {"use_resolution_binning": False}
-    return case("PRXPipeline", _alive(transformer), call, vae=_shifted(4))
+    return case("PRXPipeline", alive(transformer), call, vae=_shifted(4))
 
 
 def sana() -> Case:
@@ -203,7 +203,7 @@ def ernie_image() -> Case:
         "prompt_embeds": [embeds(1)[0]],
         "negative_prompt_embeds": [embeds(2)[0]],
     }
-    return case("ErnieImagePipeline", _alive(transformer), call, vae=vae)
+    return case("ErnieImagePipeline", alive(transformer), call, vae=vae)
 
 
 CASES = (longcat_image, ovis_image, lumina2, prx, sana, auraflow, krea2, ernie_image)
