@@ -33,6 +33,7 @@ BENCHES = (
     "kernels",
     "models",
     "codegen",
+    "layer",
     "defaults",
     "precision",
     "gpu",

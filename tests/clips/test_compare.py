@@ -59,5 +59,6 @@ def test_the_clips_are_kept_before_they_are_measured(monkeypatch):
 def test_the_table_has_cpu_time_where_the_clock_tells_another_speedup():
     _, _, result = _compare(policy="every 2")
     result |= {"clocks_disagree": True, "cpu_seconds": [9.0, 3.0], "cpu_speedup": 3.0}
+    result["notes"] = []  # on a busy machine one of them tells both
     assert "CPU time" in comparison_table(result) and "3.00x" in comparison_table(result)
     assert "CPU time" not in comparison_table(result | {"clocks_disagree": False})

@@ -161,8 +161,9 @@ def comparison_table(result: dict[str, Any]) -> str:
     def metric(name: str) -> str:
         if name in measured["unavailable"]:
             return "not available"
+        told = in_words(name, measured[name])
         worst = in_words(name, measured["worst"][name]["value"]).partition(" ")[0]
-        return f"{in_words(name, measured[name])} ({worst})"
+        return told if told == "identical" else f"{told} ({worst})"
 
     def speedup(value: float | None) -> list[str]:
         return ["1.00x", "-" if value is None else f"{value:.2f}x"]
