@@ -510,7 +510,7 @@ def test_two_tabs_wait_for_each_other(tab, server):
         ({"steps": 101}, "101 steps: this page takes 100 at most"),
         ({"frames": 99}, "99 frames: this page takes 33 at most"),
         ({"prompt": "  "}, "prompt"),
-        ({"plan": "/etc/passwd"}, "the steps are auto, all, every N"),
+        ({"plan": "/etc/passwd"}, "the steps are auto, learn, all, every N"),
     ],
     ids=str,
 )
