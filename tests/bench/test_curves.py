@@ -69,8 +69,16 @@ def test_whether_plain_clips_stay_the_same_is_measured():
     assert not plain_summary([same[:2]]).bit_equal_after_every_method
 
 
+def without_missing(value):
+    """A result without what was not measured, or not known yet when the file was written."""
+    if isinstance(value, dict):
+        return {name: without_missing(each) for name, each in value.items() if each is not None}
+    return [without_missing(each) for each in value] if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize("name", ["quality", "combinations"])
 def test_result_files_are_read_as_they_were_written(name):
     file = Path(__file__).parents[2] / "assets" / "results" / f"{name}.json"
     stored = json.loads(file.read_text(encoding="utf-8"))
-    assert json.loads(json.dumps(QualityResult.from_dict(stored).to_dict())) == stored
+    found = json.loads(json.dumps(QualityResult.from_dict(stored).to_dict()))
+    assert without_missing(found) == without_missing(stored)
