@@ -32,7 +32,9 @@ def test_the_kernels_give_the_clip_of_the_reference(family: Case, request, monke
         pytest.skip("its attention is never sparse")
     monkeypatch.setattr(common, "HEAD_DIMS", range(1, 129))
     name = request.node.callspec.params["family"]
-    settings = SPARSE if name in (*CORE, "ltx_long") else ONE_STEP  # that one has no last step
+    if name == "ltx_long":
+        pytest.skip("its windows are those of ltx, and take the interpreter minutes")
+    settings = SPARSE if name in CORE else ONE_STEP
     clips, parts = {}, {}
     for impl in ("reference", "triton"):
         accelerate(family.pipe, policy=None, cache=None, attention=settings)
