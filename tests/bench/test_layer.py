@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from vidaccel.bench.kernels import Shape
-from vidaccel.bench.layer import attention_turns, launches, layer_table
+from vidaccel.bench.layer import attention_turns, launches, layer, layer_table
+from vidaccel.errors import VidaccelError
 
 SHAPE = Shape(heads=2, tokens=1024, head_dim=128, query_clusters=1, key_clusters=1)
 
@@ -44,6 +45,11 @@ def test_the_launches_are_those_of_the_layer():
     ]  # fmt: skip
     assigned = plain[1]
     assert assigned.turns == (2 * 8 * 2,), "both sides have one cluster: one tile of centroids"
+
+
+def test_a_chip_without_rates_is_refused():
+    with pytest.raises(VidaccelError, match="rates of sm_80, sm_90, sm_120, not sm_100"):
+        layer(SHAPE, 0.3, 100)
 
 
 @pytest.mark.slow

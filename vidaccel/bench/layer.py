@@ -82,9 +82,11 @@ def layer(
         multiprocessor hides the others, or matrix products wait for all else.
 
     Raises:
-        VidaccelError: the compiler has taken the loops of a kernel apart, so that their turns are
-            not known.
+        VidaccelError: `RATES` does not have the chip, or the compiler has taken the loops of a
+            kernel apart, so that their turns are not known.
     """
+    if chip not in RATES:
+        raise VidaccelError(f"there are rates of sm_{', sm_'.join(map(str, RATES))}, not sm_{chip}")
     configs = _configs(shape, chip)
     attend = configs["attend_means" if means else "attend"].constants
     turns = attention_turns(shape, density, attend["BLOCK_M"], attend["BLOCK_N"])
