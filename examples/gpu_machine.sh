@@ -13,7 +13,7 @@ PYTHON=${PYTHON:-python3}
 SITE=${SITE:-/tmp/vidaccel-site}
 # What the bench imports beside torch and Triton, with what it needs in turn. accelerate comes without:
 # it would bring another torch.
-PACKAGES="diffusers ftfy imageio networkx pydantic safetensors tqdm transformers"
+PACKAGES="diffusers ftfy imageio networkx platformdirs pydantic safetensors tqdm transformers"
 
 case "${1:-}" in
 wheels)
@@ -35,13 +35,23 @@ wheels)
 bench)
     shift
     # A package that is there already stays: it was built with the rest of that machine.
-    for wheel in .wheels/*.whl; do
-        [ -e "$wheel" ] || continue
-        name=$(basename "$wheel" | cut -d- -f1)
-        $PYTHON -c "import importlib.metadata as m, sys; m.version(sys.argv[1])" "$name" 2>/dev/null && continue
-        $PYTHON -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check \
-            --upgrade --target "$SITE" "$wheel"
-    done
+    missing=$($PYTHON - .wheels/*.whl <<'END'
+import importlib.metadata as known
+import os
+import sys
+
+for wheel in filter(os.path.exists, sys.argv[1:]):
+    try:
+        known.version(os.path.basename(wheel).split("-")[0])
+    except known.PackageNotFoundError:
+        print(wheel)
+END
+    )
+    if [ -n "$missing" ]; then
+        # shellcheck disable=SC2086
+        $PYTHON -m pip install --quiet --no-index --no-deps --no-compile \
+            --disable-pip-version-check --upgrade --target "$SITE" $missing
+    fi
     PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" exec $PYTHON -m vidaccel bench gpu "$@"
     ;;
 *)

@@ -179,13 +179,13 @@ def _product(
             # turn in single bytes on sm_80.
             w = tl.trans(w)
         if BLOCK == 0:
-            acc = tl.dot(a, w, acc)
+            acc = tl.dot(a, w, acc, out_dtype=tl.int32)
         elif INTEGERS:
             column = start // BLOCK
             # The first sum is the bits of a float whose last whole digit is its last bit, so that
             # to subtract it makes a float of the rest: quicker than a conversion.
             first = tl.full([BLOCK_M, BLOCK_N], _FLOAT_BITS, tl.int32)
-            whole = tl.dot(a, w, first).to(tl.float32, bitcast=True) - _FLOAT
+            whole = tl.dot(a, w, first, out_dtype=tl.int32).to(tl.float32, bitcast=True) - _FLOAT
             a_scale = tl.load(scales + row * (channels // BLOCK) + column)
             w_scale = tl.load(weight_scales + output * (channels // BLOCK) + column)
             acc += (whole * w_scale[None, :]) * a_scale[:, None]

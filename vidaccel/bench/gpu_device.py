@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -198,3 +200,61 @@ def gpu_state() -> dict[str, str] | None:
     if done.returncode or len(values) != len(names):
         return None
     return dict(zip(names, values, strict=True))
+
+
+_WATCHED = {
+    "sm_mhz": "clocks.sm",
+    "power_w": "power.draw",
+    "temperature": "temperature.gpu",
+    "used_percent": "utilization.gpu",
+}
+_EVERY_MS = 200
+
+
+class GpuWatch:
+    """Clocks, power and temperature of a GPU while a block runs, by one process of nvidia-smi.
+
+    A look before or after a measurement finds a GPU that rests; and each is a process that costs
+    about as long as a kernel is timed. Where nvidia-smi is not there, nothing is seen.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._rows: list[list[float]] = []
+
+    def __enter__(self) -> GpuWatch:
+        program = shutil.which("nvidia-smi")
+        if program is not None:
+            query = ",".join(_WATCHED.values())
+            command = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0"]
+            self._process = subprocess.Popen(
+                [*command, f"--loop-ms={_EVERY_MS}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            threading.Thread(target=self._read, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                self._rows.append([float(value) for value in line.split(",")])
+            except ValueError:  # a value that this card does not tell
+                continue
+
+    def seen(self) -> dict[str, Any] | None:
+        """Return the least, median and largest of each value since the last call; None of none."""
+        rows, self._rows = self._rows, []
+        if not rows:
+            return None
+        found: dict[str, Any] = {"samples": len(rows)}
+        for name, values in zip(_WATCHED, zip(*rows, strict=True), strict=True):
+            found[name] = [min(values), statistics.median(values), max(values)]
+        return found

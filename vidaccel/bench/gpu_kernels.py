@@ -25,28 +25,28 @@ def items(sizes: Sizes) -> list[Item]:
     """List them: ceilings and correctness before times."""
     int8 = {"int8_qk": True}
     listed = [
-        Item("ceilings", partial(ceilings, sizes), 10),
-        Item("checks bf16 D 128", partial(_checks, sizes, torch.bfloat16, (128,)), 40),
-        Item(f"sampled rows {_WAN}", partial(_sampled, sizes, _WAN, _SIDES), 20, 16),
+        Item("ceilings", partial(ceilings, sizes), 5),
+        Item("checks bf16 D 128", partial(_checks, sizes, torch.bfloat16, (128,)), 20),
+        Item(f"sampled rows {_WAN}", partial(_sampled, sizes, _WAN, _SIDES), 12, 16),
         Item(f"kernel times {_WAN}", partial(_kernel_times, sizes, _WAN, _SIDES), 15, 16),
-        Item("beyond 2^31 elements", partial(_large, sizes), 30, 45),
-        Item(f"sampled rows {_WAN}, int8", partial(_sampled, sizes, _WAN, int8), 20, 16),
+        Item("beyond 2^31 elements", partial(_large, sizes), 20, 45),
+        Item(f"sampled rows {_WAN}, int8", partial(_sampled, sizes, _WAN, int8), 12, 16),
         Item(f"kernel times {_WAN}, int8", partial(_kernel_times, sizes, _WAN, int8), 10, 16, True),
-        Item("one large cluster", partial(_large_cluster, sizes), 20, 16),
-        Item("moving and selecting", partial(_moving, sizes), 15, 16),
+        Item("one large cluster", partial(_large_cluster, sizes), 10, 16),
+        Item("moving and selecting", partial(_moving, sizes), 8, 16),
     ]
     for head_dim in HEAD_DIMS[:-1]:
         run = partial(_checks, sizes, torch.bfloat16, (head_dim,))
-        listed.append(Item(f"checks bf16 D {head_dim}", run, 40, repeats=True))
+        listed.append(Item(f"checks bf16 D {head_dim}", run, 20, repeats=True))
     for name, options in ((_HUNYUAN, _SIDES), (_SMALL, {})):
         run = partial(_sampled, sizes, name, options)
-        listed.append(Item(f"sampled rows {name}", run, 20, 16, repeats=True))
+        listed.append(Item(f"sampled rows {name}", run, 12, 16, repeats=True))
     listed.append(
         Item(f"kernel times {_SMALL}", partial(_kernel_times, sizes, _SMALL, _SIDES), 10, 8, True)
     )
     for dtype, head_dim in ((torch.float16, 128), (torch.float32, 64)):
         run = partial(_checks, sizes, dtype, (head_dim,))
-        listed.append(Item(f"checks {str(dtype)[6:]} D {head_dim}", run, 40, repeats=True))
+        listed.append(Item(f"checks {str(dtype)[6:]} D {head_dim}", run, 20, repeats=True))
     return listed
 
 

@@ -41,7 +41,7 @@ _TINY = RealModel(
 
 
 def items(sizes: Sizes) -> list[Item]:
-    """List them: layers of the large model, the whole small one, and last the whole large one."""
+    """List them: the small model, what the host does, layers of the large model, all of it."""
     plan = {"policy": Plan.every(3, _STEPS), "attention": None}
     sparse = {"policy": None, "attention": _of(sizes)}
     int8 = {"policy": None, "attention": None, "precision": "int8"}
@@ -54,21 +54,24 @@ def items(sizes: Sizes) -> list[Item]:
         "plan": plan,
         "plan + SVG2 + int8": every,
     }
-    listed = []
+    small = sizes.of(MODELS[_SMALL], _TINY)
+
+    def of_small(name: str) -> Item:
+        run = partial(_steps, sizes, small, variants[name])
+        return Item(f"{_SMALL}, {name}", run, 20, 16, name != "plan + SVG2 + int8")
+
+    listed = [
+        of_small("plain"),
+        of_small("plan + SVG2 + int8"),
+        Item(f"{_SMALL}, gate of auto", partial(_gate, sizes, small), 20, 16),
+        Item(f"{_SMALL}, host", partial(_host, sizes, small, sparse), 25, 16),
+        Item(f"{_SMALL}, idle", partial(_idle, sizes, small), 30, 16),
+    ]
     for name in ("plain", "SVG2", "int8", "SVG2 + int8"):
         run = partial(_steps, sizes, _layers_of(sizes), variants[name])
         repeats = name != "plain"
         listed.append(Item(f"{_LAYERS} layers of {_WAN}, {name}", run, 25, 20, repeats))
-    small = sizes.of(MODELS[_SMALL], _TINY)
-    for name, options in variants.items():
-        run = partial(_steps, sizes, small, options)
-        repeats = name != "plan + SVG2 + int8"
-        listed.append(Item(f"{_SMALL}, {name}", run, 20, 16, repeats))
-    listed += [
-        Item(f"{_SMALL}, host", partial(_host, sizes, small, sparse), 25, 16),
-        Item(f"{_SMALL}, idle", partial(_idle, sizes, small), 30, 16),
-        Item(f"{_SMALL}, gate of auto", partial(_gate, sizes, small), 20, 16),
-    ]
+    listed += [of_small(name) for name in ("SVG2", "int8", "SVG2 + int8", "plan")]
     for name in ("SVG2", "plain"):
         run = partial(_steps, sizes, small, variants[name], compiled=True)
         listed.append(Item(f"{_SMALL}, {name}, compiled", run, 60, 16, name == "plain"))

@@ -59,11 +59,11 @@ def items(sizes: Sizes) -> list[Item]:
             repeats = bool(listed)
             run = partial(_sixteen, sizes, model, layer)
             listed.append(
-                Item(f"{model} {layer}, 16 bits and int8 by torch", run, 5, repeats=repeats)
+                Item(f"{model} {layer}, 16 bits and int8 by torch", run, 4, repeats=repeats)
             )
             for name in _FORMATS:
                 run = partial(_format, sizes, model, layer, name)
-                listed.append(Item(f"{model} {layer}, {name}", run, 10, repeats=repeats))
+                listed.append(Item(f"{model} {layer}, {name}", run, 5, repeats=repeats))
     listed.append(Item("token_haar", partial(_haar, sizes), 8))
     return listed
 

@@ -60,19 +60,19 @@ def items(sizes: Sizes) -> list[Item]:
     """List them, by how much of a layer's time each kernel takes."""
     sweep = partial(_item, sizes)
     return [
-        sweep("_attend", "block_sparse_attention.attention_config", _ATTEND, _WAN, _SIDES, 100),
-        sweep("_assign", "kmeans.assign_config", _ASSIGN, _WAN, {}, 60),
-        sweep("_mass", "query_mass.mass_config", _MASS, _WAN, _SIDES, 60),
-        sweep("_update_and_sort", "kmeans.update_and_sort_config", _UPDATE, _WAN, {}, 40),
+        sweep("_attend", "block_sparse_attention.attention_config", _ATTEND, _WAN, _SIDES, 40),
+        sweep("_assign", "kmeans.assign_config", _ASSIGN, _WAN, {}, 30),
+        sweep("_mass", "query_mass.mass_config", _MASS, _WAN, _SIDES, 30),
+        sweep("_update_and_sort", "kmeans.update_and_sort_config", _UPDATE, _WAN, {}, 20),
         sweep(
-            "_attend", "block_sparse_attention.attention_config", _ATTEND_64, _SMALL_HEADS, {}, 60
+            "_attend", "block_sparse_attention.attention_config", _ATTEND_64, _SMALL_HEADS, {}, 30
         ),
         sweep(
             "_attend", "block_sparse_attention.attention_config", _ATTEND, _WAN,
-            {"int8_qk": True}, 100,
+            {"int8_qk": True}, 40,
         ),
-        sweep("_update", "kmeans.update_config", _UPDATE, _WAN, {}, 40),
-        sweep("_threshold", "select.THRESHOLD", _THRESHOLD, _WAN, {}, 40),
+        sweep("_update", "kmeans.update_config", _UPDATE, _WAN, {}, 20),
+        sweep("_threshold", "select.THRESHOLD", _THRESHOLD, _WAN, {}, 20),
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from vidaccel.bench.gpu_device import gpu_state
+from vidaccel.bench.gpu_device import GpuWatch
 from vidaccel.bench.gpu_items import Item, Sizes
 from vidaccel.environment import environment
 from vidaccel.errors import BenchError
@@ -104,6 +104,18 @@ def work(
     Returns:
         0, or BROKEN where the device can no longer be used.
     """
+    with GpuWatch() as watch:
+        return _work(record, items, sizes, deadline, log, watch)
+
+
+def _work(
+    record: PartRecord,
+    items: Sequence[Item],
+    sizes: Sizes,
+    deadline: float,
+    log: Callable[[str], object],
+    watch: GpuWatch,
+) -> int:
     device = sizes.device
     for item in items:
         if not record.wanted(item.name):
@@ -114,7 +126,8 @@ def work(
         if not sizes.dry and device.free_bytes() < item.gib * 2**30:
             record.note(item.name, "left", reason=f"needs about {item.gib:.0f} GiB of memory")
             continue
-        before, started = gpu_state(), time.time()
+        watch.seen()
+        started = time.time()
         record.note(item.name, "running")
         try:
             result = item.run()
@@ -128,8 +141,7 @@ def work(
                 return BROKEN
         else:
             seconds = time.time() - started
-            states = {"gpu_before": before, "gpu_after": gpu_state()}
-            record.note(item.name, "done", seconds=seconds, result=result, **states)
+            record.note(item.name, "done", seconds=seconds, result=result, gpu=watch.seen())
             log(f"{record.part}: {item.name}: {seconds:.1f} s")
         gc.collect()
     return 0
