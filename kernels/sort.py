@@ -109,9 +109,10 @@ class SortedLabels:
 
 
 CHUNK = 256  # tokens whose labels are counted together
+_NO_LABEL = tl.constexpr(2**23 - 1)  # the largest of which, times CHUNK, is an int32
 HISTOGRAM = {"CHUNK": CHUNK, "num_warps": 4}
 SCAN = {"BLOCK_CHUNKS": 16, "BLOCK_LABELS": 256, "num_warps": 8}
-RANK = {"CHUNK": CHUNK, "BLOCK_N": 32, "num_warps": 4}
+RANK = {"CHUNK": CHUNK, "num_warps": 1}
 
 
 @triton.jit(do_not_specialize=["tokens", "num_labels"])
@@ -179,7 +180,6 @@ def _rank(
     num_labels0,
     num_labels1,
     CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
     """Place every token of a chunk: by label, earlier chunks, then earlier tokens of the chunk."""
     chunk = tl.program_id(0)
@@ -193,15 +193,22 @@ def _rank(
     # [CHUNK]
     label = tl.load(labels + token, mask=mask_m, other=-1)
     mask_m = mask_m & (label >= 0) & (label < num_labels)
-    place = tl.load(offsets + label, mask=mask_m, other=0)
-    place += tl.load(histogram + chunk.to(tl.int64) * num_labels + label, mask=mask_m, other=0)
-    for first in range(0, CHUNK, BLOCK_N):
-        other = chunk * CHUNK + first + tl.arange(0, BLOCK_N)
-        # [BLOCK_N]
-        other_label = tl.load(labels + other, mask=other < tokens, other=-2)
-        earlier = (label[:, None] == other_label[None, :]) & (other[None, :] < token[:, None])
-        place += tl.sum(earlier.to(tl.int32), 1)
-    tl.store(sorted_idx + side_head.to(tl.int64) * tokens + place, token, mask=mask_m)
+    # One number for label and token, sorted; tokens without a label come last.
+    offs = tl.arange(0, CHUNK)
+    number = tl.sort(tl.where(mask_m, label, _NO_LABEL) * CHUNK + offs)
+    label = number // CHUNK
+    mask = label != _NO_LABEL
+    _, first = tl.associative_scan((label, offs), 0, _first_of_label)
+    place = tl.load(offsets + label, mask=mask, other=0) + offs - first
+    place += tl.load(histogram + chunk.to(tl.int64) * num_labels + label, mask=mask, other=0)
+    token = chunk * CHUNK + number % CHUNK
+    tl.store(sorted_idx + side_head.to(tl.int64) * tokens + place, token, mask=mask)
+
+
+@triton.jit
+def _first_of_label(label0, first0, label1, first1):
+    """Carry the first place of a label on along a sorted row."""
+    return label1, tl.where(label0 == label1, first0, first1)
 
 
 @triton.jit
