@@ -6,6 +6,11 @@ int8 and sum in int32, and the scales are applied once, at the end. With blocks 
 and `product_config` says which chip takes which: a product of int8 for each block, whose sums are
 then scaled; or codes times scales in 16 bits, multiplied as such. Weights of 4 bits are unpacked in
 registers.
+
+wgmma reads weights from shared memory, so that on sm_90 what a program makes of codes goes there
+before each product: an H100 did 270 TFLOP/s so, and cuBLAS 740 with numbers that lie ready. With
+many rows codes times scales are therefore written out there, some rows at a time, and the library
+multiplies.
 """
 
 from __future__ import annotations
@@ -56,6 +61,18 @@ def quantised_linear_triton(
         return out
     rows = codes.reshape(-1, channels).contiguous()
     num_blocks = channels // (block or channels)
+    if block is not None and by_library(len(rows), out_dtype, chip(codes.device)):
+        _multiply_by_library(
+            rows,
+            scales.expand(*scales.shape[:-1], num_blocks).reshape(-1, num_blocks).contiguous(),
+            weight.contiguous(),
+            weight_scales.expand(-1, num_blocks).contiguous(),
+            bias,
+            out.view(-1, outputs),
+            block,
+            packed,
+        )
+        return out
     config = product_config(block, packed, out_dtype, chip(codes.device))
     tiles = triton.cdiv(len(rows), config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
     launch(_product, codes.device, tiles)(
@@ -71,6 +88,47 @@ def quantised_linear_triton(
         **config,
     )
     return out
+
+
+LEAST_LIBRARY_ROWS = 256  # for fewer, to write weights out costs more than their product
+_ROWS_AT_ONCE = 16_384  # whose numbers in 16 bits wait for their product
+
+
+def by_library(rows: int, out_dtype: torch.dtype, chip: int) -> bool:
+    """Tell whether the library multiplies where blocks have scales."""
+    return chip == 90 and out_dtype == torch.bfloat16 and rows >= LEAST_LIBRARY_ROWS
+
+
+def _multiply_by_library(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    block: int,
+    packed: bool,
+) -> None:
+    """Write codes times scales out in bfloat16, and multiply: codes [R, K], out [R, N]."""
+    wide = _dequantised_matrix(weight, weight_scales, block, packed).T
+    for first in range(0, len(codes), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        x = _dequantised_matrix(codes[part], scales[part], block, packed=False)
+        if bias is None:
+            torch.mm(x, wide, out=out[part])
+        else:
+            torch.addmm(bias.to(out.dtype), x, wide, out=out[part])
+
+
+def _dequantised_matrix(codes: Tensor, scales: Tensor, block: int, packed: bool) -> Tensor:
+    """Return codes times scales, [R, K] in bfloat16: one launch."""
+    rows, channels = len(codes), codes.shape[1] * (2 if packed else 1)
+    wide = torch.empty(rows, channels, dtype=torch.bfloat16, device=codes.device)
+    grid = (triton.cdiv(rows, DEQUANTISE["BLOCK_M"]), triton.cdiv(channels, DEQUANTISE["BLOCK_K"]))
+    launch(_dequantise, codes.device, *grid)(
+        codes, scales, wide, rows, channels, BLOCK=block, PACKED=packed, **DEQUANTISE
+    )
+    return wide
 
 
 def product_config(
@@ -205,6 +263,46 @@ def _product(
         out + row[:, None] * outputs + offs_n[None, :],
         result.to(out.dtype.element_ty),
         mask=(offs_m < num_rows)[:, None] & (offs_n < outputs)[None, :],
+    )
+
+
+DEQUANTISE = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4}
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _dequantise(
+    codes,
+    scales,
+    out,
+    num_rows,
+    channels,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Multiply one tile of codes with their scales."""
+    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    start = tl.program_id(1) * BLOCK_K
+    mask_m = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    width = channels // 2 if PACKED else channels
+    first = start // 2 if PACKED else start
+    offs = first + tl.arange(0, BLOCK_K // 2 if PACKED else BLOCK_K)
+    # [BLOCK_M, BLOCK_K], or half of that
+    tile = tl.load(
+        codes + row[:, None] * width + offs[None, :], mask=(offs < width)[None, :], other=0
+    )
+    if PACKED:
+        tile = _unpacked(tile)
+    wide = _dequantised(tile, scales, row, start, channels, False, BLOCK).to(tl.float32)
+    if PACKED:
+        wide *= 0.0625
+    offs_k = start + tl.arange(0, BLOCK_K)
+    tl.store(
+        out + row[:, None] * channels + offs_k[None, :],
+        wide.to(tl.bfloat16),
+        mask=mask_m[:, None] & (offs_k < channels)[None, :],
     )
 
 

@@ -64,6 +64,8 @@ def mass_config(head_dim: int, dtype: torch.dtype, chip: int) -> dict[str, int]:
     """
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if head_dim == 64 else 8}
+    if chip == 90 and head_dim == 128:  # measured
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4}
     return {"BLOCK_M": 64, "BLOCK_N": 32 if head_dim == 64 or chip == 100 else 64, "num_warps": 4}
 
 

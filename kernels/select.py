@@ -33,7 +33,7 @@ from vidaccel.kernels.common import (
     check_top_p,
     resolve,
 )
-from vidaccel.kernels.launch import launch
+from vidaccel.kernels.launch import chip, launch
 from vidaccel.kernels.tiles import block_d, load_tile
 
 
@@ -121,7 +121,8 @@ def select(
         indices=empty(num_q_clusters * num_k_clusters),
         tokens=empty(num_q_clusters),
     )
-    num_tiles = triton.cdiv(num_q_clusters, THRESHOLD["BLOCK_M"])
+    config = threshold_config(chip(device))
+    num_tiles = triton.cdiv(num_q_clusters, config["BLOCK_M"])
     launch(_threshold, device, num_tiles, batch * heads)(
         q_means,
         k_means,
@@ -137,7 +138,7 @@ def select(
         *sizes,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d(head_dim),
-        **THRESHOLD,
+        **config,
     )
     # Without lists to fill the kernel has none of their arguments.
     nothing: tuple[tuple[Any, ...], tuple[Any, ...]] = ((None,) * 5, (None,) * 3)
@@ -162,7 +163,12 @@ def select(
     return selection
 
 
-THRESHOLD = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_SCAN": 256, "num_warps": 8}
+def threshold_config(chip: int) -> dict[str, int]:
+    """Return the tiles of query and of key clusters, how many are searched at once, warps."""
+    scan, warps = (128, 4) if chip == 90 else (256, 8)  # the others spill so
+    return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_SCAN": scan, "num_warps": warps}
+
+
 SIZES = ["num_q_means", "num_k_means", "num_q_clusters", "num_k_clusters"]
 
 

@@ -257,6 +257,30 @@ def test_products_equal_the_reference(name, dtype, chip, device, monkeypatch):
     assert error < (step if scale_format == "ue8m0" or product_in_int8(name, chip) else 5e-3)
 
 
+@pytest.mark.parametrize("name", ["mxint8", "nvint4", "mxint4"])
+def test_many_rows_are_multiplied_by_the_library(name, device, monkeypatch):
+    """Some rows at a time, of sizes that fill no tile; beside the same rows in the kernel."""
+    if device.type == "cpu":
+        monkeypatch.setattr(product, "chip", lambda device: 90)
+    monkeypatch.setattr(product, "_ROWS_AT_ONCE", 32)
+    qmax, block, packed, scale_format = CASES[name]
+    torch.manual_seed(0)
+    left = rotate_quantise(torch.randn(2, 37, 288), block=block, scale_format=scale_format)
+    weight, weight_scales = rotate_quantise(
+        torch.randn(29, 288), qmax=qmax, block=block, scale_format=scale_format
+    )
+    weight = pack_int4(weight) if packed else weight
+    bias = torch.randn(29) if name == "nvint4" else None
+    tensors = [None if y is None else y.to(device) for y in (*left, weight, weight_scales, bias)]
+    options = {"block": block, "packed": packed, "out_dtype": torch.bfloat16, "impl": "triton"}
+    inside = quantised_linear(*tensors, **options)
+    monkeypatch.setattr(product, "LEAST_LIBRARY_ROWS", 74)
+    monkeypatch.delattr(product, "_product")
+    out = quantised_linear(*tensors, **options)
+    assert out.shape == (2, 37, 29)
+    assert (out.double() - inside.double()).norm() / inside.double().norm() < 4e-3
+
+
 def product_in_int8(name, chip):
     config = product.product_config(CASES[name][1], CASES[name][2], torch.bfloat16, chip)
     return config["INTEGERS"]

@@ -8,9 +8,10 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,19 @@ from vidaccel.errors import VidaccelError
 
 # What the host calls when it waits for the device or reads from it.
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy")
+
+
+def _sum(calls: Mapping[str, int], names: tuple[str, ...]) -> int:
+    """Return how often something was called whose name begins with one of these."""
+    return sum(count for name, count in calls.items() if name.startswith(names))
+
+
+@lru_cache
+def _waits_of_a_profile() -> int:
+    """Return how often the host waits in a profile of nothing."""
+    calls, _ = Device()._profiled(lambda: None)
+    return _sum(calls, _WAITS)
 
 
 def require_gpu() -> None:
@@ -100,6 +113,13 @@ class Device:
         The call is not warmed up here. A profiler makes the host slower, so that no other time is
         taken meanwhile.
         """
+        calls, kernels = self._profiled(run)
+        # A profile waits for the device itself when it ends.
+        waits = _sum(calls, _WAITS) - (_waits_of_a_profile() if self.on_gpu else 0)
+        return Counts(_sum(calls, _LAUNCHES), max(waits, 0), dict(kernels))
+
+    def _profiled(self, run: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
+        """Return how often the host called what, and the microseconds of each kernel."""
         activity = torch.profiler.ProfilerActivity
         activities = [activity.CPU] + ([activity.CUDA] if self.on_gpu else [])
         self.wait()
@@ -113,10 +133,7 @@ class Device:
                 kernels[event.key] += event.self_device_time_total
             else:
                 calls[event.key] += event.count
-        waits = sum(calls[name] for name in _WAITS) - self.on_gpu  # the last wait is ours
-        copies = sum(n for name, n in calls.items() if name.startswith("cudaMemcpy"))
-        started = sum(n for name, n in calls.items() if name.startswith(_LAUNCHES))
-        return Counts(started + copies, max(waits, 0), dict(kernels))
+        return calls, kernels
 
     @contextmanager
     def no_waiting(self) -> Iterator[None]:

@@ -33,21 +33,22 @@ class _Format:
         block: channels to a scale; None: one scale per token and output channel.
         scale_format: the numbers that scales may be.
         packed: two codes of a weight lie in a byte.
+        group: channels that are rotated together, as `LowPrecision` has them.
     """
 
     qmax: int = 127
     block: int | None = None
     scale_format: str = "float32"
     packed: bool = False
+    group: int = 16
 
 
 _FORMATS = {
-    "int8": _Format(),
+    "int8": _Format(group=256),
     "mxint8": _Format(block=32, scale_format="ue8m0"),
     "nvint4": _Format(7, 16, "e4m3", packed=True),
     "mxint4": _Format(7, 32, "ue8m0", packed=True),
 }
-_GROUP = 16  # channels that are rotated together
 _ROWS = 32  # that are held against float64
 
 
@@ -112,8 +113,10 @@ def _format(sizes: Sizes, model: str, layer: str, name: str) -> dict[str, Any]:
     chosen, device = _FORMATS[name], sizes.device
     x, weight, bias = _tensors(sizes, model, layer)
     # Regular Hadamard matrix: symmetric, orthogonal, every entry of one size.
-    four = torch.ones(4, 4, device=x.device) - 2 * torch.eye(4, device=x.device).flip(0)
-    rotation = (torch.kron(four, four) / _GROUP**0.5).to(x.dtype)
+    rotation = four = torch.ones(4, 4, device=x.device) - 2 * torch.eye(4, device=x.device).flip(0)
+    while len(rotation) < sizes.of(chosen.group, 16):
+        rotation = torch.kron(rotation, four)
+    rotation = (rotation / len(rotation) ** 0.5).to(x.dtype)
     rounding: dict[str, Any] = {"block": chosen.block, "scale_format": chosen.scale_format}
     rounding["qmax"] = chosen.qmax
     scales_of = {"x": x, "weight": weight}

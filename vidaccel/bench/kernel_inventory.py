@@ -110,9 +110,9 @@ def _all(chip: int) -> Iterator[Shipped]:
     for dtype in _TYPES:
         for head_dim in HEAD_DIMS:
             yield from _attention(head_dim, dtype, chip)
-            yield from _clustering(head_dim, dtype)
+            yield from _clustering(head_dim, dtype, chip)
         yield from _linear(dtype, chip)
-    yield from _selection()
+    yield from _selection(chip)
     yield _shipped("scan", sort._scan, sort.SCAN, default="i32")
     yield _shipped("rank", sort._rank, sort.RANK, default="i32")
     yield _shipped("histogram", sort._histogram, sort.HISTOGRAM, default="i32")
@@ -144,14 +144,14 @@ def _attention(head_dim: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped
         )
 
 
-def _clustering(head_dim: int, dtype: torch.dtype) -> Iterator[Shipped]:
+def _clustering(head_dim: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped]:
     """List the kernels of k-means, and those that move and round rows."""
     floats = ("first0", "first1", "centroids", "means", "half_norms", "log2_sizes")
     types = dict.fromkeys((*floats, "k_scale", "k_shift", "scale", "shift"), "fp32")
     ints = ("labels", "histogram", "sorted_idx", "offsets", "k_offsets")
     types |= dict.fromkeys(ints, "i32") | {"text_mask": "i8"}
     rounded = types | {"k_sorted": "i8", "codes": "i8"}
-    assign = {"CHUNK": sort.CHUNK, **kmeans.assign_config(dtype)}
+    assign = {"CHUNK": sort.CHUNK, **kmeans.assign_config(dtype, chip)}
     exact, int8 = (
         {"INT8": int8_qk, **kmeans.update_and_sort_config(head_dim, int8_qk)}
         for int8_qk in (False, True)
@@ -172,11 +172,11 @@ def _clustering(head_dim: int, dtype: torch.dtype) -> Iterator[Shipped]:
         )
 
 
-def _selection() -> Iterator[Shipped]:
+def _selection(chip: int) -> Iterator[Shipped]:
     """List the kernels that select key clusters and list them for attention."""
     types = dict.fromkeys(("threshold", "num_selected", "tokens", "k_offsets"), "i32")
     for head_dim in HEAD_DIMS:
-        config = {"logits": None, **select.THRESHOLD}
+        config = {"logits": None, **select.threshold_config(chip)}
         yield _shipped(
             "threshold", select._threshold, config, head_dim, pointers=types, default="fp32"
         )
@@ -211,6 +211,11 @@ def _linear(dtype: torch.dtype, chip: int) -> Iterator[Shipped]:
             yield _shipped(
                 name, product._product, config, dtype=dtype, pointers=pointers, products=products
             )
+    for name, block, packed in (("dequantise", 32, False), ("dequantise_int4", 16, True)):
+        if all_of_them:
+            config = {"BLOCK": block, "PACKED": packed, **product.DEQUANTISE}
+            pointers = types | {"codes": "u8" if packed else "i8", "out": "bf16"}
+            yield _shipped(name, product._dequantise, config, dtype=dtype, pointers=pointers)
     for name, block, scale_format, group, per_group, common in (
         ("round_int8", None, "float32", None, False, False),
         ("rotate_int8_64", None, "float32", 64, False, False),
