@@ -224,8 +224,8 @@ def attention_config(
 ) -> dict[str, int]:
     """Return the tiles of queries, of keys and of means, warps and pipeline stages.
 
-    Chips with wgmma or tcgen05 take a tile of 128 queries: it halves what a smaller one would
-    read from the L2 cache. The others run out of registers with it.
+    A tile of 128 queries halves what a smaller one reads from the L2 cache, where there are
+    registers for it and that is what a chip waits for.
     """
     if dtype == torch.float32:
         # Products without tensor cores, in full precision; with int8 the numbers of a query take
@@ -238,10 +238,10 @@ def attention_config(
         return _config(64, 32, 4, 2)
     if head_dim == 64:
         return _config(128, 64, 4, 3, means=16 if chip == 100 else 64)  # else it spills there
-    if chip == 90 and not int8_qk:
-        # A third stage keeps the copies of the next tile going, and leaves registers for this many
-        # means alone, and for fewer where rows are masked.
-        return _config(128, 128, 8, 3, means=32 if head_dim == 128 else 16)
+    if chip == 90:
+        # Two programs on a multiprocessor, whose products hide the softmax of the other, and tiles
+        # that clusters fill better; measured (see vidaccel/bench/gpu_tune.py).
+        return _config(64, 64, 4, 3, means=32 if int8_qk else 64)
     return _config(128, 128, 8, 2)
 
 

@@ -102,6 +102,7 @@ def rotate_config(
         "BLOCK_M": block_m,
         "TILE": tile,
         "BLOCK_I": part,
+        "SHARED": chip == 90 and group == 256 and not per_group and dtype != torch.float32,
         "num_warps": warps,
         "num_stages": stages,
     }
@@ -134,6 +135,7 @@ def _rotate_quantise(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Rotate and round some rows, in one span of channels.
 
@@ -155,6 +157,9 @@ def _rotate_quantise(
     if SCALE_FORMAT == "e4m3":
         unit = tl.load(tensor_scale)
         unit = tl.where(unit > 0.0, unit, float("nan"))
+    turn = None
+    if SHARED:
+        turn = _load_rotation(rotation, 0, GROUP, GROUP)
     if WHOLE_SPAN:
         largest = tl.zeros([BLOCK_M], tl.float32)
         for start in range(begin, end, TILE):
@@ -162,6 +167,7 @@ def _rotate_quantise(
             y = _rotated(
                 x,
                 rotation,
+                turn,
                 mask_m,
                 start,
                 channels,
@@ -181,6 +187,7 @@ def _rotate_quantise(
             y = _rotated(
                 x,
                 rotation,
+                turn,
                 mask_m,
                 start,
                 channels,
@@ -202,6 +209,7 @@ def _rotate_quantise(
             y = _rotated(
                 x,
                 rotation,
+                turn,
                 mask_m,
                 start,
                 channels,
@@ -231,6 +239,7 @@ def _rotate_quantise(
 def _rotated(
     x,
     rotation,
+    turn,
     mask_m,
     start,
     channels,
@@ -244,7 +253,12 @@ def _rotated(
 
     x [BLOCK_M, 1] points at the rows.
     """
-    if GROUP > 0 and TILE == GROUP:
+    if turn is not None:
+        offs = start + tl.arange(0, TILE)
+        # [BLOCK_M, TILE]
+        tile = tl.load(x + offs[None, :], mask=mask_m[:, None], other=0.0)
+        y = tl.dot(tile, turn, input_precision="ieee")
+    elif GROUP > 0 and TILE == GROUP:
         y = tl.zeros([BLOCK_M, TILE], tl.float32)
         if PER_GROUP:
             rotation += start * GROUP

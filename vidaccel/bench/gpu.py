@@ -32,7 +32,7 @@ WEIGHTS = {
     "models": 0.25,
     "precision": 0.12,
     "train": 0.08,
-    "tune": 0.40,
+    "tune": 0.30,
 }
 DEFAULT_PARTS = ("kernels", "attention", "models", "precision", "train")
 # In the place of an item, where a process ends before the first.

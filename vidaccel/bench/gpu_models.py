@@ -17,7 +17,7 @@ from vidaccel.plans.plan import Plan
 from vidaccel.svg2.settings import SVG2
 
 _WAN, _SMALL = "Wan2.1-T2V-14B 720p", "Wan2.1-T2V-1.3B 480p"
-_LAYERS = 2  # of the large model where a few stand for all: its layers are alike
+_LAYERS = 2  # where a few stand for all: they are alike
 _STEPS = 6
 _SKIPPED = 2  # steps: the first ones compile, and cluster from scratch
 
@@ -65,11 +65,11 @@ def items(sizes: Sizes) -> list[Item]:
         of_small("plain"),
         of_small("plan + SVG2 + int8"),
         Item(f"{_SMALL}, gate of auto", partial(_gate, sizes, small), 20, 16),
-        Item(f"{_SMALL}, host", partial(_host, sizes, small, sparse), 25, 16),
+        Item(f"{_SMALL}, host", partial(_host, sizes, _few_layers(small), sparse), 15, 16),
         Item(f"{_SMALL}, idle", partial(_idle, sizes, small), 30, 16),
     ]
     for name in ("plain", "SVG2", "int8", "SVG2 + int8"):
-        run = partial(_steps, sizes, _layers_of(sizes), variants[name])
+        run = partial(_steps, sizes, _few_layers(sizes.of(MODELS[_WAN], _TINY)), variants[name])
         repeats = name != "plain"
         listed.append(Item(f"{_LAYERS} layers of {_WAN}, {name}", run, 25, 20, repeats))
     listed += [of_small(name) for name in ("SVG2", "int8", "SVG2 + int8", "plan")]
@@ -90,9 +90,8 @@ def _of(sizes: Sizes) -> SVG2:
     return replace(_SPARSE, min_tokens=0, query_clusters=2, key_clusters=3, init_iters=1)
 
 
-def _layers_of(sizes: Sizes) -> RealModel:
-    """Return the large model with few layers."""
-    model: RealModel = sizes.of(MODELS[_WAN], _TINY)
+def _few_layers(model: RealModel) -> RealModel:
+    """Return a model with few of its layers."""
     return replace(model, transformer={**model.transformer, "num_layers": _LAYERS})
 
 

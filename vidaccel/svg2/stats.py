@@ -137,8 +137,12 @@ class SparsityStats:
             self._finalize()
 
     def _finalize(self) -> None:
+        alike = defaultdict(list)  # that come to the host together: one wait for all of them
         for layers, table in self._tables:
-            for layer, row in zip(layers, table.tolist(), strict=True):
+            alike[table.shape[1], table.device].append((layers, table))
+        for tables in alike.values():
+            rows = torch.cat([table for _, table in tables]).tolist()
+            for layer, row in zip((n for layers, _ in tables for n in layers), rows, strict=True):
                 self._layers[layer].add(*row)
         for watch in self._watches:
             for phase, seconds in watch.seconds():
