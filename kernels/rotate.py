@@ -266,8 +266,8 @@ def _rotated(
             offs = start + part + tl.arange(0, BLOCK_I)
             # [BLOCK_M, BLOCK_I]
             tile = tl.load(x + offs[None, :], mask=mask_m[:, None], other=0.0)
-            turn = _load_rotation(rotation, part, GROUP, BLOCK_I)
-            y = tl.dot(tile, turn, y, input_precision="ieee")
+            columns = _load_rotation(rotation, part, GROUP, BLOCK_I)
+            y = tl.dot(tile, columns, y, input_precision="ieee")
     else:
         offs = start + tl.arange(0, TILE)
         mask = mask_m[:, None] & (offs < channels)[None, :]
