@@ -78,9 +78,17 @@ def assemble_policy(
         objective: what the best path is, see `lemica.search.solve`.
         aggregation: how the errors of the samples became one; for the policy's `source`.
     """
-    plans = solve_edges(edges, task.num_inference_steps, objective=objective)
+    # The paper's paths compute the last step; without it a step is left for where it does more.
+    plans = solve_edges(
+        edges, task.num_inference_steps, objective=objective, virtual_end=task.lines
+    )
     certain = stability(
-        graph, list(plans), rounds=STABILITY_ROUNDS, objective=objective, faithful=not task.lines
+        graph,
+        list(plans),
+        rounds=STABILITY_ROUNDS,
+        objective=objective,
+        faithful=not task.lines,
+        virtual_end=task.lines,
     )
     run = info.run_settings
     return CachePolicy(

@@ -139,7 +139,7 @@ def build_policy(
             if not validate:
                 return policy
             tried = {
-                budget: candidates(edges, budget, num_inference_steps)
+                budget: candidates(edges, budget, num_inference_steps, policy.scheduler.sigmas)
                 for budget in budgets
                 if str(budget) in policy.plans
             }

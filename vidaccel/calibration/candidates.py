@@ -8,6 +8,7 @@ from typing import Any
 
 from vidaccel.lemica.search import solve_edges
 from vidaccel.plans.edge import Edge
+from vidaccel.plans.generic import generic_plan
 from vidaccel.plans.plan import Plan
 
 OBJECTIVES = ("leximax", "power(2)")
@@ -25,20 +26,24 @@ def validated_budgets(steps: int) -> list[int]:
     return sorted({int(steps * share) for share in shares} - {0}, reverse=True)
 
 
-def candidates(edges: Sequence[Edge], budget: int, steps: int) -> dict[str, Plan]:
+def candidates(
+    edges: Sequence[Edge], budget: int, steps: int, sigmas: tuple[float, ...] | None = None
+) -> dict[str, Plan]:
     """Find the plans of one budget that are worth a run, by a name that says what they are.
 
     Args:
         edges: as `lemica.search.solve_edges` takes them.
         budget: number of computed steps.
         steps: T.
+        sigmas: noise level of each step, for the generic schedule.
 
     Returns:
         The evenly spaced plan and the best path of the paper's objective, each held, half way and
         all the way along the line everywhere, the best path of every objective over all that was
-        measured, those of shorter segments only, those of one step fewer or more with a step added
-        or taken away, and first steps followed by every 2nd to 5th one, the last three with a line
-        in between. Equal plans appear once, by their first name.
+        measured, with the last step computed and without, the generic schedule, those of shorter
+        segments only, those of one step fewer or more with a step added or taken away, and first
+        steps followed by every 2nd to 5th one, the last three with a line in between. Equal plans
+        appear once, by their first name.
     """
     held = [edge for edge in edges if edge.order == 0]
     only_held = len(held) == len(edges)
@@ -49,6 +54,12 @@ def candidates(edges: Sequence[Edge], budget: int, steps: int) -> dict[str, Plan
         solved = solve_edges(allowed, steps, [budget], objective=objective)
         if budget in solved:
             plans.setdefault(name, solved[budget])
+    if not only_held:
+        plans["generic schedule"] = generic_plan(budget, steps, sigmas)
+        for objective in OBJECTIVES:
+            solved = solve_edges(edges, steps, [budget], objective=objective, virtual_end=True)
+            if budget in solved:
+                plans[f"{objective}, lines to the end"] = solved[budget]
     near = dict(_near_the_path(held, budget, steps))
     if only_held:
         plans |= near
@@ -81,7 +92,9 @@ def most_validation_forwards(steps: int, *, lines: bool, improved: bool) -> int:
         gaps = sum(head_and_gap(budget, steps, gap) is not None for gap in GAPS)
         # Evenly spaced and best paths, with lines half way and all the way along; see `candidates`.
         paths = 1 + len(OBJECTIVES)
-        tried = paths + 1 + 4 + near + gaps if lines else paths + near
+        # With lines also the generic schedule, and every objective to the end.
+        with_lines = 1 + 4 + 1 + len(OBJECTIVES) + gaps
+        tried = paths + near + (with_lines if lines else 0)
         total += budget * (tried + improved + 1)  # and a plain run of so many sampling steps
     return total
 

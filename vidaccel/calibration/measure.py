@@ -81,7 +81,7 @@ def measure(
         exact: set[tuple[int, int]] = set()
         for _ in range(LAZY_ROUNDS):
             edges = search_edges(graph_of(task, measured), faithful=not task.lines)
-            plans = solve_edges(edges, steps, budgets, objective=objective)
+            plans = solve_edges(edges, steps, budgets, objective=objective, virtual_end=task.lines)
             used = {segment for plan in plans.values() for segment in plan.segments()}
             new = sorted(used - exact)
             if not new:

@@ -100,7 +100,7 @@ def learned_policy(
         shift: that of its scheduler.
         versions: those of the packages at work.
     """
-    plans = solve_edges(edges, run.num_inference_steps, objective=OBJECTIVE)
+    plans = solve_edges(edges, run.num_inference_steps, objective=OBJECTIVE, virtual_end=True)
     reused = [edge for edge in edges if edge.end > edge.start + 1]
     return CachePolicy(
         schema_version=SCHEMA_VERSION,

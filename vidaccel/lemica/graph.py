@@ -127,6 +127,7 @@ def stability(
     seed: int = 0,
     objective: str = "leximax",
     faithful: bool = False,
+    virtual_end: bool = False,
 ) -> dict[int, NDArray[np.float64]]:
     """Estimate how sure the choice of each step is: the bootstrap over samples.
 
@@ -137,6 +138,7 @@ def stability(
         seed: seed of the resampling.
         objective: what the best path is, see `lemica.search.solve`.
         faithful: held segments only.
+        virtual_end: the last steps may be reused.
 
     Returns:
         Budget -> [T] the fraction of resamples whose plan computes each step.
@@ -155,7 +157,7 @@ def stability(
     for _ in range(rounds):
         drawn = rng.integers(count, size=count)
         resampled = _edges(measured, partial(_mean_of, drawn))
-        plans = solve_edges(resampled, steps, budgets, objective=objective)
+        plans = solve_edges(resampled, steps, budgets, objective=objective, virtual_end=virtual_end)
         for budget in budgets:
             if budget not in plans:
                 raise PlanError(f"no plan of {budget} computed steps exists in this graph")

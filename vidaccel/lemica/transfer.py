@@ -47,7 +47,10 @@ def transferred(policy: CachePolicy, run: RunSettings) -> CachePolicy:
     steps = run.num_inference_steps
     edges = _edges(policy, np.append(grid, 0.0), np.append(other, 0.0))
     objective = policy.objective or "leximax"
-    plans = solve_edges([*without_reuse(steps), *edges], steps, objective=objective)
+    lines = any(edge.order for edge in edges)  # else of a policy as in the paper
+    plans = solve_edges(
+        [*without_reuse(steps), *edges], steps, objective=objective, virtual_end=lines
+    )
     if not plans or not edges:
         raise PolicyError(f"no plan of {steps} steps follows from this policy")
     return policy.model_copy(
