@@ -8,7 +8,11 @@ int8 (see `quantise`) scores are products of whole numbers; all else stays as it
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
 
 import torch
 import triton
@@ -32,6 +36,7 @@ from vidaccel.kernels.tiles import (
     LOG2_E,
     LOWEST,
     block_d,
+    interpreting,
     load_tile,
     online_softmax_update,
 )
@@ -121,7 +126,9 @@ def empty_block_lists(
 ) -> BlockLists:
     """Allocate the lists of queries q [B, H, S, D]; see `BlockLists.empty`."""
     batch, heads, num_queries, head_dim = q.shape
-    config = attention_config(head_dim, q.dtype, chip(q.device), int8_qk)
+    config = _hopper_config(q, int8_qk) or attention_config(
+        head_dim, q.dtype, chip(q.device), int8_qk
+    )
     return BlockLists.empty(
         batch,
         heads,
@@ -166,6 +173,22 @@ def attend(
 
     With int8 keys each program rounds its queries when it has read them.
     """
+    if not isinstance(k, Int8Keys) and (config := _hopper_config(q, False)) is not None:
+        from vidaccel.kernels.hopper_attention import attend_on_hopper
+
+        found: tuple[Tensor, Tensor] = attend_on_hopper(
+            q,
+            k,
+            v,
+            q_offsets,
+            k_offsets,
+            lists,
+            scale=scale,
+            sorted_idx=sorted_idx,
+            means=means,
+            config=config,
+        )
+        return found
     q = rows_contiguous(q)
     batch, heads, num_queries, head_dim = q.shape
     num_q_clusters = q_offsets.shape[2] - 1
@@ -217,6 +240,29 @@ def attend(
         **attention_config(head_dim, q.dtype, chip(q.device), int8),
     )
     return out, lse
+
+
+def _hopper_config(q: Tensor, int8_qk: bool) -> dict[str, Any] | None:
+    """Return the config of the kernel for sm_90; None where `_attend` does the work."""
+    if int8_qk or q.device.type != "cuda" or interpreting() or chip(q.device) != 90:
+        return None
+    module = _hopper_module()
+    found: dict[str, Any] | None = module and module.hopper_config(q.shape[3], q.dtype)
+    return found
+
+
+@lru_cache
+def _hopper_module() -> Any:
+    """Import the kernel for sm_90; None, with a warning, where Triton's Gluon is another one."""
+    try:
+        return import_module("vidaccel.kernels.hopper_attention")
+    except Exception as error:  # experimental in Triton: another version may fail in any way
+        warnings.warn(
+            f"this version of Triton has no Gluon as vidaccel knows it ({error}): sparse attention "
+            "goes without it, and takes 1.1 to 1.2 times as long",
+            stacklevel=2,
+        )
+        return None
 
 
 def attention_config(

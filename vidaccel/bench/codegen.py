@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -328,7 +328,7 @@ def loop_cycles(
         columns: how many its tile has.
     """
     constants = config.constants
-    block_d = constants.get("BLOCK_D") or constants["BLOCK_K"]
+    block_d = _depth(constants)
     # A loop unrolled by the compiler does several turns.
     tile = constants["BLOCK_M"] * columns * block_d
     tensor = config.products * 2 * tile / _CHIPS[chip].operations
@@ -338,6 +338,12 @@ def loop_cycles(
     converted = sum(name.split(".")[0] == "I2F" for name in loop)
     exponent = per_quarter * (mix.get("exponent", 0) + converted) * 32 / 4
     return tensor, issue, exponent
+
+
+def _depth(constants: Mapping[str, Any]) -> int:
+    """Return how many channels a tile has."""
+    names = ("BLOCK_D", "HEAD_DIM", "BLOCK_K")
+    return next(int(constants[name]) for name in names if constants.get(name))
 
 
 def _predicted(
@@ -351,7 +357,7 @@ def _predicted(
     the compiler has serialised the products.
     """
     tensor, issue, exponent = loop_cycles(config, chip, loop, config.constants["BLOCK_N"])
-    block_d = config.constants.get("BLOCK_D") or config.constants["BLOCK_K"]
+    block_d = _depth(config.constants)
     useful = (config.head_dim or block_d) / block_d
     busiest = max(tensor, issue, exponent)
     serial = useful * tensor / (tensor + max(issue, exponent))

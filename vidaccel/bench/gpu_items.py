@@ -10,6 +10,7 @@ import torch
 
 from vidaccel.bench.gpu_device import Device
 from vidaccel.bench.kernels import SHAPES, Shape
+from vidaccel.kernels.launch import chip
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Sizes:
     def device(self) -> Device:
         """Return where the run measures."""
         return Device("cpu" if self.dry else "cuda")
+
+    @property
+    def on_hopper(self) -> bool:
+        """Tell whether it is a chip of compute capability 9.0."""
+        return not self.dry and torch.cuda.is_available() and chip(torch.device("cuda")) == 90
 
     @property
     def dtype(self) -> torch.dtype:

@@ -59,19 +59,19 @@ def items(sizes: Sizes) -> list[Item]:
 
     def of_small(name: str) -> Item:
         run = partial(_steps, sizes, small, variants[name])
-        return Item(f"{_SMALL}, {name}", run, 20, 16, name != "plan + SVG2 + int8")
+        return Item(f"{_SMALL}, {name}", run, 12, 16, name != "plan + SVG2 + int8")
 
     listed = [
         of_small("plain"),
         of_small("plan + SVG2 + int8"),
-        Item(f"{_SMALL}, gate of auto", partial(_gate, sizes, small), 20, 16),
+        Item(f"{_SMALL}, gate of auto", partial(_gate, sizes, small), 12, 16),
         Item(f"{_SMALL}, host", partial(_host, sizes, _few_layers(small), sparse), 15, 16),
-        Item(f"{_SMALL}, idle", partial(_idle, sizes, small), 30, 16),
+        Item(f"{_SMALL}, idle", partial(_idle, sizes, small), 25, 16),
     ]
     for name in ("plain", "SVG2", "int8", "SVG2 + int8"):
         run = partial(_steps, sizes, _few_layers(sizes.of(MODELS[_WAN], _TINY)), variants[name])
         repeats = name != "plain"
-        listed.append(Item(f"{_LAYERS} layers of {_WAN}, {name}", run, 25, 20, repeats))
+        listed.append(Item(f"{_LAYERS} layers of {_WAN}, {name}", run, 10, 20, repeats))
     listed += [of_small(name) for name in ("SVG2", "int8", "SVG2 + int8", "plan")]
     for name in ("SVG2", "plain"):
         run = partial(_steps, sizes, small, variants[name], compiled=True)
@@ -173,7 +173,7 @@ def _host(sizes: Sizes, model: RealModel, options: Mapping[str, Any]) -> dict[st
 
 def _idle(sizes: Sizes, model: RealModel) -> dict[str, Any]:
     """Time steps in which nothing is skipped against plain ones, in turn."""
-    pipe, call = _made(sizes, model, _STEPS)
+    pipe, call = _made(sizes, model, 4)
     times: dict[str, list[float]] = {"plain": [], "idle": []}
     _seconds_of_steps(sizes, pipe, call | {"num_inference_steps": 2})
     for _ in range(2):

@@ -38,6 +38,14 @@ _ATTEND = _tiles(
     (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2),
     (128, 32, 8, 3), (128, 128, 8, 2),
 )  # fmt: skip
+# Where `hopper_attention` does the work.
+_ON_HOPPER: list[Config] = [
+    {"BLOCK_M": m, "BLOCK_N": n, "STAGES": s, "COPY_FIRST": first, "num_warps": m // 16}
+    for m, n, s, first in (
+        (64, 64, 3, False), (64, 64, 3, True), (64, 64, 2, False), (128, 64, 3, True),
+        (128, 128, 2, False), (128, 128, 2, True),
+    )
+]  # fmt: skip
 _ATTEND_64 = _tiles(
     (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 4), (64, 128, 4, 2)
 )
@@ -93,8 +101,11 @@ def items(sizes: Sizes) -> list[Item]:
 
     def sparse(name: str, queries: int, keys: int, int8: bool = False) -> Sweep:
         configs = _ATTEND if SHAPES[name].head_dim == 128 else _ATTEND_64
+        place = module
+        if sizes.on_hopper and not int8:
+            configs, place = _ON_HOPPER, "hopper_attention.hopper_config"
         case = partial(_sparse_case, name=name, clusters=(queries, keys), int8=int8)
-        return Sweep(attend, module, configs, case, alone=True)
+        return Sweep(attend, place, configs, case, alone=True)
 
     def layer(kernel: str, place: str, configs: Sequence[Config]) -> Sweep:
         return Sweep(kernel, place, configs, _layer_case)

@@ -13,6 +13,7 @@ from vidaccel.kernels import (
     block_lists,
     block_sparse_attention,
     haar,
+    hopper_attention,
     kmeans,
     permute,
     product,
@@ -78,10 +79,11 @@ class Shipped:
         check_chip(capability)
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+        from triton.experimental.gluon._runtime import GluonASTSource
 
         names = self.function.arg_names
         known = self.constants
-        source = ASTSource(
+        source = (GluonASTSource if self.function.is_gluon() else ASTSource)(
             fn=self.function,
             signature={n: "constexpr" if n in known else self.signature[n] for n in names},
             constexprs=known,
@@ -133,6 +135,20 @@ def _attention(head_dim: int, dtype: torch.dtype, chip: int) -> Iterator[Shipped
     # With int8 only as SVG2 has it: without means it is a part of the same code.
     absent = ("k_means", "v_means", "mean_bias", "num_means", "num_compensated")
     mass = {"MOST": reference.MASS_QUERIES, **query_mass.mass_config(head_dim, dtype, chip)}
+    hopper = hopper_attention.hopper_config(head_dim, dtype) if chip == 90 else None
+    if hopper is not None:
+        config = {"BLOCK_PARTIAL": block_lists.BLOCK_PARTIAL, "NUM_WARPS": hopper["num_warps"]}
+        function = hopper_attention._attend_on_hopper
+        for name, left_out in (("attend_hopper", absent), ("attend_hopper_means", ())):
+            yield _shipped(
+                name,
+                function,
+                config | hopper | dict.fromkeys(left_out),
+                head_dim,
+                dtype,
+                pointers=types,
+                products=2,
+            )
     for name, function, config, pointers, products in (
         ("attend", module._attend, exact | dict.fromkeys(absent), types, 2),
         ("attend_means", module._attend, exact, types, 2),
@@ -255,7 +271,8 @@ def _shipped(
     other numbers are those that are not specialised on, and all else is a pointer.
     """
     if head_dim is not None:
-        config = config | {"HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim)}
+        config = config | {"HEAD_DIM": head_dim}
+        config |= {"BLOCK_D": block_d(head_dim)} if "BLOCK_D" in function.arg_names else {}
     launch = {name: config[name] for name in ("num_warps", "num_stages") if name in config}
     constants = {name: value for name, value in config.items() if name not in launch}
     main = default or _TYPES[dtype or torch.bfloat16]

@@ -382,7 +382,9 @@ def layer_times(
         ),
         milliseconds,
     )  # fmt: skip
-    others = sum(time for name, time in counts.kernels.items() if name != "_attend") / 1e3
+    others = (
+        sum(time for name, time in counts.kernels.items() if not name.startswith("_attend")) / 1e3
+    )
     return {
         "int8_qk": config.int8_qk,
         "layer_ms": total,
