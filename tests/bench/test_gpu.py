@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from vidaccel.bench import gpu as module
 from vidaccel.bench.gpu import DEFAULT_PARTS, WEIGHTS, gpu
-from vidaccel.bench.gpu_device import Device
+from vidaccel.bench.gpu_device import Device, GpuWatch
 from vidaccel.bench.gpu_items import Item, Sizes
 from vidaccel.bench.gpu_summary import TARGETS, summary_of, summary_table
 from vidaccel.bench.gpu_tune import MOST
@@ -234,6 +236,45 @@ def test_short_items_run_through_on_a_cpu(folder):
     kept = folder.read("kernels")["items"]
     assert kept[ceilings[0].name]["result"]["product_tflops"] > 0
     assert kept[sixteen[0].name]["result"]["int8_by_torch"]["tera_operations"] > 0
+
+
+def test_the_script_for_a_bare_machine_takes_along_what_the_parts_import():
+    script = (Path(__file__).parents[2] / "examples" / "gpu_machine.sh").read_text()
+    taken = set(re.search(r'^PACKAGES="(.*)"', script, re.MULTILINE)[1].split())
+    code = f"""
+import importlib.metadata, sys
+for module in {sorted(PARTS.values())}:
+    importlib.import_module(module)
+found = importlib.metadata.packages_distributions()
+tops = {{name.partition(".")[0] for name in sys.modules}}
+print(*{{package for top in tops for package in found.get(top, ())}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    ours = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    # torch and Triton are there, accelerate and what these bring come with them or by themselves.
+    brought = {"torch", "triton", "accelerate", "numpy", "packaging", "huggingface-hub", "pillow"}
+    assert ours & set(done.stdout.split()) <= taken | brought
+
+
+def test_the_watch_keeps_what_a_card_tells_of_each_measurement(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    lines = ("1000, 70.5, 40, 10", "[N/A], 1, 2, 3", "1980, 700, 50, 100")
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{x}'\n" for x in lines) + "exec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = []
+    with GpuWatch() as watch:
+        while sum(each["samples"] for each in found) < 2:  # the test's limit ends it
+            found += [each] if (each := watch.seen()) else []
+        assert watch.seen() is None, "each measurement has its own"
+    assert min(each["sm_mhz"][0] for each in found) == 1000
+    assert max(each["power_w"][2] for each in found) == 700, (
+        "and lines that are no numbers are left"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with GpuWatch() as watch:
+        assert watch.seen() is None
 
 
 def test_the_script_for_a_bare_machine_hands_its_options_on(tmp_path):

@@ -15,6 +15,7 @@ from vidaccel.calibration.candidates import (
 )
 from vidaccel.lemica import search
 from vidaccel.plans.edge import Edge
+from vidaccel.plans.generic import generic_plan
 
 STEPS, LONGEST = 20, 8
 
@@ -53,6 +54,19 @@ def test_every_candidate_keeps_to_the_budget_and_appears_once(budget, lines):
     forecast = {name for name, plan in plans.items() if any(plan.orders)}
     assert bool(forecast) == lines
     assert all(name in forecast for name in plans if name.endswith("line"))
+
+
+def test_the_last_steps_may_be_reused_and_the_generic_schedule_is_tried():
+    held = held_edges()
+    to_the_end = [Edge(i, STEPS, 0.01) for i in range(STEPS - 4, STEPS - 1)]
+    sigmas = tuple(1 - step / STEPS for step in range(STEPS))
+    plans = candidates([*with_lines(held), *to_the_end], 7, STEPS, sigmas)
+    assert plans["generic schedule"] == generic_plan(7, STEPS, sigmas)
+    ends = {name: plan.steps[-1] for name, plan in plans.items()}
+    assert ends["leximax, lines"] == STEPS - 1, "the paper's paths compute the last step"
+    assert ends["leximax, lines to the end"] < STEPS - 1
+    short = candidates(with_lines(held), 7, STEPS)
+    assert not any("to the end" in name for name in short), "nothing was measured to the end"
 
 
 def test_shorter_segments_are_tried_where_they_are_a_choice():

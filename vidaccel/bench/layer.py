@@ -207,12 +207,13 @@ def launches(
     loops, columns = turns.loops, ("BLOCK_N", "BLOCK_N")
     if not means:
         return [*found, Launch("attend", 1, _attended(shape), loops, columns)]
-    width = constants["attend_means"]["BLOCK_MEANS"]
-    more = turns.tiles * -(-num_k // width)
+    known = constants["attend_means"]
+    of_means = "BLOCK_MEANS" if "BLOCK_MEANS" in known else "BLOCK_N"
+    more = turns.tiles * -(-num_k // known[of_means])
     moved = _attended(shape) + pairs
     return [
         *found,
-        Launch("attend_means", 1, moved, (*loops, more), (*columns, "BLOCK_MEANS")),
+        Launch("attend_means", 1, moved, (*loops, more), (*columns, of_means)),
     ]
 
 
@@ -225,11 +226,15 @@ def _configs(shape: Shape, chip: int) -> dict[str, Any]:
     """Return the shipped config of each kernel of the layer."""
     from vidaccel.bench.kernel_inventory import shipped
 
-    return {
+    found = {
         config.kernel: config
         for config in shipped(chip)
         if config.head_dim in (None, shape.head_dim) and config.dtype in (None, "bf16")
     }
+    # Where there is one for the chip, it does what the common kernel does elsewhere.
+    for name in ("attend", "attend_means"):
+        found[name] = found.get(name.replace("attend", "attend_hopper"), found[name])
+    return found
 
 
 def _row(shape: Shape, launch: Launch, config: Any, chip: int) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def candidates(
         if budget in solved:
             plans.setdefault(name, solved[budget])
     if not only_held:
-        plans["generic schedule"] = generic_plan(budget, steps, sigmas)
+        generic = generic_plan(budget, steps, sigmas)
+        if len(generic.steps) == budget:  # a short run may need more
+            plans["generic schedule"] = generic
         for objective in OBJECTIVES:
             solved = solve_edges(edges, steps, [budget], objective=objective, virtual_end=True)
             if budget in solved:
