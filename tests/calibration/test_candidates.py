@@ -11,6 +11,7 @@ from vidaccel.calibration.candidates import (
     candidates,
     head_and_gap,
     most_validation_forwards,
+    priced,
     validated_budgets,
 )
 from vidaccel.lemica import search
@@ -61,7 +62,7 @@ def test_the_last_steps_may_be_reused_and_the_generic_schedule_is_tried():
     to_the_end = [Edge(i, STEPS, 0.01) for i in range(STEPS - 4, STEPS - 1)]
     sigmas = tuple(1 - step / STEPS for step in range(STEPS))
     plans = candidates([*with_lines(held), *to_the_end], 7, STEPS, sigmas)
-    assert plans["generic schedule"] == generic_plan(7, STEPS, sigmas)
+    assert plans["generic schedule"].steps == generic_plan(7, STEPS, sigmas).steps
     ends = {name: plan.steps[-1] for name, plan in plans.items()}
     assert ends["leximax, lines"] == STEPS - 1, "the paper's paths compute the last step"
     assert ends["leximax, lines to the end"] < STEPS - 1
@@ -128,3 +129,18 @@ def test_the_cost_of_a_validation_is_not_underestimated(lines):
     most = most_validation_forwards(STEPS, lines=lines, improved=False)
     assert total <= most <= 2 * total
     assert most_validation_forwards(STEPS, lines=lines, improved=True) > most
+
+
+def test_plans_without_errors_get_those_of_their_segments():
+    edges = [
+        *(Edge(i, i + 1, 0.0) for i in range(6)),
+        Edge(0, 2, 3.0),
+        Edge(2, 4, 1.0),
+        Edge(2, 4, 0.5, 1, 0.75, 0),
+        Edge(4, 6, 0.25, 1, 1.0, 2),
+    ]
+    lines = Plan((0, 2, 4), 6, orders=(0, 1, 1), scales=(1.0, 0.3, 0.3))
+    assert priced(lines, edges).errors == (3.0, 0.5, 0.25), "of the scale that was measured"
+    assert priced(Plan((0, 2, 4), 6), edges).errors == (), "holding from 4 was not measured"
+    whole = priced(Plan((0, 2, 4, 5), 6), edges)
+    assert whole.errors == (3.0, 1.0, 0.0) and priced(whole, ()) is whole

@@ -10,6 +10,8 @@ from tiny.policies import SIGMAS, forecasting, parse, run_settings, valid
 from vidaccel.errors import PolicyError
 from vidaccel.plans.edge import Edge
 from vidaccel.plans.plan import Plan
+from vidaccel.plans.policy import CachePolicy
+from vidaccel.plans.shipped import shipped_policies
 
 # Configs of two models and of one with another entry, and what a policy knows of the first.
 SMALL = {"num_layers": 3, "pos_embed_seq_len": None, "guidance_embeds": False, "task_type": "t2v"}
@@ -237,3 +239,14 @@ def test_lines_and_scales_round_trip():
 def test_wrong_lines_and_scales_are_named(path, value, message):
     with pytest.raises(PolicyError, match=message):
         parse(changed(path, value, forecasting))
+
+
+def test_a_plan_without_errors_is_predicted_from_the_budgets_next_to_it():
+    policy = CachePolicy.load(shipped_policies()["vidaccel--tiny-wan/50-steps.json"])
+    run = {row.budget: row.psnr for row in policy.validation if row.kept}
+    assert not policy.plan(budget=14).errors and 12 in run and 16 in run and 14 not in run
+    assert policy.predicted_psnr(14) == pytest.approx((run[12] + run[16]) / 2)
+    assert policy.predicted_psnr(16) == pytest.approx(run[16])
+    assert policy.predicted_psnr(8) is None, "fewer steps than were ever run"
+    fitting = policy.plan(psnr=run[16] - 0.01)
+    assert len(fitting.steps) == 16

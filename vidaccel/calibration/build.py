@@ -9,7 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vidaccel.calibration.assemble import assemble_policy
-from vidaccel.calibration.candidates import candidates, most_validation_forwards, validated_budgets
+from vidaccel.calibration.candidates import (
+    candidates,
+    most_validation_forwards,
+    priced,
+    validated_budgets,
+)
 from vidaccel.calibration.improve import improved
 from vidaccel.calibration.measure import announce, measure, measured_before
 from vidaccel.calibration.ray_runner import NO_RAY, ray_runner
@@ -138,11 +143,11 @@ def build_policy(
             policy = assemble_policy(pipe, task, graph, edges, info, objective, aggregation)
             if not validate:
                 return policy
-            tried = {
+            plans_of = {
                 budget: candidates(edges, budget, num_inference_steps, policy.scheduler.sigmas)
-                for budget in budgets
-                if str(budget) in policy.plans
+                for budget in policy.budgets()
             }
+            tried = {budget: plans_of.pop(budget) for budget in budgets if budget in plans_of}
             if improve:
                 starts = {budget: list(plans.values()) for budget, plans in tried.items()}
                 forced = () if info.switch is None else (info.switch,)
@@ -151,9 +156,9 @@ def build_policy(
                 )
                 for budget, plan in found.items():
                     if plan not in starts[budget]:
-                        tried[budget]["improved"] = plan
+                        tried[budget]["improved"] = priced(plan, edges)
     samples = [(prompt, seeds[0]) for prompt in prompts[len(prompts) - held_out :]]
-    return validated_policy(pipe, policy, tried, call, samples, progress=progress)
+    return validated_policy(pipe, policy, tried, call, samples, plans_of, progress=progress)
 
 
 def _split(prompts: int, held_out: int, seeds: int) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -77,7 +78,34 @@ def candidates(
     different: dict[Any, tuple[str, Plan]] = {}
     for name, plan in plans.items():
         different.setdefault((plan.steps, plan.orders, plan.scales), (name, plan))
-    return dict(different.values())
+    return {name: priced(plan, edges) for name, plan in different.values()}
+
+
+def priced(plan: Plan, edges: Sequence[Edge]) -> Plan:
+    """Return a plan with the errors of its segments, if it has none and all of them are known.
+
+    A line whose own scale was not measured has the error of the one that was best there.
+    """
+    if plan.errors:
+        return plan
+    known: dict[tuple[int, int, int | None], float] = {}
+    for edge in edges:
+        forecast = edge.previous if edge.order else None
+        place = (edge.start, edge.end, forecast)
+        known[place] = min(edge.error, known.get(place, math.inf))
+    errors = []
+    ends = (*plan.steps[1:], plan.num_inference_steps)
+    for position, (start, end) in enumerate(zip(plan.steps, ends, strict=True)):
+        if start == plan.num_inference_steps - 1:
+            break  # after it nothing is reused
+        on_line = bool(position) and bool(plan.orders) and plan.orders[position] > 0
+        previous = plan.steps[position - 1] if on_line else None
+        held = known.get((start, end, None))
+        found = 0.0 if end == start + 1 else known.get((start, end, previous), held)
+        if found is None:
+            return plan
+        errors.append(found)
+    return replace(plan, errors=tuple(errors))
 
 
 def most_validation_forwards(steps: int, *, lines: bool, improved: bool) -> int:

@@ -6,7 +6,7 @@ among the candidates, so what is kept is never worse than they are on these prom
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +18,7 @@ from vidaccel.clips.fidelity import summary
 from vidaccel.clips.generate import generate
 from vidaccel.plans.plan import Plan
 from vidaccel.plans.policy import CachePolicy
-from vidaccel.plans.schema import StoredPlan, Validation
+from vidaccel.plans.schema import StoredPlan, Validation, check_errors
 
 MOST_DECIBELS = 99.0
 
@@ -121,6 +121,7 @@ def validated_policy(
     candidates: Mapping[int, Mapping[str, Plan]],
     call: dict[str, Any],
     samples: Sequence[tuple[str, int]],
+    elsewhere: Mapping[int, Mapping[str, Plan]] | None = None,
     *,
     progress: bool = True,
 ) -> CachePolicy:
@@ -133,17 +134,21 @@ def validated_policy(
         policy: what was measured.
         candidates: budget -> name -> plan. Plain runs with as many sampling steps stand beside
             them, and are not kept.
+        elsewhere: the same for budgets that are not run: each takes the plan that has the name of
+            the best one at the next budgets that are, on both sides.
     """
     budgets = list(candidates)
-    plans = {f"{b}: {name}": plan for b in budgets for name, plan in candidates[b].items()}
+    tried = {f"{b}: {name}": plan for b in budgets for name, plan in candidates[b].items()}
     found, plain_seconds = scores(
-        pipe, call, samples, plans, fewer_steps=budgets, progress=progress
+        pipe, call, samples, tried, fewer_steps=budgets, progress=progress
     )
     rows, kept = [], dict(policy.plans)
+    psnr: dict[int, dict[str, float]] = {}
     for budget in budgets:
         scored = {name: found[f"{budget}: {name}"] for name in candidates[budget]}
+        psnr[budget] = {name: score.psnr for name, score in scored.items()}
         best = max(scored, key=lambda name: scored[name].psnr)
-        kept[str(budget)] = _kept(policy.plans[str(budget)], candidates[budget][best], best)
+        kept[str(budget)] = _kept(policy, budget, candidates[budget][best], best)
         for name, score in {**scored, "fewer sampling steps": found[f"{budget} steps"]}.items():
             row = Validation(
                 budget=budget,
@@ -160,6 +165,9 @@ def validated_policy(
                 speedup=plain_seconds / score.seconds,
             )
             rows.append(row)
+    for budget, plans in (elsewhere or {}).items():
+        if (nearby := _best_nearby(budget, plans, psnr)) is not None:
+            kept[str(budget)] = _kept(policy, budget, plans[nearby], nearby)
     fidelity = fit_fidelity(
         (sum(plan.errors), found[f"{budget}: {name}"].psnr)
         for budget in budgets
@@ -170,8 +178,25 @@ def validated_policy(
     return policy.model_copy(update=update)
 
 
-def _kept(own: StoredPlan, best: Plan, name: str) -> StoredPlan:
-    """Return the plan of a budget whose best candidate has this name; `own` is the search's."""
+def _best_nearby(
+    budget: int, plans: Mapping[str, Plan], psnr: Mapping[int, Mapping[str, float]]
+) -> str | None:
+    """Return the name of the plan that was best at the next budgets on both sides; None of none."""
+    nearby = {
+        *sorted(run for run in psnr if run <= budget)[-1:],
+        *sorted(run for run in psnr if run >= budget)[:1],
+    }
+    names = [name for name in plans if nearby and all(name in psnr[run] for run in nearby)]
+    return max(names, key=lambda name: sum(psnr[run][name] for run in nearby), default=None)
+
+
+def _kept(policy: CachePolicy, budget: int, best: Plan, name: str) -> StoredPlan:
+    """Return the plan of a budget whose best candidate has this name."""
+    own = policy.plans[str(budget)]  # the search's
     if (best.steps, best.orders, best.scales) == (own.steps, own.orders, own.scales):
         return own.model_copy(update={"chosen_as": name})
+    try:
+        check_errors(str(budget), best, {edge.action: edge.error for edge in policy.search_edges()})
+    except ValueError:  # of lines whose own scales were not measured
+        best = replace(best, errors=())
     return StoredPlan.of(best, chosen_as=name)

@@ -1,7 +1,9 @@
 """The PSNR that a plan is predicted to reach, from the sum of its errors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from vidaccel.plans.plan import Plan
 
@@ -9,7 +11,9 @@ from vidaccel.plans.plan import Plan
 Curve = Sequence[tuple[float, float]]
 
 
-def predicted_psnr(curve: Curve, plan: Plan) -> float | None:
+def predicted_psnr(
+    curve: Curve, plan: Plan, run: Mapping[int, float] | None = None
+) -> float | None:
     """Return the PSNR between a plan's clip and the plain one, in dB, as a curve predicts it.
 
     Between two points the PSNR is taken to fall with the logarithm of the error, as it does where
@@ -18,15 +22,16 @@ def predicted_psnr(curve: Curve, plan: Plan) -> float | None:
 
     Args:
         curve: the points, at least one.
-        plan: a plan whose errors are known.
+        plan: a plan.
+        run: budget -> the PSNR of its plan, for a plan without errors: it is between those.
 
     Returns:
-        inf for a plan that reuses nothing; None where its errors are not known.
+        inf for a plan that reuses nothing; None where nothing is known of it.
     """
     if len(plan.steps) == plan.num_inference_steps:
         return math.inf
     if not plan.errors:
-        return None
+        return _between(run or {}, len(plan.steps))
     error = sum(plan.errors)
     if error <= 0.0:
         return math.inf
@@ -38,6 +43,14 @@ def predicted_psnr(curve: Curve, plan: Plan) -> float | None:
     (low, above), (high, below) = curve[right - 1], curve[right]
     share = math.log(error / low) / math.log(high / low)
     return above + share * (below - above)
+
+
+def _between(psnr: Mapping[int, float], budget: int) -> float | None:
+    """Return a PSNR between those of the budgets that were run; None beyond them."""
+    known = sorted(psnr)
+    if not known or not known[0] <= budget <= known[-1]:
+        return None
+    return float(np.interp(budget, known, [psnr[run] for run in known]))
 
 
 def scaled(curve: Curve, scale: float) -> tuple[tuple[float, float], ...]:

@@ -313,7 +313,8 @@ class CachePolicy(Record):
     def predicted_psnr(self, budget: int) -> float | None:
         """Return the PSNR in dB that the plan of a budget is predicted to reach; None: unknown."""
         plan = self.plans[str(budget)].to_plan(self.num_inference_steps)
-        return predicted_psnr(self.fidelity, plan) if self.fidelity else None
+        run = {row.budget: row.psnr for row in self.validation or () if row.kept}
+        return predicted_psnr(self.fidelity, plan, run) if self.fidelity else None
 
     def _largest_error(self, budget: int) -> float:
         return max(self.plans[str(budget)].errors, default=math.inf)

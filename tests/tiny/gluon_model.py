@@ -1,7 +1,7 @@
 """Runs the Gluon kernel of `hopper_attention` on the CPU, with a model of what it is made of.
 
 Triton's interpreter knows no Gluon, so nothing else can run this kernel without its GPU. The
-functions are taken from the text of their module, and find classes of this one under the names of
+functions are taken from the text of their module, and find what is defined here under the names of
 Gluon's. The model is slower than a GPU in all that may be late there: what is copied arrives when
 it is waited for, and not before; a product reads its operands until it is waited for. A kernel that
 relies on more fails an assertion here, where on a GPU it would go wrong now and then.
@@ -14,7 +14,6 @@ the write, as it does between one walk and the next. So the model asks for no ba
 from __future__ import annotations
 
 import ast
-import builtins
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ from vidaccel.kernels import hopper_attention
 # Where the model's numbers lack what Gluon's have.
 _SPELLINGS = {
     "scores.type.layout": "None",
-    "start.to(gl.int64)": "torch.as_tensor(start)",
+    "start.to(gl.int64)": "torch.as_tensor(start).to(gl.int64)",
 }
 
 
@@ -47,7 +46,7 @@ class Pointer:
         return SimpleNamespace(element_ty=self.memory.dtype)
 
     def places(self, mask) -> tuple[Tensor, Tensor]:
-        """Return the places, 0 where the mask hides them, and the mask. None is out of bounds."""
+        """Return the places, 0 where the mask hides them, and the mask; none out of bounds."""
         offsets = torch.as_tensor(self.offsets)
         mask = torch.as_tensor(True if mask is None else mask).expand(offsets.shape)
         shown = offsets[mask]
@@ -56,17 +55,23 @@ class Pointer:
         return torch.where(mask, offsets, 0).long(), mask
 
 
+def _flat(x: Tensor) -> Tensor:
+    """Return the memory from the first number of a tensor on, however its axes lie."""
+    size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return x.as_strided((size,), (1,))
+
+
 def _load(pointer: Pointer, mask=None, other=0) -> Tensor:
     """Read what lies in places, `other` where the mask hides them."""
     places, mask = pointer.places(mask)
-    found = pointer.memory.view(-1)[places]
+    found = pointer.memory[places]
     return torch.where(mask, found, torch.tensor(other, dtype=found.dtype))
 
 
 def _store(pointer: Pointer, values: Tensor, mask=None) -> None:
     """Write to places, but for those that the mask hides."""
     places, mask = pointer.places(mask)
-    pointer.memory.view(-1)[places[mask]] = values.expand(places.shape)[mask]
+    pointer.memory[places[mask]] = values.expand(places.shape)[mask]
 
 
 @dataclass
@@ -100,6 +105,10 @@ class Shared:
 class Product:
     """A product under way. It is no tensor: nothing can use it before it has been waited for."""
 
+    @classmethod
+    def __torch_function__(cls, function, *args, **kwargs):
+        raise AssertionError("a product is read before it has ended")
+
     def __init__(self, a: Any, b: Shared, acc: Tensor) -> None:
         self.operands = [x for x in (a, b) if isinstance(x, Shared)]
         left = a.values if isinstance(a, Shared) else a
@@ -114,49 +123,50 @@ class Product:
 
 @dataclass
 class Machine:
-    """What is under way in one program: copies, groups of them that are closed, and products."""
+    """What is under way in one program: copies, groups of them that are closed, and products.
+
+    Its methods have the names of Gluon's functions.
+    """
 
     copies: list[tuple[Shared, Tensor]] = field(default_factory=list)
     groups: list[list[tuple[Shared, Tensor]]] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
 
-    def copy(self, stage: Shared, pointer: Pointer, mask=None) -> None:
+    def async_copy_global_to_shared(self, stage: Shared, pointer: Pointer, mask=None) -> None:
         """Start a copy: what was there is gone, and what is to be there has not come."""
-        for product in self.products:
-            for operand in product.operands:
-                assert not operand.overlaps(stage), "a product reads what is written"
+        read = [operand for product in self.products for operand in product.operands]
+        assert not any(map(stage.overlaps, read)), "a product reads what is written"
         self.copies.append((stage, _load(pointer, mask)))
         stage.values.fill_(float("nan"))
 
-    def close_group(self) -> None:
+    def commit_group(self) -> None:
+        """Close the group of the copies that were started."""
         self.groups.append(self.copies)
         self.copies = []
 
-    def wait_for_groups(self, pending: int) -> None:
+    def wait_group(self, pending: int) -> None:
         """Let copies arrive until so many groups are under way."""
         assert not self.copies, "a wait amid a group"
         while len(self.groups) > pending:
             for stage, values in self.groups.pop(0):
                 stage.store(values)
 
-    def multiply(self, a, b: Shared, acc: Tensor, *, use_acc: bool = True, is_async: bool) -> Any:
-        """Start a product."""
+    def warpgroup_mma(self, a, b, acc, *, use_acc: bool = True, is_async: bool) -> Product:
+        """Start a product of rows, in registers or shared memory, and shared memory."""
         assert is_async
         product = Product(a, b, acc if use_acc else torch.zeros_like(acc))
         self.products.append(product)
         return product
 
-    def wait_for_products(self, pending: int, deps: list[Any]) -> Any:
+    def warpgroup_mma_wait(self, pending: int, deps: list[Any]) -> Any:
         """Let products end until so many are under way, and return those that are asked for."""
         while len(self.products) > pending:
             self.products.pop(0).finish()
-        for x in deps:
-            assert not isinstance(x, Product) or x.done, "a product is read before it has ended"
-        found = tuple(x.value if isinstance(x, Product) else x for x in deps)
+        found = tuple(x.value if isinstance(x, Product) and x.done else x for x in deps)
         return found[0] if len(found) == 1 else found
 
     def assert_idle(self) -> None:
-        """Nothing is under way when a program ends."""
+        """Fail where a program would end with something under way."""
         assert not (self.copies or self.groups or self.products), "left under way"
 
 
@@ -169,16 +179,17 @@ def _no_layout(*args, **kwargs) -> None:
     """Stand for a layout: it says where numbers lie, not which."""
 
 
-def _language() -> SimpleNamespace:
-    """Return what the kernel calls `gl`, but for the number of the program."""
+def _language(program: int) -> SimpleNamespace:
+    """Return what the kernel calls `gl`, for one program."""
     layouts = ("Blocked", "NVMMADistributed", "Slice", "NVMMAShared", "DotOperand")
     return SimpleNamespace(
         **{f"{name}Layout": _no_layout for name in layouts},
         constexpr=lambda x: x,
+        program_id=lambda axis: torch.tensor(program),
         float32=torch.float32,
         int32=torch.int32,
         int64=torch.int64,
-        static_range=builtins.range,
+        static_range=range,
         arange=lambda begin, end, layout: torch.arange(begin, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         allocate_shared_memory=lambda dtype, shape, layout: Shared(
@@ -208,14 +219,9 @@ def _namespace(source: str) -> dict[str, Any]:
         assert gluons in source, f"{gluons} is gone: then the model need not replace it"
         source = source.replace(gluons, ours)
     body = [x for x in ast.parse(source).body if not isinstance(x, (ast.Import, ast.ImportFrom))]
-    code = compile(
-        ast.Module(body, []),
-        "hopper_attention on its model",
-        "exec",
-        flags=annotations.compiler_flag,
-    )
+    code = compile(ast.Module(body, []), "<model>", "exec", annotations.compiler_flag)
     namespace = vars(hopper_attention) | {
-        "gl": _language(),
+        "gl": _language(0),  # for the constants
         "gluon": SimpleNamespace(jit=lambda function=None, **options: function or (lambda f: f)),
         "launch": _launch,
         "fence_async_shared": lambda: None,
@@ -228,22 +234,16 @@ def _launch(kernel, device, programs: int):
     """Stand for `launch`: return what runs the programs, one after another."""
 
     def run(*args, num_warps, **constants):
-        pointers = [Pointer(x) if isinstance(x, Tensor) else x for x in args]
+        values = [Pointer(_flat(x)) if isinstance(x, Tensor) else x for x in args]
         for program in range(programs):
             machine = Machine()
-            kernel.__globals__["gl"].program_id = lambda axis, program=program: torch.tensor(
-                program
-            )
             kernel.__globals__.update(
-                async_copy=SimpleNamespace(
-                    async_copy_global_to_shared=machine.copy,
-                    commit_group=machine.close_group,
-                    wait_group=machine.wait_for_groups,
-                ),
-                warpgroup_mma=machine.multiply,
-                warpgroup_mma_wait=machine.wait_for_products,
+                gl=_language(program),
+                async_copy=machine,
+                warpgroup_mma=machine.warpgroup_mma,
+                warpgroup_mma_wait=machine.warpgroup_mma_wait,
             )
-            kernel(*pointers, **constants)
+            kernel(*values, **constants)
             machine.assert_idle()
 
     return run
