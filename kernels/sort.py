@@ -19,7 +19,7 @@ def sort_by_label(labels: Tensor, num_labels: int, *, impl: Impl = "auto") -> tu
     if resolve(impl, labels) == "reference":
         return reference.sort_by_label(labels, num_labels)
     check_integers("labels", labels, 3)
-    if num_labels < 1 or labels.shape[2] < 1:
+    if not 1 <= num_labels <= _NO_LABEL.value or labels.shape[2] < 1:
         raise KernelError(f"{num_labels} labels of {labels.shape[2]} tokens cannot be sorted")
     batch, heads, tokens = labels.shape
     found = SortedLabels.empty(batch, heads, tokens, [num_labels], labels.device)
