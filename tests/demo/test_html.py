@@ -30,9 +30,10 @@ def test_the_curve_of_every_shipped_policy():
         for budget in policy.budgets():
             curve = html.curve(policy, budget)
             assert f"{budget} of {policy.num_inference_steps} steps computed" in curve
-            assert ("<svg" in curve) == (
-                len([p for p in policy.plans.values() if any(p.errors)]) > 1
-            )
+            errors = [p for p in policy.plans.values() if any(p.errors)]
+            predicted = [b for b in policy.budgets() if (policy.predicted_psnr(b) or 0) > 0]
+            assert ("<svg" in curve) == (len(errors) > 1 or len(predicted) > 1)
+            assert ("PSNR in dB" in curve) == (len(errors) < 2 < len(predicted))
 
 
 def run_of(tmp_path, **result):

@@ -1,6 +1,7 @@
 """The pictures of the page as HTML: progress, the strip of steps, numbers, a policy's curve."""
 
 import math
+from collections.abc import Callable
 from html import escape
 from textwrap import shorten
 from typing import Any
@@ -254,7 +255,10 @@ def caption(saved: SavedRun) -> str:
 
 
 def curve(policy: CachePolicy, budget: int) -> str:
-    """Return the largest error of each budget of a policy, the chosen one marked, as an SVG."""
+    """Return the largest error of each budget of a policy, the chosen one marked, as an SVG.
+
+    Plans that were chosen by runs end to end have no errors; the PSNR that they reach is drawn.
+    """
     total = policy.num_inference_steps
     psnr = {row.budget: row.psnr for row in policy.validation or () if row.kept}
     choice = f"{budget} of {total} steps computed, {total / budget:.1f}x by steps alone"
@@ -265,18 +269,31 @@ def curve(policy: CachePolicy, budget: int) -> str:
     budgets = policy.budgets()
     errors = {b: max(policy.plans[str(b)].errors, default=math.nan) for b in budgets}
     points = {b: math.log10(error) for b, error in errors.items() if error > 0}
+    drawn, tick = "error of the worst segment, log scale", lambda value: f"{10**value:.2g}"
+    if len(points) < 2:
+        predicted = {b: policy.predicted_psnr(b) for b in budgets}
+        points = {b: x for b, x in predicted.items() if x is not None and math.isfinite(x)}
+        drawn, tick = "PSNR in dB, between those that were measured", lambda value: f"{value:.0f}"
     if len(points) < 2:
         return f'{title}<div class="va-muted">this policy states no errors to draw</div>'
-    return title + _draw_curve(points, budgets, budget)
+    return title + _draw_curve(points, budgets, budget, drawn, tick)
 
 
-def _draw_curve(points: dict[int, float], budgets: list[int], chosen: int) -> str:
-    """Draw the log10 of the error over the budget as an SVG.
+def _draw_curve(
+    points: dict[int, float],
+    budgets: list[int],
+    chosen: int,
+    drawn: str,
+    tick: Callable[[float], str],
+) -> str:
+    """Draw what each budget gives as an SVG.
 
     Args:
-        points: budget -> log10 of its error, two or more.
+        points: budget -> the height of its point, two or more.
         budgets: all budgets in order, for the axis.
         chosen: the budget to mark.
+        drawn: what the heights are.
+        tick: shows a height.
     """
     low, high = min(points.values()), max(points.values())
 
@@ -300,15 +317,15 @@ def _draw_curve(points: dict[int, float], budgets: list[int], chosen: int) -> st
     )
     scale = "".join(
         f'<text x="{LEFT - 6}" y="{at(budgets[0], value)[1] + 4:.0f}" text-anchor="end">'
-        f"{10**value:.2g}</text>"
+        f"{tick(value)}</text>"
         for value in (low, high)
     )
     return (
         f'<svg class="va-curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="error against computed steps" font-size="12" fill="currentColor">'
+        f'aria-label="{drawn} against computed steps" font-size="12" fill="currentColor">'
         f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{BASE}" y2="{BASE}" stroke="currentColor" '
         f'opacity=".4"/><polyline points="{line}" fill="none" stroke="#2f6fdb" '
         f'stroke-width="2"/>{mark}{ticks}{scale}'
         f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">computed steps '
-        f"(error of the worst segment, log scale)</text></svg>"
+        f"({drawn})</text></svg>"
     )
