@@ -15,8 +15,9 @@ from vidaccel.bench.attention import AttentionResult
 from vidaccel.bench.curves import QualityResult
 from vidaccel.bench.figures import draw_attention, draw_quality
 from vidaccel.bench.learning import LearningResult, Lesson, draw_learning
+from vidaccel.bench.precision import PrecisionPoint, PrecisionResult
 from vidaccel.bench.precision_crossover import CrossoverPoint, CrossoverResult
-from vidaccel.bench.precision_figures import draw_crossover
+from vidaccel.bench.precision_figures import draw_crossover, draw_precision
 
 ASSETS = Path(__file__).resolve().parent
 
@@ -45,10 +46,16 @@ def crossover_of(data: dict[str, Any]) -> CrossoverResult:
     return CrossoverResult(**data | {"points": points, "even_at": even_at})
 
 
+def precision_of(data: dict[str, Any]) -> PrecisionResult:
+    """Read the result of `vidaccel bench precision`."""
+    return PrecisionResult(**data | {"points": [PrecisionPoint(**p) for p in data["points"]]})
+
+
 # Name of the file of numbers, and of the figure -> how the one is read, and the other drawn.
 FIGURES: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Path], None]]] = {
     "attention": (AttentionResult.from_dict, draw_attention),
     "learning": (learning_of, draw_learning),
+    "precision": (precision_of, draw_precision),
     "precision-crossover": (crossover_of, draw_crossover),
     "quality": (QualityResult.from_dict, draw_quality),
 }
