@@ -41,7 +41,7 @@ def hopper_config(head_dim: int, dtype: torch.dtype) -> dict[str, int | bool] | 
     """Return the tile of queries and keys, stages of copies, where a turn starts them, and warps.
 
     None for head sizes and types that this kernel does not take. Two programs fit a multiprocessor;
-    of seven configs these were the fastest on an H100 (assets/results/gpu).
+    `vidaccel bench gpu --part tune` times others.
     """
     if head_dim not in (64, 128) or dtype not in (torch.float16, torch.bfloat16):
         return None
