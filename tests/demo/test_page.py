@@ -428,17 +428,19 @@ def test_a_reload_in_the_middle_goes_on_where_it_was(tab):
     tab.wait_for_selector("#generate:not([disabled])")
 
 
-def lost_in_silence(relay):
+def lost_in_silence(relay, tab):
     """The connections that there are say nothing any more: a computer slept, a network changed."""
+    # As many as a browser makes to one server: it makes another one only when one of them has ended.
+    tab.evaluate("Promise.all([...Array(20).keys()].map(i => fetch(`/theme.css?${i}`)))")
     relay.lose()
 
 
-def cut_off(relay):
+def cut_off(relay, tab):
     """The connections that there are end, and others can be made: a proxy has had enough."""
     relay.cut()
 
 
-def out_of_reach(relay):
+def out_of_reach(relay, tab):
     """The server cannot be reached for a while, until the page has noticed."""
     relay.reachable = False
     relay.cut()
@@ -454,7 +456,7 @@ def test_a_run_goes_on_after_a_lost_connection(browser, server, happens):
         long_run(tab)
         tab.click("#generate")
         until(lambda: step(tab) >= 1)
-        happens(relay)
+        happens(relay, tab)
         if not relay.reachable:
             tab.wait_for_selector("text=Connection to the server was lost")
             relay.reachable = True

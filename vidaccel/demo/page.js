@@ -5,6 +5,7 @@
 // since one can come before the page has answered that it was opened.
 (() => {
   const ASK_EVERY = 300, ANSWERED_WITHIN = 5000;  // milliseconds
+  const OPEN = 2;  // questions that may wait for an answer
   let token = Array.from(crypto.getRandomValues(new Uint8Array(16)),
                          byte => byte.toString(16).padStart(2, '0')).join('');
   let following = '', opened = '', asked = 0, askedAt = 0;
@@ -25,7 +26,7 @@
     job: () => following,
     opened: () => opened,
     heard: () => document.querySelector('#heard')?.textContent.trim() || '',
-    ask: () => { askedAt = performance.now(); return String(++asked); },
+    ask: () => { askedAt = performance.now(); return `question-${++asked}`; },
     remember: (job) => {
       following = job;
       try { sessionStorage.vidaccelJob = job; } catch {}
@@ -36,11 +37,38 @@
   // Ask how far the run is, until the page has been told of its end. It never waits for ever: what
   // is not answered, since a connection was lost, is asked again.
   setInterval(() => {
-    const [job, , , state, answered] = vidaccel.heard().split(' ');
+    const [job, , , state, question] = vidaccel.heard().split(' ');
     if (!following || (job === following && state === 'over')) return;
-    if (Number(answered || 0) < asked && performance.now() - askedAt < ANSWERED_WITHIN) return;
+    const answered = question === `question-${asked}` || asked === 0;
+    if (!answered && performance.now() - askedAt < ANSWERED_WITHIN) return;
     document.querySelector('#ask')?.click();
   }, ASK_EVERY);
+  // A browser makes six connections or so to a server, and another one only when one of them has
+  // ended. So that questions on lost ones never take up all of them, old questions are given up:
+  // their connection is closed, and Gradio is not told, which would call that an error.
+  const waiting = new Set(), send = window.fetch;
+  const isQuestion = (body) => {
+    try { return /^question-\d+$/.test(JSON.parse(body).data.at(-1)); } catch { return false; }
+  };
+  window.fetch = async (resource, options) => {
+    if (!isQuestion(options?.body)) return send(resource, options);
+    const question = new AbortController();
+    waiting.add(question);
+    if (waiting.size > OPEN) {
+      const [oldest] = waiting;
+      waiting.delete(oldest);
+      oldest.abort();
+    }
+    try {
+      const answer = await send(resource, {...options, signal: question.signal});
+      return new Response(await answer.blob(), answer);
+    } catch (error) {
+      if (question.signal.aborted) return new Promise(() => {});
+      throw error;
+    } finally {
+      waiting.delete(question);
+    }
+  };
 })();
 
 // Two clips in step: what happens to one of them happens to the other.
