@@ -430,7 +430,7 @@ def test_a_reload_in_the_middle_goes_on_where_it_was(tab):
 
 def lost_in_silence(relay, tab):
     """The connections that there are say nothing any more: a computer slept, a network changed."""
-    # As many as a browser makes to one server: it makes another one only when one of them has ended.
+    # As many as a browser makes to one server; another one comes only where one of them has ended.
     tab.evaluate("Promise.all([...Array(20).keys()].map(i => fetch(`/theme.css?${i}`)))")
     relay.lose()
 
