@@ -14,6 +14,32 @@ def image_vae(channels: int, cls: str = "AutoencoderKL", **config: Any) -> Any:
     return built(cls, **(defaults | config))
 
 
+def shifted_vae(channels: int) -> Any:
+    """One whose latents are shifted, as that of FLUX.1 has them."""
+    parts = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.06}
+    return image_vae(channels, **parts)
+
+
+def flux2_vae() -> Any:
+    """That of FLUX.2, with one channel of latents."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    return image_vae(1, "AutoencoderKLFlux2", **blocks)
+
+
+def qwen_vae() -> Any:
+    """That of Qwen-Image, with four channels of latents."""
+    return built(
+        "AutoencoderKLQwenImage",
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+
+
 def pooled(width: int) -> dict[str, torch.Tensor]:
     """Embeddings of whole prompts, [1, width]."""
     return {
@@ -40,7 +66,7 @@ def flux() -> Case:
     """Blocks that return the text first; the time in thousandths."""
     transformer = built("FluxTransformer2DModel", **rotary(pooled_projection_dim=8))
     call = pooled(8) | {"true_cfg_scale": 3.0}
-    vae = image_vae(1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
+    vae = shifted_vae(1)
     parts = {"vae": vae, "text_encoder_2": None, "tokenizer_2": None}
     return case("FluxPipeline", transformer, call, **parts)
 
@@ -51,14 +77,8 @@ def flux2() -> Case:
         "Flux2Transformer2DModel",
         **rotary(axes_dims_rope=[4, 4, 4, 4], timestep_guidance_channels=32),
     )
-    vae = image_vae(
-        1,
-        "AutoencoderKLFlux2",
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-    )
     drop = ("negative_prompt_embeds",)
-    return case("Flux2Pipeline", transformer, {}, drop, vae=vae)
+    return case("Flux2Pipeline", transformer, {}, drop, vae=flux2_vae())
 
 
 def chroma() -> Case:
@@ -70,7 +90,7 @@ def chroma() -> Case:
         f"{prefix}prompt_attention_mask": torch.ones(1, 16, dtype=torch.bool)
         for prefix in ("", "negative_")
     }
-    vae = image_vae(1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
+    vae = shifted_vae(1)
     return case("ChromaPipeline", transformer, call, vae=vae)
 
 
@@ -89,7 +109,7 @@ def sd3() -> Case:
         pooled_projection_dim=8,
         out_channels=4,
     )
-    vae = image_vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)
+    vae = shifted_vae(4)
     names = ("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     parts = dict.fromkeys(names) | {"vae": vae}
     return case("StableDiffusion3Pipeline", transformer, pooled(8), **parts)
@@ -107,22 +127,12 @@ def qwen_image() -> Case:
         joint_attention_dim=32,
         axes_dims_rope=(8, 4, 4),
     )
-    vae = built(
-        "AutoencoderKLQwenImage",
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
     call = {
         f"{prefix}prompt_embeds_mask": torch.ones(1, 16, dtype=torch.long)
         for prefix in ("", "negative_")
     }
     call |= {"true_cfg_scale": 3.0}
-    return case("QwenImagePipeline", transformer, call, ("guidance_scale",), vae=vae)
+    return case("QwenImagePipeline", transformer, call, ("guidance_scale",), vae=qwen_vae())
 
 
 def hunyuan_image() -> Case:

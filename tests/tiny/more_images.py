@@ -7,7 +7,7 @@ import diffusers
 import torch
 
 from tiny.base import LAYERS, Case, built, case, embeds, image, masks
-from tiny.images import image_vae, pooled
+from tiny.images import flux2_vae, image_vae, pooled
 from tiny.modular import modular_case, noise
 from tiny.new_images import alive
 from tiny.wan import wan_vae
@@ -216,18 +216,12 @@ def bria_fibo2() -> Case:
         axes_dims=(4, 4, 4),
         axes_lens=(64, 64, 64),
     )
-    vae = image_vae(
-        1,
-        "AutoencoderKLFlux2",
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-    )
     call: dict[str, Any] = {
         f"{prefix}prompt_embeds": torch.stack([embeds(seed), embeds(seed + 7)], dim=1)
         for seed, prefix in enumerate(("", "negative_"), 1)
     }
     call |= {"guidance_scale": 2.0}
-    return case("BriaFibo2Pipeline", alive(transformer), call, vae=vae, processor=None)
+    return case("BriaFibo2Pipeline", alive(transformer), call, vae=flux2_vae(), processor=None)
 
 
 def joyimage_edit_plus() -> Case:

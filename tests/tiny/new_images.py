@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from tiny.base import LAYERS, Case, built, case, embeds, generator
-from tiny.images import image_vae, rotary
+from tiny.images import flux2_vae, image_vae, qwen_vae, rotary, shifted_vae
 
 
 def _text_masks(suffix: str, dtype: torch.dtype = torch.bool) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def longcat_image() -> Case:
     )
     call = {"enable_prompt_rewrite": False, "prompt": "a", "negative_prompt": "bb"}
     drop = ("prompt_embeds", "negative_prompt_embeds")
-    parts = {"vae": _shifted(1), "text_processor": None}
+    parts = {"vae": shifted_vae(1), "text_processor": None}
     found = case("LongCatImagePipeline", transformer, call, drop, **parts)
     found.pipe.encode_prompt = _encoded
     return found
@@ -39,15 +39,10 @@ def _encoded(prompt: list[str], **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return embeds(len(prompt[0])), torch.zeros(16, 3)
 
 
-def _shifted(channels: int) -> Any:
-    parts = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.06}
-    return image_vae(channels, **parts)
-
-
 def ovis_image() -> Case:
     transformer = built("OvisImageTransformer2DModel", **rotary(out_channels=4))
     call = {"negative_prompt": None}
-    return case("OvisImagePipeline", transformer, call, vae=_shifted(1))
+    return case("OvisImagePipeline", transformer, call, vae=shifted_vae(1))
 
 
 def lumina2() -> Case:
@@ -67,7 +62,7 @@ def lumina2() -> Case:
         cap_feat_dim=32,
     )
     call = _text_masks("attention_mask")
-    return case("Lumina2Pipeline", transformer, call, vae=_shifted(4))
+    return case("Lumina2Pipeline", transformer, call, vae=shifted_vae(4))
 
 
 def prx() -> Case:
@@ -82,7 +77,7 @@ def prx() -> Case:
         axes_dim=[2, 2],
     )
     call = _text_masks("attention_mask") | {"use_resolution_binning": False}
-    return case("PRXPipeline", alive(transformer), call, vae=_shifted(4))
+    return case("PRXPipeline", alive(transformer), call, vae=shifted_vae(4))
 
 
 def sana() -> Case:
@@ -164,17 +159,8 @@ def krea2() -> Case:
         f"{prefix}prompt_embeds": torch.stack([embeds(seed), embeds(seed + 7)], 2)
         for seed, prefix in enumerate(("", "negative_"), 1)
     }
-    vae = built(
-        "AutoencoderKLQwenImage",
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    return case("Krea2Pipeline", transformer, call, vae=vae, text_encoder_select_layers=(0, 1))
+    parts = {"vae": qwen_vae(), "text_encoder_select_layers": (0, 1)}
+    return case("Krea2Pipeline", transformer, call, **parts)
 
 
 def ernie_image() -> Case:
@@ -190,20 +176,12 @@ def ernie_image() -> Case:
         text_in_dim=32,
         rope_axes_dim=(8, 4, 4),
     )
-    vae = built(
-        "AutoencoderKLFlux2",
-        block_out_channels=(4,),
-        latent_channels=1,
-        norm_num_groups=1,
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-    )
     call = {
         "use_pe": False,
         "prompt_embeds": [embeds(1)[0]],
         "negative_prompt_embeds": [embeds(2)[0]],
     }
-    return case("ErnieImagePipeline", alive(transformer), call, vae=vae)
+    return case("ErnieImagePipeline", alive(transformer), call, vae=flux2_vae())
 
 
 CASES = (longcat_image, ovis_image, lumina2, prx, sana, auraflow, krea2, ernie_image)
