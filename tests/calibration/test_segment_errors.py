@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tiny import CASES, STEPS
-from tiny.wan import wan, wan22, wan_unipc, wan_v2v
+from tiny.wan import wan, wan22, wan_i2v, wan_unipc, wan_v2v
 from vidaccel import Plan, accelerate, restore
 from vidaccel.api import engines_of
 from vidaccel.calibration import replay
@@ -71,6 +71,16 @@ def test_deviations_are_those_of_the_run(build):
             if STEPS in found:  # reused to the end: the deviation is the error itself
                 error = replayer.error(start, STEPS)
                 assert float(found[STEPS].abs().mean()) == pytest.approx(error)
+
+
+def test_a_deviation_is_of_the_latents_alone():
+    """What else goes into a step, the channels of a picture here, is no part of the mean."""
+    case = wan_i2v()
+    with Replayer(case.pipe, case.kwargs) as replayer:
+        found = deviations(replayer, 3, starts=[2]).holds
+        for end, difference in replayer.drift(2, 3).items():
+            latents = difference[:, : replayer.reference.latents.shape[1]]
+            assert found[2, end] == pytest.approx(float(latents.abs().mean()))
 
 
 @pytest.mark.parametrize("build", [wan, wan_unipc], ids=["euler", "unipc"])

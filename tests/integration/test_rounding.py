@@ -4,6 +4,7 @@ The pipelines run whole in half precision, but for their transformers: these ans
 right shapes, and look at the time that they are given.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import wraps
 
@@ -28,6 +29,7 @@ ROUNDED = {
     "t": ("hunyuan15", "hunyuan15_i2v", "hunyuan_image", "mochi", "easyanimate"),
     "t, at times": ("hunyuan", "hunyuan_true_cfg", "hunyuan_i2v", "skyreels_v1"),
     "t / 1000": ("flux", "flux2", "chroma", "qwen_image"),
+    "1 - t / 1000": ("ideogram4", "z_image", "lumina2"),
     "sigma": ("cosmos", "cosmos_v2w", "cosmos2_t2i", "cosmos2_v2w"),
     "sigma, before it is spread over the frames": ("cosmos25_transfer",),
 }
@@ -35,7 +37,7 @@ STANDING_FOR = {names[0] for names in ROUNDED.values()}
 
 # Pipelines that leave out the last step, and those that have no such number.
 ONE_LESS = {"ltx_long"}
-FIXED = {"ltx2_dfr", "helios_pyramid"}
+FIXED = {"ltx2_dfr", "helios_pyramid", "ideogram4_modular"}
 
 # From 52 steps on their own scheduler fails: its first two timesteps are the same whole number.
 LAST = dict.fromkeys(("cosmos25", "cosmos25_i2w", "cosmos25_transfer"), 51)
@@ -78,7 +80,7 @@ class Places(Observer):
     """Looks on at where an engine places the calls of its transformer.
 
     Attributes:
-        walks: the steps of each walk, once a step; engines of one pipeline have them in common.
+        walks: the steps of each walk, once a step; engines that take turns have them in common.
         length: steps in the table of the last call.
     """
 
@@ -117,9 +119,10 @@ class Watched:
     def run(self, **call) -> None:
         accelerate(self.case.pipe, policy=None, cache=None)
         self.engines = [engine_of(transformer) for transformer, _ in self.transformers.values()]
-        self.places = Places()
-        for engine in self.engines:
-            engine.observer = self.places
+        apart = self.case.side_by_side
+        self.places = [Places() for _ in (self.engines if apart else [0])]
+        for engine, places in zip(self.engines, itertools.cycle(self.places)):
+            engine.observer = places
         with torch.no_grad():
             self.case.run(**call)
 
@@ -139,12 +142,13 @@ class Watched:
         """Every walk is through all steps in order."""
         plain = {reason for engine in self.engines for reason in engine.stats.plain}
         assert plain <= {ASIDE}
-        walks, length = self.places.walks, self.places.length
-        whole = list(range(first, length - (self.name in ONE_LESS)))
-        if len(self.transformers) > 1:  # two experts, one walk
-            assert [step for walk in walks for step in walk] == whole
-            return
-        assert walks and all(walk == whole for walk in walks), walks
+        for places in self.places:
+            walks, length = places.walks, places.length
+            whole = list(range(first, length - (self.name in ONE_LESS)))
+            if len(self.engines) > len(self.places):  # two experts, one walk
+                assert [step for walk in walks for step in walk] == whole
+            else:
+                assert walks and all(walk == whole for walk in walks), walks
 
 
 def cases():

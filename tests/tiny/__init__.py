@@ -68,20 +68,22 @@ SINCE = {
     "ltx2_in_context": "0.39",
     "ltx2_hdr": "0.39",
     "ltx2_dfr": "0.42",
-    "krea2": "0.42",
-    "ernie_image": "0.42",
+    "krea2": "0.39",
+    "ernie_image": "0.39",
     "flux3": "0.42",
     "flux3_edit": "0.42",
+    "ideogram4": "0.39",
+    "ideogram4_modular": "0.39",
     "joyimage_edit": "0.39",
     "joyimage_edit_plus": "0.40",
     "qwen_image21": "0.41",
     "qwen_image21_whole": "0.41",
     "bria_fibo2": "0.42",
     "wan22_vace_modular": "0.42",
-    "wan_animate_2": "0.42",
-    "minimax_h3": "0.42",
-    "minimax_h3_keyframe": "0.42",
-    "minimax_h3_references": "0.42",
+    "wan_animate_2": "0.40",
+    "minimax_h3": "0.40",
+    "minimax_h3_keyframe": "0.40",
+    "minimax_h3_references": "0.40",
 }
 
 # Pipelines that are given a picture or a clip for each prompt: name of the case -> the argument.
@@ -95,6 +97,7 @@ PER_PROMPT = {
     "ltx2_i2v": "image",
     "cosmos_v2w": "image",
     "cosmos2_v2w": "image",
+    "ideogram4": "prompt",
 }
 
 # What is up to Diffusers: pipelines that take no batch of prompts with a generator each ...
@@ -124,6 +127,7 @@ NO_BATCH = {
     "wan22_i2v_modular": "takes one image",
     "longcat_image": "takes embeddings of its own text encoder alone",
     "joyimage_edit_plus": "takes embeddings of its own text encoder alone",
+    "ideogram4_modular": "takes embeddings of its own text encoder alone",
     "glm_image_edit": "takes a list of pictures for each prompt",
     "minimax_h3": "takes one prompt",
     "minimax_h3_keyframe": "takes one prompt",
@@ -156,6 +160,8 @@ NO_OTHER_SCHEDULER = {
     "ernie_image": _TIMESTEPS,
     "glm_image": _TIMESTEPS,
     "glm_image_edit": _TIMESTEPS,
+    "ideogram4": _TIMESTEPS,
+    "ideogram4_modular": _TIMESTEPS,
     "bria_fibo": _SHIFT,
     "bria_fibo2": _SHIFT,
     "wan_animate_2": "hands its scheduler a generator",

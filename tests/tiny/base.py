@@ -34,7 +34,8 @@ class Case:
         batch, scheduler: why the pipeline takes no batch of prompts, or no other scheduler.
         aside: blocks that run in calls of the transformer beside those of the steps.
         component: the name of the transformer that runs, of that with the first step.
-        per_prompt: the argument with a picture or a clip, if there has to be one for each prompt.
+        side_by_side: its transformers run in every step, and do not take turns.
+        per_prompt: the argument with a picture, clip or text, if there has to be one per prompt.
     """
 
     pipe: Any
@@ -48,6 +49,7 @@ class Case:
     scheduler: str = ""
     aside: int = 0
     component: str = "transformer"
+    side_by_side: bool = False
     per_prompt: str = ""
 
     def run(self, seed: int = 0, **overrides: Any) -> torch.Tensor:

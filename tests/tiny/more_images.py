@@ -1,12 +1,13 @@
 """Image models whose blocks take the text anew, or that edit pictures."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 
-from tiny.base import LAYERS, Case, built, case, embeds, image, masks
+from tiny.base import LAYERS, STEPS, Case, built, case, embeds, image, masks
 from tiny.images import flux2_vae, image_vae, pooled
 from tiny.modular import modular_case, noise
 from tiny.new_images import alive
@@ -324,6 +325,55 @@ def glm_image_edit() -> Case:
     return found
 
 
+def _ideogram4(seed: int) -> Any:
+    return built(
+        "Ideogram4Transformer2DModel",
+        seed,
+        in_channels=4,
+        num_layers=LAYERS,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        adaln_dim=8,
+        llm_features_dim=32,
+        mrope_section=(4, 2, 2),
+    )
+
+
+def ideogram4() -> Case:
+    """Two transformers in every step, one for each branch, that of the second without the text."""
+    parts = {"unconditional_transformer": _ideogram4(1), "vae": flux2_vae()}
+    call = {"prompt": "a", "guidance_schedule": None, "max_sequence_length": 16}
+    drop = ("prompt_embeds", "negative_prompt_embeds")
+    found = case("Ideogram4Pipeline", _ideogram4(0), call, drop, **parts)
+
+    def encoded(prompt: Any, grid_h: int, grid_w: int, longest: int, device: Any) -> Any:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        ids = found.pipe._prepare_ids([16] * len(prompts), grid_h, grid_w, longest, device)
+        text = torch.cat([embeds(len(words)) for words in prompts])
+        return torch.nn.functional.pad(text, (0, 0, 0, grid_h * grid_w)), *ids
+
+    found.pipe.encode_prompt = lambda max_sequence_length, **call: encoded(
+        longest=max_sequence_length, **call
+    )
+    found.side_by_side = True
+    return found
+
+
+def ideogram4_modular() -> Case:
+    from diffusers.modular_pipelines.ideogram4 import modular_blocks_ideogram4
+
+    blocks = deepcopy(modular_blocks_ideogram4.Ideogram4CoreDenoiseStep())
+    del blocks.sub_blocks["after_denoise"]
+    whole = ideogram4()
+    call = {"text_features": embeds(1), "text_lengths": [16], "guidance_schedule": [5.0] * STEPS}
+    parts = whole.pipe.components
+    call |= {"height": 64, "width": 64}
+    found = modular_case("Ideogram4ModularPipeline", blocks, parts, call, side_by_side=True)
+    found.other |= {"guidance_schedule": [5.0] * 4, "width": 128}
+    return found
+
+
 CASES = (
     flux3,
     flux3_edit,
@@ -339,4 +389,6 @@ CASES = (
     qwen_image21_whole,
     glm_image,
     glm_image_edit,
+    ideogram4,
+    ideogram4_modular,
 )

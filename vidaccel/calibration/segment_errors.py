@@ -97,16 +97,16 @@ def deviations(
         lines: also of segments along lines.
         starts: only segments from these steps on; None for all.
     """
-    found = Errors()
+    found, latents = Errors(), replayer.reference.latents
     for start in range(replayer.steps - 1) if starts is None else starts:
         held = replayer.drift(start, max_skip)
         allowed = [end for end in held if replayer.allowed(start, end)]
-        found.holds.update({(start, end): _mean(held[end]) for end in allowed})
+        found.holds.update({(start, end): _mean(held[end], latents) for end in allowed})
         for gap in _gaps(start, max_skip) if lines else ():
             drawn = replayer.drift(start, max_skip, 1, start - gap)
             for end in allowed:
                 found.lines[start, end, start - gap] = tuple(
-                    _mean(torch.lerp(held[end], drawn[end], scale)) for scale in SCALES
+                    _mean(torch.lerp(held[end], drawn[end], scale), latents) for scale in SCALES
                 )
     return found
 
@@ -162,8 +162,12 @@ def _gaps(start: int, max_skip: int) -> list[int]:
     return sorted({gap for gap in (*LINE_GAPS, farthest) if 0 < gap <= farthest})
 
 
-def _mean(difference: torch.Tensor) -> float:
-    return float(difference.abs().mean())
+def _mean(difference: torch.Tensor, latents: torch.Tensor) -> float:
+    """Return the mean over the latents of what went into a step.
+
+    That may hold more than them, the same in every run: a picture's channels, rows of text.
+    """
+    return float(difference.abs().sum()) / latents.numel()
 
 
 def _interpolated(gains: dict[int, float], step: int) -> float:

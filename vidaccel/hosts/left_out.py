@@ -16,11 +16,6 @@ _REASONS = {
     "Transformer2DModel": ("transformers in UNets", _UNET),
     "TransformerTemporalModel": ("transformers along time in UNets", _UNET),
     "DreamLiteTransformer2DModel": ("DreamLite", _UNET),
-    "Ideogram4Transformer2DModel": (
-        "Ideogram 4",
-        "runs beside a second one in every step, one for each branch, and no test covers such a "
-        "pair",
-    ),
     "OmniGenTransformer2DModel": (
         "OmniGen",
         "is a language model over text and pictures, with a key-value cache in its blocks",
@@ -52,7 +47,6 @@ ROWS = tuple(
 )
 
 _BLOCKS = "the row of the transformer is tested in whole pipelines, these blocks are not"
-_NO_ROW = "has a transformer without a tested row"
 _FEW = "is distilled to a few steps, too few to reuse any"
 
 # Modular pipelines that no test runs.
@@ -71,7 +65,6 @@ UNTESTED = {
     "HeliosModularPipeline": _BLOCKS,
     "HeliosPyramidDistilledModularPipeline": _FEW,
     "HeliosPyramidModularPipeline": _BLOCKS,
-    "Ideogram4ModularPipeline": _NO_ROW,
     "Krea2ModularPipeline": _BLOCKS,
     "Krea2TurboModularPipeline": _FEW,
     "LTX25ModularPipeline": _BLOCKS,

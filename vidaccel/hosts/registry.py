@@ -92,7 +92,7 @@ def rows_among(components: dict[str, Any]) -> dict[str, tuple[Any, HostSpec]]:
     """Return the components that have a row, with it, by name."""
     modules = {name: _within_peft(module) for name, module in components.items()}
     return {
-        name: (module, row)
+        name: (module, row.of_component(name))
         for name, module in modules.items()
         if (row := _row_of(module)) is not None
     }

@@ -1,6 +1,6 @@
 """A row of the table of supported transformer classes: where its blocks and its result are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 # The forms in which a pipeline gives its transformer the time, made of its scheduler's tables.
@@ -80,6 +80,9 @@ class HostSpec:
             time per sample: one sequence with sound and conditioning at levels of their own.
         aside: the forward argument and its value in calls that fill a cache for others, before the
             first step or in it; they run as they are.
+        branches: the components that each run one guidance branch alone, with its name: two of the
+            class run in every step. Empty where one runs all branches.
+        only: that branch, in the row of such a component.
         left_out: the forward argument that, where it is true, has one block of the list left out,
             and the index of that block.
         since: the first version of diffusers that has the class.
@@ -108,6 +111,8 @@ class HostSpec:
     times: tuple[Time, ...] = ("t",)
     levels: bool = False
     aside: tuple[str, Any] | None = None
+    branches: tuple[tuple[str, str], ...] = ()
+    only: str = ""
     left_out: tuple[str, int] | None = None
     since: str = "0.38"
     untested: tuple[tuple[str, str], ...] = ()
@@ -134,12 +139,23 @@ class HostSpec:
         """Count the blocks that one call of the transformer runs."""
         return sum(len(getattr(transformer, blocks.name)) for blocks in self.blocks)
 
+    def of_component(self, name: str) -> "HostSpec":
+        """Return the row of a component of a pipeline, by its name."""
+        only = dict(self.branches).get(name, "")
+        return replace(self, only=only) if only else self
+
     @property
     def guided_calls(self) -> int:
         """Calls per step that classifier-free guidance explains."""
-        return 1 if self.guidance == "batched" else 2
+        return len(self._known)
 
     def branch(self, position: int) -> str:
         """Name the `position`-th call of a step for a pipeline that does not name its calls."""
-        known = ("cond_uncond",) if self.guidance == "batched" else ("cond", "uncond")
-        return known[position] if position < len(known) else f"call {position}"
+        return self._known[position] if position < len(self._known) else f"call {position}"
+
+    @property
+    def _known(self) -> tuple[str, ...]:
+        """The branches of unnamed calls, in their order within a step."""
+        if self.only:
+            return (self.only,)
+        return ("cond_uncond",) if self.guidance == "batched" else ("cond", "uncond")

@@ -51,7 +51,7 @@ _WAN = (
         (BlockList("blocks"),),
         (Head("head"),),
         family="Wan Animate 2",
-        since="0.42",
+        since="0.40",
         attention=None,
         attention_note="frames attend to those of a reference under a block mask",
         # Each segment begins with a call that fills a cache of keys and values of its reference.
@@ -331,7 +331,7 @@ _VIDEO = (
         ("MiniMaxH3ModularPipeline",),
         (BlockList("transformer_blocks"),),
         family="MiniMax-H3",
-        since="0.42",
+        since="0.40",
         guidance="embedded",
         tokens=("text", "video"),
         attention="attn",

@@ -82,7 +82,8 @@ class Learner(Observer):
             return
         context, started = call.context, moment(call.device)
         try:
-            if context.restarted and context.step == 0:
+            beside = lessons.running is not None and lessons.running.is_beside(call, engine)
+            if context.restarted and context.step == 0 and not beside:
                 lessons.begin(Lesson(call, engine))
             elif context.restarted and not lessons.begun:
                 raise NotLearnable("it begins inside of its schedule")
@@ -96,6 +97,8 @@ class Learner(Observer):
         except Exception as error:  # whatever it is: a lesson is not worth a run
             own = isinstance(error, VidaccelError)
             reason = str(error) if own else f"{type(error).__name__}: {first_line(error)}"
+            if lessons.running is not None:
+                self._cannot_learn(lessons.running.run)
             lessons.running, lessons.note = None, f"{NOT_LEARNED}: {reason}"
             self._cannot_learn(generation.run)
         finally:
@@ -145,6 +148,9 @@ class Lesson:
         call: its first call.
         engine: runs it.
 
+    Attributes:
+        run: what it is like.
+
     Raises:
         NotLearnable: nothing can be learned from such a run.
     """
@@ -156,7 +162,7 @@ class Lesson:
             raise NotLearnable("its noise levels are not known")
         if sequence_parallel_mode(engine.transformer):
             raise NotLearnable("its tokens are spread over several devices")
-        self._run, self._scheduler, self._sigmas = run, scheduler, run.sigmas
+        self.run, self._scheduler, self._sigmas = run, scheduler, run.sigmas
         serving = engine.trajectories.pipelines
         of_run = (pipe for pipe in serving if getattr(pipe, "scheduler", None) is scheduler)
         self._pipe = next(of_run, serving[0] if serving else None)
@@ -171,6 +177,11 @@ class Lesson:
         self._branches: set[str] = set()
         self._level: torch.Tensor | None = None
         self._engine, self._second = engine, False
+
+    def is_beside(self, call: RunningCall, engine: Engine) -> bool:
+        """Tell whether a call is one of another transformer in the first step of this run."""
+        same = call.trajectory.tracker.scheduler is self._scheduler
+        return same and engine is not self._engine and self._step == 0
 
     def learn(self, call: RunningCall, output: Any, engine: Engine) -> None:
         """Learn from a call that has ended.
@@ -203,14 +214,14 @@ class Lesson:
 
     def finish(self) -> CachePolicy:
         """Return the policy that follows from the whole run."""
-        self._end_step(self._run.num_inference_steps)
+        self._end_step(self.run.num_inference_steps)
         holds, lines = self._deviations.result()
         noise = noise_share(self._scheduler, self._sigmas)
         edges = learned_edges(holds, lines, self._sigmas, noise)
         shift = self._scheduler.config.get("shift")
         assert self._level is not None  # the run had a step
         return learned_policy(
-            self._run,
+            self.run,
             edges,
             level=float(self._level),
             shift=shift,
@@ -228,6 +239,8 @@ class Lesson:
                 self._residuals, self._slots = {}, None
                 self._engine, self._second = engine, True
             self._step, self._calls = context.step, []
+        elif engine is not self._engine:
+            raise NotLearnable("a second transformer ran in the same step")
         if context.branch in self._calls or context.changed or context.reshaped:
             raise NotLearnable("what it was given changed in the middle of the run")
         self._calls.append(context.branch)
