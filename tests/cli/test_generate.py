@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from tiny.cogvideo import cogvideox_i2v
+from vidaccel.cli.generate import check_steps
 from vidaccel.clips import video
 from vidaccel.clips.embedded import EMBEDDED_PROMPT, embedded_model
 from vidaccel.clips.fidelity import MEASURES
+from vidaccel.errors import PolicyError
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.store import shipped_policies
+from vidaccel.resolve import Resolver
 
 
 def test_generate_compares_and_writes_everything(tmp_path, run, small):
@@ -81,6 +85,17 @@ def test_the_command_line_gives_what_the_python_api_gives(tmp_path, run, small):
     other = tmp_path / "expected.mp4"
     video.write_video(other, expected, 16)
     assert np.array_equal(video.read_video(out)[0], video.read_video(other)[0])
+
+
+def test_a_model_may_make_a_step_less_than_it_is_asked_for():
+    """As MiniMax-H3 does: a policy for 50 steps is for a call of 51, where the model is its own."""
+    resolver = Resolver("vidaccel/tiny-wan/50-steps")
+    asked = {"policy": "vidaccel/tiny-wan/50-steps", "steps": 51}
+    check_steps(Namespace(**asked, model="some/model"), resolver)
+    with pytest.raises(PolicyError, match="for 50, this run has 51"):
+        check_steps(Namespace(**asked, model=None), resolver)
+    with pytest.raises(PolicyError, match="for 50, this run has 52"):
+        check_steps(Namespace(**(asked | {"steps": 52}), model="some/model"), resolver)
 
 
 @pytest.mark.parametrize(

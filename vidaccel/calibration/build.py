@@ -18,6 +18,7 @@ from vidaccel.calibration.candidates import (
 from vidaccel.calibration.improve import improved
 from vidaccel.calibration.measure import announce, measure, measured_before
 from vidaccel.calibration.ray_runner import NO_RAY, ray_runner
+from vidaccel.calibration.replay import steps_made
 from vidaccel.calibration.runners import LocalRunner, Runner, Worker
 from vidaccel.calibration.task import Task, model_identity
 from vidaccel.calibration.validate import validated_policy
@@ -60,7 +61,8 @@ def build_policy(
         pipe: a pipeline that `accelerate` takes. It is left without acceleration.
         prompts: what the clips show; 5 to 20 short, diverse ones are plenty. With `validate`, the
             last fifth, at least one, is kept for that.
-        num_inference_steps: T.
+        num_inference_steps: what a call is asked for. T is what it makes of that: MiniMax-H3 makes
+            one step less.
         seeds: seeds of the noise; every prompt is run with every seed.
         max_skip: longest segment, in steps.
         method: "exact" runs every held segment, about 140 generations per sample of 50 steps;
@@ -108,10 +110,11 @@ def build_policy(
     )
     held_out = max(1, len(prompts) // 5) if validate else 0
     call = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
+    steps = steps_made(pipe, {**call, "prompt": prompts[0]})
     task = Task(
         tuple(prompts[: len(prompts) - held_out]),
         tuple(seeds),
-        num_inference_steps,
+        steps,
         max_skip,
         method,
         call,
@@ -119,15 +122,13 @@ def build_policy(
         lines=not faithful,
         metric=metric,
     )
-    budgets = validated_budgets(num_inference_steps)
+    budgets = validated_budgets(steps)
     with TemporaryDirectory() as temporary:
         folder = WorkFolder(Path(temporary if workdir is None else workdir), task)
         if progress:
             if held_out:
                 print(_split(len(prompts), held_out, len(seeds)), file=sys.stderr)
-            of_each = most_validation_forwards(
-                num_inference_steps, lines=task.lines, improved=improve > 0
-            )
+            of_each = most_validation_forwards(steps, lines=task.lines, improved=improve > 0)
             announce(
                 pipe,
                 task,
@@ -144,7 +145,7 @@ def build_policy(
             if not validate:
                 return policy
             plans_of = {
-                budget: candidates(edges, budget, num_inference_steps, policy.scheduler.sigmas)
+                budget: candidates(edges, budget, steps, policy.scheduler.sigmas)
                 for budget in policy.budgets()
             }
             tried = {budget: plans_of.pop(budget) for budget in budgets if budget in plans_of}

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class Replayer:
         call: arguments of its call, with the prompt and `num_inference_steps`.
         seed: seed of the noise.
         metric: "l1" of the final latents, "decoded" (L1 of the frames, 0 to 1) or "lpips".
+        steps: the steps that such a call makes, where it asks for others; see `steps_made`.
 
     Attributes:
         reference: the run in which every step is computed.
@@ -112,8 +114,15 @@ class Replayer:
         PrecisionError: the pipeline is in low precision.
     """
 
-    def __init__(self, pipe: Any, call: dict[str, Any], seed: int = 0, metric: str = "l1") -> None:
-        self.steps = int(call["num_inference_steps"])
+    def __init__(
+        self,
+        pipe: Any,
+        call: dict[str, Any],
+        seed: int = 0,
+        metric: str = "l1",
+        steps: int | None = None,
+    ) -> None:
+        self.steps = int(call["num_inference_steps"]) if steps is None else steps
         if self.steps < 3:
             raise PlanError(f"calibration needs 3 steps or more, found {self.steps}")
         refuse_low_precision(pipe, (model for model, _ in find_transformers(pipe).values()))
@@ -311,6 +320,7 @@ def _replayed_without_forward(engine: Engine) -> Iterator[None]:
     attributes, forward = vars(model), model.forward
     previous = attributes.get("forward")
 
+    @wraps(forward)  # blocks of modular pipelines pass on what its signature names
     def forward_or_nothing(*args: Any, **kwargs: Any) -> Any:
         call = engine.running
         # Anything but None, which tells the engine of an exception.
@@ -325,5 +335,45 @@ def _replayed_without_forward(engine: Engine) -> Iterator[None]:
             attributes["forward"] = previous
 
 
-class _Enough(Exception):
-    """Ends a run of which the rest is of no interest."""
+def steps_made(pipe: Any, call: dict[str, Any]) -> int:
+    """Count the steps that a call makes, at its first one: no block runs.
+
+    MiniMax-H3 counts the end of its last step among those it is asked for.
+
+    Args:
+        pipe: the pipeline; it is left without acceleration.
+        call: arguments of its call, with the prompt and `num_inference_steps`.
+
+    Raises:
+        PlanError: no transformer is called.
+        PrecisionError: the pipeline is in low precision.
+    """
+    refuse_low_precision(pipe, (model for model, _ in find_transformers(pipe).values()))
+    accelerate(pipe, policy=None, cache=None, attention=None)
+    found: list[int] = []
+    handles = []
+    for engine in engines_of(pipe).values():
+
+        def before(module: Any, args: Any, engine: Engine = engine) -> None:
+            if engine.running is not None:  # not a call that fills a cache for others
+                found.append(engine.running.context.num_inference_steps)
+                raise _Enough
+
+        handles.append(engine.transformer.register_forward_pre_hook(before))
+    try:
+        with without_bar(pipe):
+            outcome_of(pipe, {**call, "generator": torch.Generator("cpu").manual_seed(0)}, "latent")
+    except _Enough:
+        return found[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+        restore(pipe)
+    raise PlanError("this run calls none of the pipeline's transformers")
+
+
+class _Enough(BaseException):
+    """Ends a run of which the rest is of no interest.
+
+    No `Exception`: blocks of modular pipelines log those as errors.
+    """

@@ -73,7 +73,8 @@ class Worker:
             self._leave()
             prompt, seed = self._task.samples()[sample]
             call = {**self._task.call, "prompt": prompt}
-            self._replayer = Replayer(self._pipe, call, seed, self._task.metric)
+            steps = self._task.num_inference_steps
+            self._replayer = Replayer(self._pipe, call, seed, self._task.metric, steps)
             self._sample = sample
         return self._replayer
 

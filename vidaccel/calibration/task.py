@@ -97,10 +97,10 @@ class Task:
 
     Attributes:
         prompts, seeds: every prompt is run with every seed.
-        num_inference_steps: T.
+        num_inference_steps: T, the steps that a run makes.
         max_skip: longest segment.
         method: "exact", "gain" or "lazy".
-        call: the other arguments of the pipeline's call.
+        call: the arguments of the pipeline's call but the prompt.
         model: what tells this model from others, see `model_identity`.
         lines: measure forecasts along lines too.
         metric: a name of `replay.METRICS`.
@@ -130,6 +130,11 @@ class Task:
                 raise PlanError(f"{name}: found none, expected at least one")
         if not all(prompt.strip() for prompt in self.prompts):
             raise PlanError("prompts: found an empty one")
+
+    def asked_for(self, steps: int) -> int:
+        """Return the `num_inference_steps` of a call that makes so many steps."""
+        asked: int = self.call["num_inference_steps"]
+        return steps + asked - self.num_inference_steps
 
     def samples(self) -> list[tuple[str, int]]:
         """Return (prompt, seed) of each generation that is measured."""

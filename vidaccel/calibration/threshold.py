@@ -209,7 +209,8 @@ class _ThresholdSearch:
                     run += totals.blocks_run
             off = (latents - reference).abs().mean() / reference.abs().mean()
             errors.append(float(off))
-        steps = int(self.call["num_inference_steps"])
+        ran = (engine.generation for engine in engines_of(self.pipe).values())
+        steps = next(generation.run.num_inference_steps for generation in ran if generation)
         mean = computed / len(self.prompts)
         return Suggestion(cache, mean, steps, whole / run, fmean(errors))
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from vidaccel.cli.output import (
     print_written,
     write_json,
 )
-from vidaccel.errors import ModelError
+from vidaccel.errors import ModelError, VidaccelError
 from vidaccel.precision.settings import PRESETS
 
 DEFAULT_OUT = "out/video.mp4"
@@ -155,7 +156,7 @@ def _make_all(arguments: argparse.Namespace) -> None:
     wanted = [(prompt, seed) for prompt in prompts for seed in arguments.seed]
     outs = _outs_of(arguments, len(wanted))
     check_writable(arguments.json)
-    _check_steps(arguments, resolver)
+    check_steps(arguments, resolver)
 
     from vidaccel.environment import environment
 
@@ -315,7 +316,7 @@ def _prompts_of(arguments: argparse.Namespace) -> list[str]:
     return [EMBEDDED_PROMPT]
 
 
-def _check_steps(arguments: argparse.Namespace, resolver: Any) -> None:
+def check_steps(arguments: argparse.Namespace, resolver: Any) -> None:
     """Hold the plan against the number of steps, where that is known without the model.
 
     Raises:
@@ -327,8 +328,18 @@ def _check_steps(arguments: argparse.Namespace, resolver: Any) -> None:
     embedded = EMBEDDED_CALL["num_inference_steps"] if arguments.model is None else None
     steps = arguments.steps or embedded
     # What auto has for a run depends on its model.
-    if steps is not None and arguments.policy not in ("auto", "learn"):
+    if steps is None or arguments.policy in ("auto", "learn"):
+        return
+    try:
         resolver.plan(RunSettings(steps))
+    except VidaccelError:
+        if arguments.model is None or steps < 2:
+            raise
+        # MiniMax-H3 makes one step less than it is asked for, and may be the model.
+        with suppress(VidaccelError):
+            resolver.plan(RunSettings(steps - 1))
+            return
+        raise
 
 
 def _outs_of(arguments: argparse.Namespace, count: int) -> list[Path]:
