@@ -18,6 +18,7 @@ from tiny.modular import (
     minimax_h3_call,
     minimax_h3_keyframe,
     minimax_h3_parts,
+    minimax_h3_references,
     modular_case,
     references,
     wan22_modular,
@@ -30,7 +31,9 @@ from vidaccel.clips.calling import parameters_of
 from vidaccel.clips.compare import compare
 from vidaccel.clips.generate import generate, latents_of
 from vidaccel.clips.load import load_pipeline
+from vidaccel.engine.engine import engine_of
 from vidaccel.errors import ModelError, UnsupportedPipelineError
+from vidaccel.kernels.semantic_attention import semantic_attention
 
 PLAN = [0, 1, 4]
 EAGER = DBCache(threshold=1e9, warmup_steps=1, max_consecutive=None)
@@ -446,6 +449,40 @@ def test_sparse_attention_takes_the_generated_rows_alone_for_the_video(build: An
     assert {(found.start, found.stop) for found in seen} == {(seen[0].total - 37, seen[0].total)}
     attention = report(case.pipe).transformers[0].attention
     assert attention.sparse_calls == LAYERS * STEPS and not attention.dense_calls
+
+
+@newest
+@pytest.mark.parametrize("build", [minimax_h3, minimax_h3_keyframe, minimax_h3_references])
+def test_sparse_attention_leaves_out_nothing_but_video(build: Any):
+    """Each row of text, keyframe, reference or sound reaches every row, and sees every one."""
+    case = build()
+    few = {"query_clusters": 4, "key_clusters": 6, "min_tokens": 0}
+    sparse = SVG2(top_p=0.05, dense_steps=0, dense_layers=0, min_ratio=0.0, **few)
+    plain = case.run()
+    accelerate(case.pipe, policy=None, cache=None, attention=sparse)
+    engine = engine_of(getattr(case.pipe, case.component))
+    rows = set()
+
+    def marked(q: Any, k: Any, v: Any, state: Any, config: Any, **places: Any) -> Any:
+        others = range(places["video"][0])
+        for row in () if rows else others:  # once, since it is one call for each
+            shown = torch.zeros_like(v)
+            shown[:, :, row] = 1e6
+            assert (semantic_attention(q, k, shown, state, config, **places) > 0).all()
+        shown = torch.ones_like(v)
+        shown[:, :, places["video"][0] :] = 2.0
+        out = semantic_attention(q, k, shown, state, config, **places)
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, shown)
+        torch.testing.assert_close(out[:, :, : len(others)], dense[:, :, : len(others)])
+        rows.add(len(others))
+        return semantic_attention(q, k, v, state, config, **places)
+
+    engine.attention.method = marked
+    error = (case.run() - plain).abs().max()
+    assert rows and min(rows) > 16  # the words, and what else there is
+    assert 0 < error < 0.5 * plain.abs().max()
+    attention = next(p for p in report(case.pipe).transformers if p.generations).attention
+    assert attention is not None and 0 < attention.density < 1 and not attention.dense_calls
 
 
 @newest
