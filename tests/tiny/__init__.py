@@ -9,6 +9,7 @@ from tiny import (
     modular,
     more_images,
     new_images,
+    older_images,
     others,
     wan,
 )
@@ -31,7 +32,7 @@ __all__ = [
     "generator",
 ]
 
-_IMAGES = (images, new_images, more_images)
+_IMAGES = (images, new_images, more_images, older_images)
 _MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others, *_IMAGES, modular)
 
 CASES: dict[str, Build] = {build.__name__: build for module in _MODULES for build in module.CASES}

@@ -339,4 +339,17 @@ ROWS = (
         times=("1 - t / 1000",),
         branches=(("transformer", "cond"), ("unconditional_transformer", "uncond")),
     ),
+    HostSpec(
+        "BriaTransformer2DModel",
+        ("BriaPipeline",),
+        (
+            BlockList("transformer_blocks", _TEXT_FIRST),
+            BlockList("single_transformer_blocks", _TEXT_FIRST),
+        ),
+        family="Bria 3.2",
+        guidance="batched",
+        tokens=("text", "image"),
+        attention=None,
+        attention_note=_ONE_FRAME,
+    ),
 )

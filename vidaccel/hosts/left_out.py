@@ -8,7 +8,6 @@ _UNET = "is a part of a UNet, whose blocks hand on streams of several sizes"
 
 # Transformer class -> the model, and the reason why it is refused.
 _REASONS = {
-    "BriaTransformer2DModel": ("Bria 3.2", _IMAGE),
     "DiTTransformer2DModel": ("DiT", _IMAGE),
     "HunyuanDiT2DModel": ("Hunyuan-DiT", _IMAGE),
     "LuminaNextDiT2DModel": ("Lumina-Next", _IMAGE),
