@@ -28,7 +28,7 @@ SOME = (4, 9, 30, 100)
 ROUNDED = {
     "t": ("hunyuan15", "hunyuan15_i2v", "hunyuan_image", "mochi", "easyanimate"),
     "t, at times": ("hunyuan", "hunyuan_true_cfg", "hunyuan_i2v", "skyreels_v1"),
-    "t / 1000": ("flux", "flux2", "chroma", "qwen_image"),
+    "t / 1000": ("flux", "flux2", "chroma", "qwen_image", "nucleus_image"),
     "1 - t / 1000": ("ideogram4", "z_image", "lumina2"),
     "sigma": ("cosmos", "cosmos_v2w", "cosmos2_t2i", "cosmos2_v2w"),
     "sigma, before it is spread over the frames": ("cosmos25_transfer",),

@@ -352,4 +352,14 @@ ROWS = (
         attention=None,
         attention_note=_ONE_FRAME,
     ),
+    HostSpec(
+        "NucleusMoEImageTransformer2DModel",
+        ("NucleusMoEImagePipeline",),
+        (BlockList("transformer_blocks"),),
+        family="Nucleus-Image",
+        tokens=("image", "text"),
+        attention=None,
+        attention_note=_ONE_FRAME,
+        times=("t / 1000",),
+    ),
 )

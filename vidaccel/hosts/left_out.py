@@ -11,7 +11,6 @@ _REASONS = {
     "DiTTransformer2DModel": ("DiT", _IMAGE),
     "HunyuanDiT2DModel": ("Hunyuan-DiT", _IMAGE),
     "LuminaNextDiT2DModel": ("Lumina-Next", _IMAGE),
-    "NucleusMoEImageTransformer2DModel": ("Nucleus-Image", _IMAGE),
     "Transformer2DModel": ("transformers in UNets", _UNET),
     "TransformerTemporalModel": ("transformers along time in UNets", _UNET),
     "DreamLiteTransformer2DModel": ("DreamLite", _UNET),
