@@ -2,8 +2,9 @@
 
 import torch
 
-from tiny.base import LAYERS, Case, built, case
-from tiny.images import qwen_vae, rotary, shifted_vae
+from tiny.base import LAYERS, Case, built, case, masks
+from tiny.images import image_vae, qwen_vae, rotary, shifted_vae
+from tiny.new_images import alive
 
 
 def bria() -> Case:
@@ -36,4 +37,23 @@ def nucleus_image() -> Case:
     return case("NucleusMoEImagePipeline", transformer, call, vae=qwen_vae(), processor=None)
 
 
-CASES = (bria, nucleus_image)
+def lumina_next() -> Case:
+    """Guidance on some of the channels, and text behind gates that start closed."""
+    transformer = built(
+        "LuminaNextDiT2DModel",
+        sample_size=8,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=LAYERS,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=2,
+        cross_attention_dim=32,
+    )
+    call = masks() | {"height": 32, "width": 32}
+    found = case("LuminaPipeline", alive(transformer), call, vae=image_vae(4))
+    found.other = {"height": 32, "width": 64, "num_inference_steps": 4}
+    return found
+
+
+CASES = (bria, nucleus_image, lumina_next)

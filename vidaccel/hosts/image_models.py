@@ -362,4 +362,14 @@ ROWS = (
         attention_note=_ONE_FRAME,
         times=("t / 1000",),
     ),
+    HostSpec(
+        "LuminaNextDiT2DModel",
+        ("LuminaPipeline",),
+        (BlockList("layers"),),
+        family="Lumina-Next",
+        guidance="batched",
+        attention=None,
+        attention_note=_ONE_FRAME,
+        times=("1 - t / 1000",),
+    ),
 )
