@@ -9,6 +9,7 @@ import torch
 from tiny import STEPS, Case, embeds, generator
 from tiny.hunyuan import hunyuan
 from tiny.looking import count_blocks, transformers_of
+from tiny.older_images import hunyuan_dit
 from tiny.wan import wan, wan22, wan_vace
 from vidaccel import DBCache, Plan, accelerate, report, restore
 from vidaccel.api import engines_of
@@ -281,6 +282,8 @@ def test_what_does_not_fit_the_model_is_refused_at_once():
         accelerate(hunyuan().pipe, cache=DBCache(probe_blocks=0, corrector_blocks=3), policy=[0])
     with pytest.raises(UnsupportedPipelineError, match="corrector_blocks=0"):
         accelerate(wan_vace().pipe, cache=DBCache(corrector_blocks=1))
+    with pytest.raises(UnsupportedPipelineError, match=r"blocks of its first half .*: set corr"):
+        accelerate(hunyuan_dit().pipe, cache=DBCache(corrector_blocks=1))
     with pytest.raises(PlanError, match="nothing to decide by"):
         accelerate(case.pipe, policy=None, cache=DBCache(probe_blocks=0))
     with pytest.raises(PlanError, match="cache is 'auto', None or a DBCache, found float"):

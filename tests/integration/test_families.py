@@ -259,7 +259,7 @@ def another_scheduler(scheduler: Any) -> Any:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if isinstance(scheduler, diffusers.CogVideoXDDIMScheduler):
         return diffusers.CogVideoXDPMScheduler()
-    if isinstance(scheduler, diffusers.DDIMScheduler):
+    if isinstance(scheduler, diffusers.DDIMScheduler | diffusers.DDPMScheduler):
         return diffusers.DPMSolverMultistepScheduler()
     return None
 

@@ -26,7 +26,14 @@ SOME = (4, 9, 30, 100)
 
 # Those that round the time: to the nearest value of the type, of t, t / 1000 (twice), or sigma.
 ROUNDED = {
-    "t": ("hunyuan15", "hunyuan15_i2v", "hunyuan_image", "mochi", "easyanimate"),
+    "t": (
+        "hunyuan15",
+        "hunyuan15_i2v",
+        "hunyuan_image",
+        "mochi",
+        "easyanimate",
+        "hunyuan_dit",
+    ),
     "t, at times": ("hunyuan", "hunyuan_true_cfg", "hunyuan_i2v", "skyreels_v1"),
     "t / 1000": ("flux", "flux2", "chroma", "qwen_image", "nucleus_image"),
     "1 - t / 1000": ("ideogram4", "z_image", "lumina2"),

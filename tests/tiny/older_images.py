@@ -1,8 +1,9 @@
 """Image models with labels for prompts, text in cross-attention, or streams that skip blocks."""
 
+import diffusers
 import torch
 
-from tiny.base import LAYERS, Case, built, case, masks
+from tiny.base import LAYERS, Case, built, case, embeds, masks
 from tiny.images import image_vae, qwen_vae, rotary, shifted_vae
 from tiny.new_images import alive
 
@@ -56,4 +57,37 @@ def lumina_next() -> Case:
     return found
 
 
-CASES = (bria, nucleus_image, lumina_next)
+def hunyuan_dit() -> Case:
+    """Blocks of the second half that take what those of the first have made as well."""
+    transformer = built(
+        "HunyuanDiT2DModel",
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=32,
+        num_layers=6,
+        mlp_ratio=2.0,
+        cross_attention_dim=32,
+        cross_attention_dim_t5=32,
+        pooled_projection_dim=8,
+        text_len=16,
+        text_len_t5=16,
+    )
+    call = masks() | {f"{name}_2": mask for name, mask in masks().items()}
+    call |= {"prompt_embeds_2": embeds(3), "negative_prompt_embeds_2": embeds(4)}
+    call |= {"use_resolution_binning": False, "height": 32, "width": 32}
+    parts = {
+        "vae": None,
+        "scheduler": diffusers.DDPMScheduler(prediction_type="v_prediction", clip_sample=False),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    found = case("HunyuanDiTPipeline", transformer, call, **parts)
+    found.other = {"height": 32, "width": 64, "num_inference_steps": 4}
+    return found
+
+
+CASES = (bria, nucleus_image, lumina_next, hunyuan_dit)

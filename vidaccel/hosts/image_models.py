@@ -372,4 +372,15 @@ ROWS = (
         attention_note=_ONE_FRAME,
         times=("1 - t / 1000",),
     ),
+    HostSpec(
+        "HunyuanDiT2DModel",
+        ("HunyuanDiTPipeline",),
+        (BlockList("blocks"),),
+        family="Hunyuan-DiT",
+        guidance="batched",
+        attention=None,
+        attention_note=_ONE_FRAME,
+        no_corrector="gives its last blocks what blocks of its first half have made, most of which "
+        "do not run on reused steps",
+    ),
 )
