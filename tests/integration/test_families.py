@@ -204,7 +204,10 @@ def test_another_shape_and_number_of_steps_start_fresh(family: Case):
 
 
 def twice(case: Case) -> dict[str, Any]:
-    """The arguments of a call for two prompts: the case's own, and that with its words reversed."""
+    """The arguments of a call for two prompts: the case's own, and that with its words reversed.
+
+    Of pipelines without prompts the class after its own.
+    """
     changed: dict[str, Any] = {}
     for name, value in case.kwargs.items():
         if name == case.per_prompt:
@@ -215,6 +218,8 @@ def twice(case: Case) -> dict[str, Any]:
             changed[name] = torch.cat([value, value.flip(1) if value.ndim > 2 else value])
         elif isinstance(value, list) and "prompt" in name:
             changed[name] = [*value, *(one.flip(0) for one in value)]
+        elif name == "class_labels":
+            changed[name] = [*value, *(one + 1 for one in value)]
     return changed
 
 

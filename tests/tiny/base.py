@@ -62,9 +62,11 @@ class Case:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors of a value that may be a list of lists of them."""
+    """The tensors of a value that may be a list of lists of them, or an array."""
     if value is None:
         return []
+    if isinstance(value, np.ndarray):
+        return [torch.from_numpy(value)]
     if isinstance(value, torch.Tensor):
         return [value]
     return [tensor for part in value for tensor in tensors_in(part)]

@@ -90,4 +90,22 @@ def hunyuan_dit() -> Case:
     return found
 
 
-CASES = (bria, nucleus_image, lumina_next, hunyuan_dit)
+def dit() -> Case:
+    """A class of things in the place of a prompt, one size, and pictures instead of latents."""
+    transformer = built(
+        "DiTTransformer2DModel",
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=LAYERS,
+        sample_size=8,
+    )
+    drop = ("prompt_embeds", "negative_prompt_embeds", "height", "width")
+    parts = {"vae": image_vae(4), "scheduler": diffusers.DDIMScheduler()}
+    found = case("DiTPipeline", transformer, {"class_labels": [3]}, drop, **parts)
+    found.other = {"num_inference_steps": 4}
+    return found
+
+
+CASES = (bria, nucleus_image, lumina_next, hunyuan_dit, dit)

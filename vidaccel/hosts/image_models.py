@@ -383,4 +383,14 @@ ROWS = (
         no_corrector="gives its last blocks what blocks of its first half have made, most of which "
         "do not run on reused steps",
     ),
+    HostSpec(
+        "DiTTransformer2DModel",
+        ("DiTPipeline",),
+        (BlockList("transformer_blocks"),),
+        family="DiT",
+        guidance="batched",
+        attention=None,
+        attention_note=_ONE_FRAME,
+        prompt="class_labels",
+    ),
 )

@@ -2,13 +2,11 @@
 
 from vidaccel.hosts.spec import HostSpec
 
-_IMAGE = "is for images, and no row of it has been tested"
 _SOUND = "is for sound alone"
 _UNET = "is a part of a UNet, whose blocks hand on streams of several sizes"
 
 # Transformer class -> the model, and the reason why it is refused.
 _REASONS = {
-    "DiTTransformer2DModel": ("DiT", _IMAGE),
     "Transformer2DModel": ("transformers in UNets", _UNET),
     "TransformerTemporalModel": ("transformers along time in UNets", _UNET),
     "DreamLiteTransformer2DModel": ("DreamLite", _UNET),
