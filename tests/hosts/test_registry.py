@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,16 @@ def test_every_row_is_tested_in_the_pipelines_it_names_and_says_what_is_there():
     assert {name: min(versions) for name, versions in since.items()} == {
         name: Version(HOSTS[name].since) for name in rows
     }
+
+
+def test_the_arguments_that_a_row_names_are_those_of_its_transformer():
+    for name, row in HOSTS.items():
+        if row.unsupported or not hasattr(diffusers, name):
+            continue
+        named = {row.sample, row.timestep, row.prompt, row.video_rows}
+        named |= {found[0] for found in (row.aside, row.left_out) if found is not None}
+        known = signature(getattr(diffusers, name).forward).parameters
+        assert not named - {None} - known.keys(), name
 
 
 # Arguments that only pipelines for video have.

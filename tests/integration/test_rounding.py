@@ -44,7 +44,7 @@ STANDING_FOR = {names[0] for names in ROUNDED.values()}
 
 # Pipelines that leave out the last step, and those that have no such number.
 ONE_LESS = {"ltx_long"}
-FIXED = {"ltx2_dfr", "helios_pyramid", "ideogram4_modular"}
+FIXED = {"ltx2_dfr", "helios_pyramid", "helios_pyramid_modular", "ideogram4_modular"}
 
 # From 52 steps on their own scheduler fails: its first two timesteps are the same whole number.
 LAST = dict.fromkeys(("cosmos25", "cosmos25_i2w", "cosmos25_transfer"), 51)

@@ -7,6 +7,8 @@ from tiny import (
     images,
     ltx,
     modular,
+    modular_images,
+    modular_videos,
     more_images,
     new_images,
     older_images,
@@ -33,7 +35,8 @@ __all__ = [
 ]
 
 _IMAGES = (images, new_images, more_images, older_images)
-_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others, *_IMAGES, modular)
+_MODULAR = (modular, modular_images, modular_videos)
+_MODULES = (wan, hunyuan, cogvideo, ltx, cosmos, others, *_IMAGES, *_MODULAR)
 
 CASES: dict[str, Build] = {build.__name__: build for module in _MODULES for build in module.CASES}
 
@@ -85,6 +88,14 @@ SINCE = {
     "minimax_h3": "0.40",
     "minimax_h3_keyframe": "0.40",
     "minimax_h3_references": "0.40",
+    "sd3_modular": "0.39",
+    "krea2_modular": "0.42",
+    "ernie_image_modular": "0.42",
+    "qwen_image21_modular": "0.42",
+    "anima_modular": "0.39",
+    "ltx2_modular": "0.42",
+    "ltx25_modular": "0.42",
+    "cosmos3_modular": "0.42",
 }
 
 # Pipelines that are given a picture or a clip for each prompt: name of the case -> the argument.
@@ -103,6 +114,7 @@ PER_PROMPT = {
 
 # What is up to Diffusers: pipelines that take no batch of prompts with a generator each ...
 _ONE_CLIP = "draws the noise of one clip"
+_STAGES = "draws the noise of its later stages for the batch as a whole"
 NO_BATCH = {
     "wan_vace": "takes no list of generators",
     "lucy_edit": _ONE_CLIP,
@@ -133,7 +145,12 @@ NO_BATCH = {
     "minimax_h3": "takes one prompt",
     "minimax_h3_keyframe": "takes one prompt",
     "minimax_h3_references": "takes one prompt",
-    "helios_pyramid": "draws the noise of its later stages for the batch as a whole",
+    "helios_pyramid": _STAGES,
+    "helios_pyramid_modular": _STAGES,
+    "flux_kontext_modular": "takes a picture for each prompt",
+    "wan_i2v_modular": "takes one image",
+    "qwen_image21_modular": "takes a mask of its own text encoder for each prompt",
+    "cosmos3_modular": "takes one prompt",
 }
 
 # ... or only from a later diffusers on ...
@@ -158,7 +175,9 @@ NO_OTHER_SCHEDULER = {
     "cosmos2_v2w": _TIMESTEPS,
     "cogview4": _TIMESTEPS,
     "z_image": _TIMESTEPS,
+    "z_image_modular": _TIMESTEPS,
     "ernie_image": _TIMESTEPS,
+    "ernie_image_modular": _TIMESTEPS,
     "glm_image": _TIMESTEPS,
     "glm_image_edit": _TIMESTEPS,
     "ideogram4": _TIMESTEPS,

@@ -35,7 +35,7 @@ class _Words:
         return BatchEncoding({"input_ids": [3 + len(text) % 5, 4, 5]})
 
 
-def _transformer(**config: Any) -> Any:
+def cosmos_transformer(**config: Any) -> Any:
     defaults = {
         "in_channels": 4,
         "out_channels": 4,
@@ -75,7 +75,7 @@ def _cosmos1(cls: str, call: dict[str, Any], **config: Any) -> Case:
     )
     common = {"height": 32, "width": 32, "num_frames": 9}
     parts = {"vae": vae, "scheduler": scheduler, "safety_checker": _Unchecked()}
-    transformer = _transformer(extra_pos_embed_type="learnable", **config)
+    transformer = cosmos_transformer(extra_pos_embed_type="learnable", **config)
     return case(cls, transformer, common | call, **parts)
 
 
@@ -91,7 +91,7 @@ def cosmos_v2w() -> Case:
 
 def _later(cls: str, call: dict[str, Any], scheduler: Any, **parts: Any) -> Case:
     config = parts.pop("config", {})
-    transformer = _transformer(**({"extra_pos_embed_type": None} | config))
+    transformer = cosmos_transformer(**({"extra_pos_embed_type": None} | config))
     parts = {"vae": wan_vae(), "safety_checker": _Unchecked()} | parts
     return case(cls, transformer, call, scheduler=scheduler, **parts)
 

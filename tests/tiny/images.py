@@ -115,7 +115,7 @@ def sd3() -> Case:
     return case("StableDiffusion3Pipeline", transformer, pooled(8), **parts)
 
 
-def qwen_image() -> Case:
+def qwen_image(**config: Any) -> Case:
     transformer = built(
         "QwenImageTransformer2DModel",
         patch_size=2,
@@ -126,6 +126,7 @@ def qwen_image() -> Case:
         num_attention_heads=2,
         joint_attention_dim=32,
         axes_dims_rope=(8, 4, 4),
+        **config,
     )
     call = {
         f"{prefix}prompt_embeds_mask": torch.ones(1, 16, dtype=torch.long)

@@ -32,7 +32,8 @@ class ModularCase(Case):
         with torch.compiler.set_stance(self.stance):
             found = self.pipe(**call, output=list(self.outputs))
         parts = [tensor for name in self.outputs for tensor in tensors_in(found[name])]
-        return parts[0] if len(parts) == 1 else torch.cat([p.reshape(1, -1) for p in parts], dim=1)
+        rows = len(parts[0])
+        return parts[0] if len(parts) == 1 else torch.cat([p.reshape(rows, -1) for p in parts], 1)
 
 
 def modular_case(

@@ -9,7 +9,7 @@ _ONE_FRAME = "a single frame"
 ROWS = (
     HostSpec(
         "FluxTransformer2DModel",
-        ("FluxPipeline",),
+        ("FluxPipeline", "FluxModularPipeline", "FluxKontextModularPipeline"),
         (
             BlockList("transformer_blocks", _TEXT_FIRST),
             BlockList("single_transformer_blocks", _TEXT_FIRST),
@@ -25,7 +25,7 @@ ROWS = (
     ),
     HostSpec(
         "Flux2Transformer2DModel",
-        ("Flux2Pipeline",),
+        ("Flux2Pipeline", "Flux2ModularPipeline", "Flux2KleinBaseModularPipeline"),
         (
             BlockList("transformer_blocks", _TEXT_FIRST),
             BlockList("single_transformer_blocks", joins=_TEXT_FIRST),
@@ -53,7 +53,7 @@ ROWS = (
     ),
     HostSpec(
         "SD3Transformer2DModel",
-        ("StableDiffusion3Pipeline",),
+        ("StableDiffusion3Pipeline", "StableDiffusion3ModularPipeline"),
         (BlockList("transformer_blocks", _TEXT_FIRST),),
         family="Stable Diffusion 3",
         guidance="batched",
@@ -63,7 +63,13 @@ ROWS = (
     ),
     HostSpec(
         "QwenImageTransformer2DModel",
-        ("QwenImagePipeline",),
+        (
+            "QwenImagePipeline",
+            "QwenImageModularPipeline",
+            "QwenImageEditModularPipeline",
+            "QwenImageEditPlusModularPipeline",
+            "QwenImageLayeredModularPipeline",
+        ),
         (BlockList("transformer_blocks", _TEXT_FIRST),),
         family="Qwen-Image",
         tokens=("text", "image"),
@@ -94,7 +100,7 @@ ROWS = (
     ),
     HostSpec(
         "ZImageTransformer2DModel",
-        ("ZImagePipeline",),
+        ("ZImagePipeline", "ZImageModularPipeline"),
         (BlockList("layers", ("x",)),),
         (),
         family="Z-Image",
@@ -105,6 +111,7 @@ ROWS = (
         main="x",
         sample="x",
         timestep="t",
+        prompt="cap_feats",
         times=("1 - t / 1000",),
     ),
     HostSpec(
@@ -180,7 +187,7 @@ ROWS = (
     ),
     HostSpec(
         "Krea2Transformer2DModel",
-        ("Krea2Pipeline",),
+        ("Krea2Pipeline", "Krea2ModularPipeline"),
         (BlockList("transformer_blocks"),),
         (Head("final_layer", tail=True),),
         family="Krea 2",
@@ -192,7 +199,7 @@ ROWS = (
     ),
     HostSpec(
         "ErnieImageTransformer2DModel",
-        ("ErnieImagePipeline",),
+        ("ErnieImagePipeline", "ErnieImageModularPipeline"),
         (BlockList("layers", ("x",)),),
         (),
         family="ERNIE-Image",
@@ -303,7 +310,7 @@ ROWS = (
     ),
     HostSpec(
         "QwenImage21Transformer2DModel",
-        ("QwenImage21Pipeline",),
+        ("QwenImage21Pipeline", "QwenImage21ModularPipeline"),
         (BlockList("transformer_blocks"),),
         family="Qwen-Image 2.1",
         since="0.41",

@@ -40,39 +40,18 @@ ROWS = tuple(
     for name, (family, reason) in _REASONS.items()
 )
 
-_BLOCKS = "the row of the transformer is tested in whole pipelines, these blocks are not"
 _FEW = "is distilled to a few steps, too few to reuse any"
 
 # Modular pipelines that no test runs.
 UNTESTED = {
-    "AnimaModularPipeline": _BLOCKS,
     "Cosmos3DistilledModularPipeline": _FEW,
-    "Cosmos3OmniModularPipeline": _BLOCKS,
     "EchoModularPipeline": "has no scheduler component: its steps are those of its blocks",
-    "ErnieImageModularPipeline": _BLOCKS,
-    "Flux2KleinBaseModularPipeline": _BLOCKS,
     "Flux2KleinModularPipeline": _FEW,
-    "Flux2ModularPipeline": _BLOCKS,
     "Flux3DistilledModularPipeline": _FEW,
-    "FluxKontextModularPipeline": _BLOCKS,
-    "FluxModularPipeline": _BLOCKS,
-    "HeliosModularPipeline": _BLOCKS,
     "HeliosPyramidDistilledModularPipeline": _FEW,
-    "HeliosPyramidModularPipeline": _BLOCKS,
-    "Krea2ModularPipeline": _BLOCKS,
     "Krea2TurboModularPipeline": _FEW,
-    "LTX25ModularPipeline": _BLOCKS,
-    "LTX2ModularPipeline": _BLOCKS,
     "MiniMaxMusic3ModularPipeline": _SOUND,
-    "QwenImage21ModularPipeline": _BLOCKS,
     "QwenImage21TurboModularPipeline": _FEW,
-    "QwenImageEditModularPipeline": _BLOCKS,
-    "QwenImageEditPlusModularPipeline": _BLOCKS,
-    "QwenImageLayeredModularPipeline": _BLOCKS,
-    "QwenImageModularPipeline": _BLOCKS,
-    "StableDiffusion3ModularPipeline": _BLOCKS,
     "StableDiffusionXLModularPipeline": "has a UNet, not a transformer",
     "WanAnimate2DistilledModularPipeline": _FEW,
-    "WanImage2VideoModularPipeline": _BLOCKS,
-    "ZImageModularPipeline": _BLOCKS,
 }
