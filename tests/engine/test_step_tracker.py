@@ -104,6 +104,18 @@ def test_neighbours_that_round_to_the_same_bfloat16_stay_apart(counts, context):
     assert [restarted for _, _, restarted in calls] == [True] + 5 * [False]
 
 
+def test_a_time_that_is_rounded_before_it_is_turned_round():
+    """As the modular pipeline of Z-Image does: near its beginning, the error is as large as it."""
+    table = [1000.0, 998.9, 990.1, 985.3, 970.0, 500.3]  # bfloat16: 1000, 1000, 992, 984, 968, 500
+    source = scheduler(table)
+    tracker = Driven(source, times=("1 - t / 1000",))
+    for step, entry in enumerate(source.timesteps):
+        value = float((1000 - entry.to(torch.bfloat16)) / 1000)
+        call = tracker.locate(value, "cond", SHAPE)
+        assert (call.step, call.restarted) == (step, step == 0)
+        source.step_index = step + 1
+
+
 def test_a_changed_shape_is_told_once_and_goes_on():
     source = scheduler(counts=False)
     tracker = Driven(source)

@@ -38,6 +38,7 @@ ROUNDED = {
     "t / 1000": ("flux", "flux2", "chroma", "qwen_image", "nucleus_image"),
     "1 - t / 1000": ("ideogram4", "z_image", "lumina2"),
     "sigma": ("cosmos", "cosmos_v2w", "cosmos2_t2i", "cosmos2_v2w"),
+    "t, before it is turned round": ("z_image_modular",),
     "sigma, before it is spread over the frames": ("cosmos25_transfer",),
 }
 STANDING_FOR = {names[0] for names in ROUNDED.values()}

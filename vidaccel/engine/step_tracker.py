@@ -16,6 +16,8 @@ from vidaccel.hosts.spec import Time
 # Pipelines cast the timestep to the transformer's dtype, and some divide it by 1000 in that dtype,
 # which rounds a second time; bfloat16 keeps 8 significant bits.
 _ROUNDING = 2.0**-7 * 1.01
+# Some round it before they shift it, too.
+_ROUNDING_BEFORE = _ROUNDING / 2
 # Closer than this, on the scale of the table, a time was not rounded.
 _EXACT = 1e-6
 
@@ -28,6 +30,54 @@ _TABLES: dict[Time, tuple[str, Callable[[float], float]]] = {
     "sigma": ("sigmas", lambda sigma: sigma),
     "sigma / (sigma + 1)": ("sigmas", lambda sigma: sigma / (sigma + 1)),
 }
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a pipeline tells its transformer about the time, in one form.
+
+    Attributes:
+        values: an entry per step.
+        slack: how far each entry moves where the scheduler's was rounded before it was shifted;
+            where nothing is shifted, that is as if the entry itself had been rounded.
+    """
+
+    values: list[float]
+    slack: list[float]
+
+    @classmethod
+    def of(cls, entries: list[float], value: Callable[[float], float]) -> "Table":
+        """Make the table of a form from that of a scheduler."""
+        values = [value(entry) for entry in entries]
+        rounded = [value(entry * (1 - _ROUNDING_BEFORE)) for entry in entries]
+        moved = [abs(one - other) for one, other in zip(values, rounded, strict=True)]
+        return cls(values, moved if value(0.0) else [0.0] * len(moved))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def scale(self) -> float:
+        """The largest entry."""
+        return max(abs(self.values[0]), abs(self.values[-1]))
+
+    def nearest(self, value: float) -> int:
+        """Return the index of the entry that is nearest to a time."""
+        return min(range(len(self.values)), key=lambda i: abs(self.values[i] - value))
+
+    def is_exact(self, index: int, value: float) -> bool:
+        """Tell whether a time is an entry that was not rounded."""
+        return abs(self.values[index] - value) <= _EXACT * self.scale
+
+    def is_close(self, index: int, value: float) -> bool:
+        """Tell whether a time is an entry, rounded maybe."""
+        if not 0 <= index < len(self.values):
+            return False
+        # Some pipelines cut the timestep to a whole number.
+        whole = 1.0 if self.scale > 100.0 and value.is_integer() else 0.0
+        rounded = self.slack[index] + _ROUNDING * abs(value)
+        tolerance = max(_EXACT * self.scale, rounded, whole)
+        return abs(self.values[index] - value) <= tolerance
 
 
 @dataclass(frozen=True)
@@ -65,7 +115,7 @@ class StepTracker:
         self.scheduler = scheduler
         self._times, self._levels = times, levels
         self._time: Time = times[0]
-        self._tables: tuple[Any, dict[Time, list[float]]] = (None, {})
+        self._tables: tuple[Any, dict[Time, Table]] = (None, {})
         self._timesteps: Any = None
         self._step = -1
         self._value = float("nan")
@@ -96,8 +146,8 @@ class StepTracker:
         if self._has_new_table:
             return nearest == (self._begin_index or 0)
         if self._counter != getattr(self.scheduler, "step_index", None):
-            return _close(table, self._step + 1, value)
-        return value == self._value or _close(table, self._step + 1, value)
+            return table.is_close(self._step + 1, value)
+        return value == self._value or table.is_close(self._step + 1, value)
 
     def fits(self, values: tuple[float, ...]) -> bool:
         """Tell whether one of these times is in the table."""
@@ -124,9 +174,9 @@ class StepTracker:
             moved = value != self._value or counter != self._counter
             # Some schedulers do not count, and two neighbouring timesteps can round to one value.
             if not moved and repeats and counter is None:
-                moved = _close(table, following, value)
+                moved = table.is_close(following, value)
             if moved:
-                step = following if _close(table, following, value) else nearest
+                step = following if table.is_close(following, value) else nearest
                 restarted = step <= self._step
                 stepped = restarted or counter is not None or not _counts(self.scheduler)
         self._timesteps, self._step = self.scheduler.timesteps, step
@@ -147,17 +197,17 @@ class StepTracker:
         index = self.index_of(timestep)
         if index is None:
             return read_times(timestep, self._levels)
-        return (self._read_tables()["t"][index],)
+        return (self._read_tables()["t"].values[index],)
 
-    def _start(self, table: list[float], nearest: int, value: float) -> int:
+    def _start(self, table: Table, nearest: int, value: float) -> int:
         """The entry at which a walk begins."""
         # The scheduler counts steps that were taken before, when none of their calls was placed.
         for begin in (getattr(self.scheduler, "step_index", None), self._begin_index):
-            if begin is not None and _close(table, begin, value):
+            if begin is not None and table.is_close(begin, value):
                 return begin
         # A rounded time may be nearer to a later entry than to the first.
-        exact = abs(table[nearest] - value) <= _EXACT * max(abs(table[0]), abs(table[-1]))
-        return nearest if exact or not _close(table, 0, value) else 0
+        exact = table.is_exact(nearest, value)
+        return nearest if exact or not table.is_close(0, value) else 0
 
     @property
     def length(self) -> int:
@@ -173,7 +223,7 @@ class StepTracker:
         """The entry at which an image-to-image pipeline has its scheduler begin."""
         return getattr(self.scheduler, "begin_index", None)
 
-    def _entry(self, values: tuple[float, ...]) -> tuple[list[float], int, float] | None:
+    def _entry(self, values: tuple[float, ...]) -> tuple[Table, int, float] | None:
         """The table, the entry nearest to one of the times, and that time; None: none is close."""
         tables = self._read_tables()
         if len(values) > 1 and not self._has_new_table:
@@ -183,10 +233,10 @@ class StepTracker:
             fitting = []
             for time in self._times if self._has_new_table else (self._time,):
                 table = tables[time]
-                if not table:
+                if not len(table):
                     continue
-                nearest = min(range(len(table)), key=lambda i: abs(table[i] - value))
-                if _close(table, nearest, value):
+                nearest = table.nearest(value)
+                if table.is_close(nearest, value):
                     fitting.append((nearest, time))
             if fitting:
                 # A walk begins at or near the first entry of the right one.
@@ -197,12 +247,12 @@ class StepTracker:
     def _is_unexpected(self, value: float) -> tuple[bool, bool]:
         """A key that sorts the times of a call by how well they go on from the last one."""
         same = value == self._value
-        follows = _close(self._tables[1][self._time], self._step + 1, value)
+        follows = self._tables[1][self._time].is_close(self._step + 1, value)
         counter = getattr(self.scheduler, "step_index", None)
         went_on = counter is None or counter != self._counter
         return (not follows, not same) if went_on else (not same, not follows)
 
-    def _read_tables(self) -> dict[Time, list[float]]:
+    def _read_tables(self) -> dict[Time, Table]:
         """The tables on the host, read once per walk."""
         if self._tables[0] is not self.scheduler.timesteps:
             steps, tables = self.length, {}
@@ -210,7 +260,7 @@ class StepTracker:
                 attribute, value = _TABLES[time]
                 entries = getattr(self.scheduler, attribute, None)
                 entries = [] if entries is None else entries[:steps].tolist()
-                tables[time] = [value(float(entry)) for entry in entries]
+                tables[time] = Table.of(list(map(float, entries)), value)
             self._tables = (self.scheduler.timesteps, tables)
         return self._tables[1]
 
@@ -256,12 +306,3 @@ def _index_of_view(table: Any, timestep: torch.Tensor) -> int | None:
         for stride, size in zip(timestep.stride(), timestep.shape, strict=True)
     )
     return index if one_entry and table.is_contiguous() and 0 <= index < len(table) else None
-
-
-def _close(table: list[float], index: int, value: float) -> bool:
-    if not 0 <= index < len(table):
-        return False
-    scale = max(abs(table[0]), abs(table[-1]))
-    # Some pipelines cut the timestep to a whole number.
-    whole = 1.0 if scale > 100.0 and value.is_integer() else 0.0
-    return abs(table[index] - value) <= max(_EXACT * scale, _ROUNDING * abs(value), whole)
