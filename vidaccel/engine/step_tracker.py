@@ -34,7 +34,7 @@ _TABLES: dict[Time, tuple[str, Callable[[float], float]]] = {
 
 @dataclass(frozen=True)
 class Table:
-    """What a pipeline tells its transformer about the time, in one form.
+    """The times that a pipeline tells its transformer, in one form.
 
     Attributes:
         values: an entry per step.
