@@ -400,6 +400,19 @@ def test_sparse_attention_from_the_page(tab):
     until(lambda: [tab.input_value(f"#{name} input") for name in names] == ["0.5", "2", "0"])
 
 
+def test_low_precision_from_the_page(tab):
+    choose_custom(tab)
+    fill(tab, plan="every 2")
+    tab.locator("#precision label", has_text="int8").click()
+    tab.click("#generate")
+    wait_until_done(tab)
+    assert re.search(r"LowPrecision\(format='int8'\), 100 layers, .* -> .* MiB", tab.inner_text("#numbers"))
+    # The settings of a run bring it back.
+    tab.locator("#precision label", has_text="off").click()
+    tab.click("#reuse")
+    until(lambda: tab.locator("#precision input[value=int8]").is_checked())
+
+
 def test_a_reload_in_the_middle_goes_on_where_it_was(tab):
     long_run(tab)
     fill(tab, prompt="a red circle", seed=7)

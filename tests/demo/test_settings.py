@@ -29,6 +29,7 @@ from vidaccel.svg2.settings import SVG2
         ({"fps": 0}, "fps: "),
         ({"attention": "half"}, "attention: "),
         ({"svg2": {"top_p": 0}}, "svg2 top p: "),
+        ({"precision": "int2"}, "precision: "),
         ({"svg2": {"dense_steps": -1}}, "svg2 dense steps: "),
     ],
 )

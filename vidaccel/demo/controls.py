@@ -7,13 +7,14 @@ from typing import Any
 
 import gradio as gr
 
-from vidaccel.dbcache import DEFAULT_THRESHOLD
 from vidaccel.demo import html
+from vidaccel.demo.fields import CACHE_DEFAULTS, CACHE_FIELDS, SPARSE_FIELDS, number_field
 from vidaccel.demo.settings import (
     ACCELERATIONS,
     CUSTOM,
     MAX_SEED,
-    BlockCache,
+    OFF,
+    PRECISIONS,
     Limits,
     Settings,
     Sparse,
@@ -22,26 +23,8 @@ from vidaccel.demo.settings import (
 )
 from vidaccel.errors import PolicyError, SettingsError
 from vidaccel.plans.policy import CachePolicy
-from vidaccel.svg2.settings import SVG2
 
 SIZE = re.compile(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*")
-
-CACHE_FIELDS = {
-    "threshold": ("Threshold", "lower it if quality drops; empty for that of the model"),
-    "probe_blocks": ("Probe blocks", "blocks that always run first"),
-    "corrector_blocks": ("Corrector blocks", "blocks that always run last"),
-    "warmup_steps": ("Warm-up steps", "computed in any case"),
-    "max_consecutive": ("Reused in a row", "at most; empty for no limit"),
-    "forecast_order": ("Forecast order", "0 holds the residual, 1 and 2 extend it"),
-}
-
-CACHE_DEFAULTS = BlockCache(threshold=DEFAULT_THRESHOLD).model_dump()
-
-SPARSE_FIELDS = {
-    "top_p": ("top_p", "share of the attention mass that is kept"),
-    "dense_steps": ("Dense first steps", "empty for a fifth of all"),
-    "min_tokens": ("Shortest sequence", f"tokens; empty for {SVG2.min_tokens}"),
-}
 
 
 class Controls:
@@ -107,6 +90,14 @@ class Controls:
                 self._build_policy()
                 self._build_cache()
                 self._build_attention()
+                self._precision = gr.Radio(
+                    list(PRECISIONS),
+                    value=OFF,
+                    label="Low precision",
+                    info="linear layers of the blocks in 8 or 4 bits: less memory, and int8 is "
+                    "faster on a GPU in large models",
+                    elem_id="precision",
+                )
                 self._connect()
         self.accordions = {"details": details, "custom": self._custom}
 
@@ -123,11 +114,11 @@ class Controls:
             elem_id="size",
         )
         with gr.Row():
-            self._frames = _number("Frames", defaults.frames, f"up to {limits.frames}")
-            self._steps = _number("Steps", defaults.steps, f"up to {limits.steps}")
+            self._frames = number_field("Frames", defaults.frames, f"up to {limits.frames}")
+            self._steps = number_field("Steps", defaults.steps, f"up to {limits.steps}")
         with gr.Row():
-            self._guidance = _number("Guidance", defaults.guidance, "0 to 100", whole=False)
-            self._fps = _number("Frames per second", defaults.fps, "of the files")
+            self._guidance = number_field("Guidance", defaults.guidance, "0 to 100", whole=False)
+            self._fps = number_field("Frames per second", defaults.fps, "of the files")
         gr.Markdown("Empty fields are left to the model.", elem_classes="va-muted")
 
     def _build_policy(self) -> None:
@@ -155,7 +146,7 @@ class Controls:
         )
         with gr.Row():
             self._cache = [
-                _number(
+                number_field(
                     label,
                     CACHE_DEFAULTS[name],
                     info,
@@ -178,7 +169,7 @@ class Controls:
         self.attention_note = gr.HTML(elem_id="attention-note")
         with gr.Row(visible=False) as self._sparse_row:
             self._sparse = [
-                _number(
+                number_field(
                     label,
                     Sparse().top_p if name == "top_p" else None,
                     info,
@@ -238,6 +229,7 @@ class Controls:
             *self._cache,
             self._attention,
             *self._sparse,
+            self._precision,
         ]
 
     @property
@@ -291,6 +283,7 @@ class Controls:
                 "cache": cache if given[self._with_cache] else None,
                 "attention": given[self._attention],
                 "svg2": sparse if given[self._attention] == "svg2" else {},
+                "precision": given[self._precision],
             }
         )
 
@@ -323,6 +316,7 @@ class Controls:
             },
             self._attention: settings.attention,
             **dict(zip(self._sparse, settings.svg2.model_dump().values(), strict=True)),
+            self._precision: settings.precision,
             **(self.open_custom() if settings.acceleration == CUSTOM else {}),
         }
 
@@ -362,25 +356,6 @@ class Controls:
     @staticmethod
     def _draw(policy: CachePolicy | None, budget: Any) -> str:
         return "" if policy is None else html.curve(policy, _nearest(policy, budget))
-
-
-def _number(
-    label: str,
-    value: float | None,
-    info: str,
-    *,
-    whole: bool = True,
-    name: str = "",
-    min_width: int = 120,
-) -> gr.Number:
-    return gr.Number(
-        value,
-        label=label,
-        info=info,
-        precision=0 if whole else None,
-        min_width=min_width,
-        elem_id=(name or label.lower()).replace("_", "-").replace(" ", "-"),
-    )
 
 
 def _size_text(settings: Settings) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from vidaccel.clips.fidelity import MEASURES, in_words, why_unavailable
 from vidaccel.demo.job_queue import Progress
 from vidaccel.demo.run_store import SavedRun
+from vidaccel.engine.report import PrecisionReport
 from vidaccel.engine.stats import StepKind
 from vidaccel.plans.policy import CachePolicy
 
@@ -177,7 +178,7 @@ def _cards(saved: SavedRun) -> str:
 
 
 def _remarks(saved: SavedRun) -> list[str]:
-    """Return the policy, the settings of sparse attention, and what else there is to know."""
+    """Return the policy, sparse attention, low precision, and what else there is to know."""
     lines: list[str] = []
     report, fidelity = saved.result.get("report"), saved.fidelity
     if report is not None:
@@ -186,6 +187,7 @@ def _remarks(saved: SavedRun) -> list[str]:
         attentions = (part.get("attention") for part in parts)
         sparse = (a["settings"] for a in attentions if a and a["density"] is not None)
         lines += dict.fromkeys(sparse)
+        lines += [str(PrecisionReport(**low)) for part in parts if (low := part.get("precision"))]
         lines += [note for part in parts for note in part["notes"]]
     if saved.result.get("original_kept"):
         lines.append("the original is that of an earlier run with the same prompt, seed and size")

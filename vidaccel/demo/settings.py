@@ -13,6 +13,7 @@ from vidaccel.errors import SettingsError
 from vidaccel.plans.plan import PRESETS
 from vidaccel.plans.policy import CachePolicy
 from vidaccel.plans.schema import MAX_STEPS, Pixels, Record, Steps, Text
+from vidaccel.precision.settings import PRESETS as PRECISION_PRESETS
 from vidaccel.resolve import Resolver, policy_from_text
 from vidaccel.svg2.settings import SVG2
 
@@ -21,6 +22,7 @@ MAX_SEED = 2**32 - 1
 
 OFF, CUSTOM = "off", "custom"
 ACCELERATIONS = (OFF, *PRESETS, CUSTOM)
+PRECISIONS = (OFF, *PRECISION_PRESETS)
 
 
 class BlockCache(Record):
@@ -56,6 +58,7 @@ class Settings(Record):
         cache: the block cache; None for none.
         attention: "auto" as `accelerate` has it, "off", or "svg2" for the field below.
         svg2: the settings of sparse attention.
+        precision: "off", or a preset of low precision.
     """
 
     prompt: Annotated[Text, StringConstraints(min_length=1)]
@@ -73,6 +76,7 @@ class Settings(Record):
     cache: BlockCache | None = None
     attention: Literal["off", "auto", "svg2"] = "auto"
     svg2: Sparse = Sparse()
+    precision: Literal["off", "int8", "int4"] = "off"
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Settings":
@@ -139,7 +143,7 @@ class Settings(Record):
     def original(self) -> "Settings":
         """Return the same without acceleration: equal where the originals are the same clip."""
         plain: dict[str, Any] = {"acceleration": OFF, "policy": "auto", "cache": None, "fps": 1}
-        plain |= {"attention": "auto", "svg2": Sparse(), "compare": False}
+        plain |= {"attention": "auto", "svg2": Sparse(), "precision": OFF, "compare": False}
         return self.model_copy(update=plain)
 
     def acceleration_arguments(self) -> dict[str, Any]:
@@ -153,7 +157,9 @@ class Settings(Record):
             return {"policy": Resolver("auto", "auto", preset), "attention": "auto"}
         policy = policy_of_text(self.policy)
         cache = None if self.cache is None else DBCache(**self.cache.model_dump())
-        return {"policy": Resolver(policy, cache), "attention": self._attention()}
+        precision = None if self.precision == OFF else self.precision
+        arguments = {"policy": Resolver(policy, cache), "attention": self._attention()}
+        return arguments | {"precision": precision}
 
     def _attention(self) -> SVG2 | str | None:
         """Return what `accelerate(attention=...)` takes for custom acceleration."""
