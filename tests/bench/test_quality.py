@@ -242,7 +242,7 @@ def test_command_line(tmp_path, capsys):
     assert main(["bench", "quality", *arguments]) == 0
     result = json.loads((tmp_path / "q.json").read_text())
     assert result["settings"]["model"] == "tiny-wan"
-    assert result["points"][0]["adherence"].keys() == {"color", "background", "motion"}
+    assert result["points"][0]["adherence"].keys() == {"color", "background", "motion", "shape"}
     assert "lpips" in result["left_out"] or result["points"][0]["lpips"] is not None
     assert "evenly spaced" in capsys.readouterr().out
 

@@ -38,7 +38,7 @@ def test_generate_compares_and_writes_everything(tmp_path, run, small):
     assert result["blocks_run"][1] * 8 == result["blocks_run"][0] * 3
     assert result["speedup"] > 0
     assert result["metrics"]["psnr"] > 10
-    assert set(result["adherence"][0]) == {"color", "background", "motion"}
+    assert set(result["adherence"][0]) == {"color", "background", "motion", "shape"}
     assert result["settings"]["num_inference_steps"] == 8
     assert result["environment"]["packages"]["torch"]
     assert set(result["metrics"]["worst"]) | set(result["metrics"]["unavailable"]) == set(MEASURES)

@@ -45,16 +45,18 @@ def test_blur_and_uint8_do_not_change_the_verdict():
 def test_mismatched_captions_score_near_chance():
     _, videos = draw(200, 3)
     others, _ = draw(200, 4)
-    chance = 1 / np.array([len(scenes.COLORS), len(scenes.BACKGROUNDS), len(scenes.MOTIONS)])
+    words = (scenes.COLORS, scenes.BACKGROUNDS, scenes.MOTIONS, scenes.SHAPES)
+    chance = 1 / np.array(list(map(len, words)))
     assert (np.abs(scores(videos, [s.caption for s in others]) - chance) < 0.09).all()
 
 
 def test_each_part_is_judged_alone():
     scene = scenes.Scene("red", "dotted", "square", "up", "navy", "striped")
     video = scenes.render(scene, np.random.default_rng(0))
-    for part, other in [("color", "cyan"), ("background", "teal"), ("motion", "left")]:
+    others = {"color": "cyan", "background": "teal", "motion": "left", "shape": "circle"}
+    for part, other in others.items():
         verdict = scenes.adherence(video, dataclasses.replace(scene, **{part: other}).caption)
-        expected = {"color": True, "background": True, "motion": True, part: False}
+        expected = dict.fromkeys(others, True) | {part: False}
         assert dataclasses.asdict(verdict) == expected
 
 
@@ -63,7 +65,15 @@ def test_still_and_empty_videos_follow_nothing_they_do_not_show():
     still = np.repeat(draw(1, 5)[1][0][:1], 9, axis=0)
     assert not scenes.adherence(still, caption).motion
     black = scenes.adherence(np.zeros((9, 48, 48, 3), np.uint8), caption)
-    assert black == scenes.Adherence(color=False, background=False, motion=False)
+    assert black == scenes.Adherence(color=False, background=False, motion=False, shape=False)
+
+
+def test_a_triangle_points_up():
+    scene = scenes.Scene("red", "dotted", "triangle", "up", "navy", "striped")
+    video = scenes.render(scene, np.random.default_rng(0))
+    upside_down = video[:, ::-1]
+    assert not scenes.adherence(upside_down, scene.caption).shape
+    assert scenes.adherence(video[:, :, ::-1], scene.caption).shape
 
 
 def test_same_generator_state_gives_the_same_clip():

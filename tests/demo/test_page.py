@@ -406,7 +406,9 @@ def test_low_precision_from_the_page(tab):
     tab.locator("#precision label", has_text="int8").click()
     tab.click("#generate")
     wait_until_done(tab)
-    assert re.search(r"LowPrecision\(format='int8'\), 100 layers, .* -> .* MiB", tab.inner_text("#numbers"))
+    assert re.search(
+        r"LowPrecision\(format='int8'\), 100 layers, .* -> .* MiB", tab.inner_text("#numbers")
+    )
     # The settings of a run bring it back.
     tab.locator("#precision label", has_text="off").click()
     tab.click("#reuse")

@@ -51,6 +51,9 @@ OBJECT_LEVELS = (0.62, 1.0)
 BACKGROUND_LEVELS = (0.16, 0.42)
 FOREGROUND_THRESHOLD = 0.52  # of a pixel's largest channel, between the two ranges above
 TEXTURE_PERIOD = 10.0  # pixels, at every frame size
+# Shape -> area of its outline over the square of its reach, and how far its centroid lies below
+# its centre, in reaches.
+_AREAS = {"circle": (np.pi, 0.0), "square": (4 * 0.86**2, 0.0), "triangle": (1.8, 0.2)}
 MIN_SIZE, MIN_FRAMES = 48, 9
 MIN_TRAVEL = 0.08  # of the frame side, for a motion to count
 HELD_OUT_ONE_IN = 10
@@ -87,11 +90,12 @@ class Scene:
 
 @dataclass(frozen=True)
 class Adherence:
-    """The three measurable parts of a caption; true for those that a video follows."""
+    """The four measurable parts of a caption; true for those that a video follows."""
 
     color: bool
     background: bool
     motion: bool
+    shape: bool
 
 
 def parse_caption(caption: str) -> Scene:
@@ -165,6 +169,7 @@ def adherence(video: NDArray[np.uint8] | NDArray[np.floating], caption: str) -> 
 
     The colour is that of most bright pixels, the background that of most dark ones, and the motion
     is the main direction of the centroid of the main object between the first and last quarter.
+    The shape is the one whose outline, as large as the object and in its place, overlaps it most.
 
     Args:
         video: [frames, height, width, 3], uint8 or floating in 0..1.
@@ -183,11 +188,13 @@ def adherence(video: NDArray[np.uint8] | NDArray[np.floating], caption: str) -> 
     backgrounds = _nearest(pixels, value, BACKGROUNDS)[~bright]
     weights = np.bincount(backgrounds, weights=value[~bright], minlength=len(BACKGROUNDS))
     color = int(counts.argmax())
+    mask = bright & (colors == color)
     return Adherence(
         color=bool(counts[color]) and list(COLORS)[color] == scene.color,
         background=bool(weights.max() > 0)
         and list(BACKGROUNDS)[int(weights.argmax())] == scene.background,
-        motion=_direction(bright & (colors == color)) == scene.motion,
+        motion=_direction(mask) == scene.motion,
+        shape=_shape(mask) == scene.shape,
     )
 
 
@@ -236,6 +243,22 @@ def _direction(mask: NDArray[np.bool_]) -> str | None:
         return None
     step = (int(np.sign(travel[axis])), 0) if axis == 0 else (0, int(np.sign(travel[axis])))
     return next(word for word, direction in MOTIONS.items() if direction == step)
+
+
+def _shape(mask: NDArray[np.bool_]) -> str | None:
+    """Shape of a mask's outline, or None when it is empty. [F, H, W] -> word"""
+    overlaps = dict.fromkeys(SHAPES, 0.0)
+    for frame in mask:
+        area = int(frame.sum())
+        if not area:
+            continue
+        rows, columns = _grid(*frame.shape)
+        row, column = _centroid(frame[None]) + 0.5  # of pixel centres
+        for shape, (of_square, below) in _AREAS.items():
+            reach = np.sqrt(area / of_square)
+            ideal = _distance(shape, rows - row + below * reach, columns - column, reach) < 0
+            overlaps[shape] += (frame & ideal).sum() / (frame | ideal).sum()
+    return max(overlaps, key=lambda shape: overlaps[shape]) if any(overlaps.values()) else None
 
 
 def _centroid(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
