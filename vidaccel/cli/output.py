@@ -93,7 +93,8 @@ def print_bench(
         OutputError: it cannot be written.
     """
     print_result(table(result), arguments.json)
-    write_json(result.to_dict(), arguments.json)
+    found = result.to_dict()
+    write_json(found, arguments.json, one_line="points" if "points" in found else None)
     if draw is not None and arguments.plot is not None:
         draw(result, arguments.plot)
         print_written([arguments.plot])
