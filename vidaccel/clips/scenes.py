@@ -51,9 +51,16 @@ OBJECT_LEVELS = (0.62, 1.0)
 BACKGROUND_LEVELS = (0.16, 0.42)
 FOREGROUND_THRESHOLD = 0.52  # of a pixel's largest channel, between the two ranges above
 TEXTURE_PERIOD = 10.0  # pixels, at every frame size
+# Outlines, in reaches: half the side of a square; the base of a triangle below its centre, and how
+# much steeper than a diagonal its sides are, which meet one reach above.
+_SQUARE, _BASE, _SLOPE = 0.86, 0.8, 1.8
 # Shape -> area of its outline over the square of its reach, and how far its centroid lies below
 # its centre, in reaches.
-_AREAS = {"circle": (np.pi, 0.0), "square": (4 * 0.86**2, 0.0), "triangle": (1.8, 0.2)}
+_AREAS = {
+    "circle": (np.pi, 0.0),
+    "square": (4 * _SQUARE**2, 0.0),
+    "triangle": ((1 + _BASE) ** 2 / _SLOPE, 2 * (1 + _BASE) / 3 - 1),
+}
 MIN_SIZE, MIN_FRAMES = 48, 9
 MIN_TRAVEL = 0.08  # of the frame side, for a motion to count
 HELD_OUT_ONE_IN = 10
@@ -322,10 +329,9 @@ def _distance(shape: str, rows: Array, columns: Array, reach: float) -> Array:
     if shape == "circle":
         distance = np.hypot(rows, columns) - reach
     elif shape == "square":
-        distance = np.maximum(np.abs(rows), np.abs(columns)) - 0.86 * reach
+        distance = np.maximum(np.abs(rows), np.abs(columns)) - _SQUARE * reach
     else:
-        # Isosceles, apex up: base at 0.8 reach below the centre, where the half width is `reach`.
-        slope = 1.8
-        side = (slope * np.abs(columns) - rows - reach) / np.hypot(slope, 1)
-        distance = np.maximum(side, rows - 0.8 * reach)
+        # Isosceles, apex up.
+        side = (_SLOPE * np.abs(columns) - rows - reach) / np.hypot(_SLOPE, 1)
+        distance = np.maximum(side, rows - _BASE * reach)
     return np.asarray(distance, dtype=np.float32)
