@@ -47,8 +47,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipe = WanPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    result = json.loads(args.output.read_text()) if args.output.exists() else {}
-    result["environment"] = environment()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         for size in args.sizes:
@@ -56,6 +54,9 @@ def main() -> None:
             entry = PARTS[part](pipe, size, args)
             entry["seconds"] = round(time.perf_counter() - started, 1)
             print(part, size, json.dumps(entry))
+            # Read again: sizes may be measured by processes beside each other.
+            result = json.loads(args.output.read_text()) if args.output.exists() else {}
+            result["environment"] = environment()
             result.setdefault(part, {})[size] = entry
             args.output.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 

@@ -1,4 +1,8 @@
-"""The training loop of assets/tiny-wan: resumable, with averaged weights and two optimizers."""
+"""The training loop of assets/tiny-wan: resumable, with averaged weights and two optimizers.
+
+Under torchrun each process computes the gradients of its share of a batch, and all take the same
+step with their mean.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MATRIX_RATE, VECTOR_RATE = 0.02, 1e-3  # of Muon and of AdamW
 WARM_UP = 50
 SAVE_EVERY, LOG_EVERY = 100, 20
-NOT_MATRICES = ("embed", "shared", "relative_attention_bias", "proj_out", "time_proj")
+NOT_MATRICES = ("embed", "shared", "relative_attention_bias", "proj_out", "time_proj", "outline")
 
 
 def fit(
@@ -24,11 +29,14 @@ def fit(
     model: nn.Module,
     loss_of: Callable[[int], Tensor],
     workdir: Path,
-    steps: int,
+    cycles: Sequence[int],
     *,
     ema_decay: float = 0.99,
 ) -> None:
     """Minimise `loss_of(step)`; `model` ends with the averaged weights.
+
+    The rate falls with the cosine over the steps of each cycle, and starts half as high in the next
+    (warm restarts, Loshchilov and Hutter, 2017).
 
     Writes `{name}.pt` every 100 steps, continues from it, and appends the loss to `{name}.jsonl`.
     """
@@ -44,26 +52,33 @@ def fit(
             optimizer.load_state_dict(saved)
         first = state["step"]
     started, total = time.perf_counter(), 0.0
-    for step in range(first, steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    heights = [
+        0.5**cycle * (0.01 + 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for cycle, steps in enumerate(cycles)
+        for step in range(steps)
+    ]
+    for step in range(first, len(heights)):
         for optimizer, rate in zip(optimizers, (MATRIX_RATE, VECTOR_RATE), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / WARM_UP, 0.01 + cosine)
+            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / WARM_UP, heights[step])
             optimizer.zero_grad(set_to_none=True)
         loss = loss_of(step)
         loss.backward()
+        average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         decay = min(ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         total += loss.item()
+        if share()[0]:
+            continue  # the first process writes
         if (step + 1) % LOG_EVERY == 0:
             seconds = round(time.perf_counter() - started, 1)
             row = {"step": step + 1, "loss": round(total / LOG_EVERY, 5), "seconds": seconds}
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             total = 0.0
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(heights):
             state = {
                 "model": model.state_dict(),
                 "ema": average.state_dict(),
@@ -72,6 +87,25 @@ def fit(
             }
             write(path, lambda p, s=state: torch.save(s, p))
     model.load_state_dict(average.state_dict())
+
+
+def share() -> tuple[int, int]:
+    """Which of how many processes this one is."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Replace every gradient by its mean over the processes."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def build_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:

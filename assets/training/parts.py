@@ -16,7 +16,10 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from vidaccel.clips import scenes
 
 SIZES = {"small": (9, 64, 64), "large": (17, 96, 96)}  # frames, height, width
-LATENT_CHANNELS = 24
+LATENT_CHANNELS = 32
+HEAD_DIM = 32
+OUTLINE = 16  # shares of a token's 2x2 squares of pixels that the named object covers
+OUTLINE_BLOCK = 5  # whose output they are read from in training
 MEAN_PIXEL = -0.65  # of the clips, in -1..1
 PROMPT_TOKENS = 16  # the longest caption and its end token are 12
 PIPELINE_TOKENS = 512  # WanPipeline pads prompts with zeros to this length
@@ -106,7 +109,7 @@ def build_transformer() -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=4,
-        attention_head_dim=32,
+        attention_head_dim=HEAD_DIM,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         text_dim=64,
@@ -127,16 +130,56 @@ class Denoiser(nn.Module):
         self.transformer = build_transformer()
         self.pads = MergedPads()
         for block in self.transformer.blocks:
+            block.attn1.set_processor(Plain())
             block.attn2.set_processor(self.pads)
+        width = self.transformer.config.num_attention_heads * HEAD_DIM
+        self.outline = nn.Linear(width, OUTLINE)
+        self.transformer.blocks[OUTLINE_BLOCK].register_forward_hook(self._keep)
 
-    def forward(self, latents: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """latents [B, C, F, H, W], timestep [B], ids and mask [B, PROMPT_TOKENS] -> velocity."""
+    def _keep(self, _block: nn.Module, _args: Any, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """latents [B, C, F, H, W], timestep [B], ids and mask [B, PROMPT_TOKENS].
+
+        Returns the velocity [B, C, F, H, W] and logits of what the named object covers of each
+        token [B, OUTLINE, F, H, W].
+        """
         text = self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
         self.pads.count(mask)
-        return self.transformer(latents, timestep, text, return_dict=False)[0]
+        velocity = self.transformer(latents, timestep, text, return_dict=False)[0]
+        covered = self.outline(self.hidden).transpose(1, 2)
+        return velocity, covered.unflatten(2, latents.shape[2:])
 
 
-class MergedPads:
+class Plain:
+    """Attention by matrix products: on a CPU, torch's fused one takes twice as long to train."""
+
+    bias: Tensor | None = None
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden: Tensor,
+        text: Tensor | None = None,
+        _mask: None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        source = hidden if text is None else text
+        q, k, v = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        if rotary is not None:
+            q, k = rotated(q, *rotary), rotated(k, *rotary)
+        q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+        logits = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits.dtype)
+        return attn.to_out[0]((logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+class MergedPads(Plain):
     """Cross-attention over PROMPT_TOKENS keys that equals the pipeline's PIPELINE_TOKENS keys.
 
     The pipeline pads prompts with zero vectors and does not mask them, so all pads share one key
@@ -148,11 +191,12 @@ class MergedPads:
         stands_for = (PIPELINE_TOKENS - words) / (PROMPT_TOKENS - words)
         self.bias = torch.where(mask.bool(), 0.0, stands_for.log())[:, None, None]
 
-    def __call__(self, attn: nn.Module, hidden: Tensor, text: Tensor, *_: Any) -> Tensor:
-        q, k, v = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(text)), attn.to_v(text)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v.to(q.dtype), self.bias.to(q.dtype))
-        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring channels, as WanTransformer3DModel lays them out."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 def draw_scenes(pool: list[scenes.Scene], seed: tuple[int, ...], count: int) -> list[scenes.Scene]:
@@ -169,6 +213,16 @@ def render_batch(pool: list[scenes.Scene], seed: tuple[int, ...], size: str, cou
     """Random scenes of a pool as the VAE takes them: [count, 3, F, H, W] in -1..1."""
     rng = np.random.default_rng(seed)
     return to_tensor([render(s, rng, size) for s in draw_scenes(pool, seed, count)])
+
+
+def coverage(scene: scenes.Scene, video: scenes.Array) -> Tensor:
+    """How much of each token's squares the named object covers: uint8 [OUTLINE, f, h, w].
+
+    A token is 8x8 pixels of two frames; the first latent frame is of the first frame alone.
+    """
+    mask = torch.from_numpy(scenes.object_mask(video, scene.color)).float()
+    squares = F.avg_pool3d(torch.cat([mask[:1], mask])[None], 2)
+    return (255 * F.pixel_unshuffle(squares.transpose(0, 1), 4)).transpose(0, 1).byte()
 
 
 def to_tensor(videos: list[scenes.Array]) -> Tensor:

@@ -76,6 +76,22 @@ def test_a_triangle_points_up():
     assert scenes.adherence(video[:, :, ::-1], scene.caption).shape
 
 
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_the_mask_of_an_object_is_where_it_was_drawn(as_bytes):
+    scene = scenes.Scene("red", "dotted", "square", "up", "navy", "striped")
+    video = scenes.render(scene, np.random.default_rng(0))
+    mask = scenes.object_mask((video * 255).astype(np.uint8) if as_bytes else video, "red")
+    assert mask.shape == video.shape[:3] and mask.any((1, 2)).all()
+    assert (video[mask].argmax(axis=1) == 0).all()
+    # A square of 0.36 to 0.44 sides times 0.86, where no smaller object hides it.
+    assert 0.08 < mask.mean() < 0.15
+
+
+def test_the_mask_of_an_unknown_color_is_refused():
+    with pytest.raises(ValueError, match="'pink' is not a color of the grammar"):
+        scenes.object_mask(np.zeros((9, 48, 48, 3), np.uint8), "pink")
+
+
 def test_same_generator_state_gives_the_same_clip():
     first, again, other = (draw(1, seed)[1][0] for seed in (6, 6, 7))
     assert np.array_equal(first, again)

@@ -188,9 +188,7 @@ def adherence(video: NDArray[np.uint8] | NDArray[np.floating], caption: str) -> 
     """
     scene = parse_caption(caption)
     pixels = _to_float(video)
-    value = pixels.max(axis=-1)
-    bright = value > FOREGROUND_THRESHOLD
-    colors = _nearest(pixels, value, COLORS)
+    value, bright, colors = _objects(pixels)
     counts = np.bincount(colors[bright], minlength=len(COLORS))
     backgrounds = _nearest(pixels, value, BACKGROUNDS)[~bright]
     weights = np.bincount(backgrounds, weights=value[~bright], minlength=len(BACKGROUNDS))
@@ -203,6 +201,25 @@ def adherence(video: NDArray[np.uint8] | NDArray[np.floating], caption: str) -> 
         motion=_direction(mask) == scene.motion,
         shape=_shape(mask) == scene.shape,
     )
+
+
+def object_mask(video: NDArray[np.uint8] | NDArray[np.floating], color: str) -> NDArray[np.bool_]:
+    """Return which pixels of a clip show an object of a colour of the grammar.
+
+    Args:
+        video: [frames, height, width, 3], uint8 or floating in 0..1.
+
+    Returns:
+        bool [frames, height, width].
+
+    Raises:
+        ValueError: another colour, or a video that `adherence` does not take.
+    """
+    if color not in COLORS:
+        raise ValueError(f"{color!r} is not a color of the grammar: {list(COLORS)}")
+    _, bright, colors = _objects(_to_float(video))
+    mask: NDArray[np.bool_] = bright & (colors == list(COLORS).index(color))
+    return mask
 
 
 def _check_size(frames: int, height: int, width: int) -> None:
@@ -225,6 +242,12 @@ def _to_float(video: NDArray[np.uint8] | NDArray[np.floating]) -> Array:
     if not np.isfinite(video).all() or video.min() < -1e-3 or video.max() > 1 + 1e-3:
         raise ValueError("a floating video has values in 0..1; scale it, or pass uint8")
     return video.astype(np.float32)
+
+
+def _objects(pixels: Array) -> tuple[Array, NDArray[np.bool_], NDArray[np.intp]]:
+    """Brightness of each pixel, whether it is an object's, and its nearest of COLORS. [..., 3]"""
+    value: Array = pixels.max(axis=-1)
+    return value, value > FOREGROUND_THRESHOLD, _nearest(pixels, value, COLORS)
 
 
 def _nearest(

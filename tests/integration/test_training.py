@@ -1,0 +1,79 @@
+"""assets/training: every stage runs, goes on where it stopped, and leaves a pipeline that loads."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+
+SCRIPTS = Path(__file__).parents[2] / "assets" / "training"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """The script, on few clips."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import train
+
+    monkeypatch.setattr(train, "SHARD", 2)
+    monkeypatch.setattr(train, "ENCODED", 2)
+    monkeypatch.setattr(train, "STATISTICS", 1)
+    monkeypatch.setattr(train, "CACHE", {"small": 4, "large": 2})
+    monkeypatch.setattr(train, "BATCH", {"small": 2, "large": 1})
+    monkeypatch.setattr("fit.LOG_EVERY", 1)
+    # Compiling takes a minute, for a few steps.
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", lambda self: None)
+    yield train
+    for name in ("train", "parts", "fit"):
+        del sys.modules[name]
+
+
+def run(train, monkeypatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *options, "--threads", "1"])
+    train.main()
+
+
+def test_training_leaves_a_pipeline_and_goes_on_from_its_checkpoints(train, tmp_path, monkeypatch):
+    work, out = tmp_path / "work", tmp_path / "out"
+    places = ("--workdir", str(work), "--output", str(out))
+    run(train, monkeypatch, "all", "--vae-steps", "3", "--steps", "4", "2", *places)
+    pipe = WanPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    caption = "a red striped circle moving right on a navy dotted background"
+    size = {"height": 48, "width": 48, "num_frames": 9}
+    frames = pipe(caption, **size, num_inference_steps=2, output_type="np").frames[0]
+    assert frames.shape == (9, 48, 48, 3) and np.isfinite(frames).all()
+
+    run(train, monkeypatch, "transformer", "--steps", "4", "4", *places)
+    steps = [json.loads(x)["step"] for x in (work / "transformer.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+
+
+def test_the_outline_is_read_from_latents_that_hold_it(train):
+    generator = torch.Generator().manual_seed(0)
+    covered = torch.randint(0, 256, (8, 16, 3, 4, 4), generator=generator).byte()
+    mixing = torch.randn(32, 16, generator=generator)
+    latents = torch.einsum("co,nofhw->ncfhw", mixing, covered / 255) + 0.3
+    probe = train.outline_probe(latents, covered)
+    difference = torch.randn(16, generator=generator)
+    torch.testing.assert_close(probe @ (mixing @ difference), difference, atol=1e-3, rtol=0)
+
+
+def test_coverage_is_of_the_named_object(train):
+    from parts import coverage, render
+
+    from vidaccel.clips import scenes
+
+    scene = scenes.Scene("red", "dotted", "square", "up", "navy", "striped")
+    video = render(scene, np.random.default_rng(0), "small")
+    covered = coverage(scene, video)
+    assert covered.shape == (16, 5, 8, 8) and covered.dtype == torch.uint8
+    # The first latent frame is of the first frame, the last of the last two.
+    mask = scenes.object_mask(video, "red")
+    shares = covered.float().mean((0, 2, 3)) / 255
+    assert shares[0] == pytest.approx(mask[0].mean(), abs=2e-3)
+    assert shares[4] == pytest.approx(mask[7:].mean(), abs=2e-3)
