@@ -71,6 +71,9 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
+    processes = share()[1]
+    if any(count % processes for count in (*VAE_BATCH.values(), *BATCH.values())):
+        parser.error(f"{processes} processes do not divide the batches {VAE_BATCH} and {BATCH}")
     args.workdir.mkdir(parents=True, exist_ok=True)
     if args.stage in ("vae", "all"):
         train_vae(args.workdir, args.vae_steps)

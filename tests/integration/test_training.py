@@ -53,6 +53,14 @@ def test_training_leaves_a_pipeline_and_goes_on_from_its_checkpoints(train, tmp_
     assert steps == list(range(1, 9))
 
 
+def test_processes_that_do_not_divide_a_batch_are_refused(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "share", lambda: (0, 3))
+    with pytest.raises(SystemExit):
+        run(train, monkeypatch, "vae", "--workdir", str(tmp_path / "work"))
+    assert "3 processes do not divide the batches" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_outline_is_read_from_latents_that_hold_it(train):
     generator = torch.Generator().manual_seed(0)
     covered = torch.randint(0, 256, (8, 16, 3, 4, 4), generator=generator).byte()
