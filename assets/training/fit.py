@@ -32,11 +32,12 @@ def fit(
     cycles: Sequence[int],
     *,
     ema_decay: float = 0.99,
+    height: float = 1.0,
 ) -> None:
     """Minimise `loss_of(step)`; `model` ends with the averaged weights.
 
     The rate falls with the cosine over the steps of each cycle, and starts half as high in the next
-    (warm restarts, Loshchilov and Hutter, 2017).
+    (warm restarts, Loshchilov and Hutter, 2017). `height` is that of the first.
 
     Writes `{name}.pt` every 100 steps, continues from it, and appends the loss to `{name}.jsonl`.
     """
@@ -53,7 +54,7 @@ def fit(
         first = state["step"]
     started, total = time.perf_counter(), 0.0
     heights = [
-        0.5**cycle * (0.01 + 0.5 * (1 + math.cos(math.pi * step / steps)))
+        height * 0.5**cycle * (0.01 + 0.5 * (1 + math.cos(math.pi * step / steps)))
         for cycle, steps in enumerate(cycles)
         for step in range(steps)
     ]

@@ -17,6 +17,7 @@ from vidaccel.clips import scenes
 
 SIZES = {"small": (9, 64, 64), "large": (17, 96, 96)}  # frames, height, width
 LATENT_CHANNELS = 32
+WIDTH, DECODER_WIDTH = 48, 96  # channels of the autoencoder, and of its decoder at last
 HEAD_DIM = 32
 OUTLINE = 16  # shares of a token's 2x2 squares of pixels that the named object covers
 OUTLINE_BLOCK = 5  # whose output they are read from in training
@@ -28,10 +29,11 @@ TRAIN_SCENES = [s for s in scenes.all_scenes() if not scenes.is_held_out(s.capti
 HELD_OUT_SCENES = [s for s in scenes.all_scenes() if scenes.is_held_out(s.caption)]
 
 
-def build_vae() -> AutoencoderKLWan:
+def build_vae(decoder_width: int = WIDTH) -> AutoencoderKLWan:
     """8x8x2 compression: 4x4 pixel unshuffle, then one spatio-temporal downsampling."""
     vae = AutoencoderKLWan(
-        base_dim=48,
+        base_dim=WIDTH,
+        decoder_base_dim=decoder_width,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 1],
         num_res_blocks=1,
@@ -68,6 +70,29 @@ def initialise(vae: AutoencoderKLWan) -> None:
     entry.bias.copy_(-MEAN_PIXEL * entry.weight.flatten(1).sum(1))
     vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1  # the log variances: nearly noiseless
     vae.quant_conv.bias[LATENT_CHANNELS:] = -6.0
+
+
+@torch.no_grad()
+def widen(narrow: nn.Module, wide: nn.Module) -> None:
+    """Let a wider decoder begin close to what a narrow one computes.
+
+    Its first channels are those of the narrow one; the others start small, and so do the weights
+    that lead to them and from them.
+    """
+    sources = dict(narrow.named_parameters())
+    for name, parameter in wide.named_parameters():
+        source = sources[name]
+        if parameter.shape == source.shape:
+            parameter.copy_(source)
+            continue
+        if name.endswith("gamma"):
+            # Norms are of the root mean square over all channels, most of which are now small.
+            source = source * (len(source) / len(parameter)) ** 0.5
+        elif parameter.ndim > 1:
+            parameter.mul_(0.05)
+        stacks = max(1, len(source) // WIDTH)  # query, key and value; two frames of one
+        corner = source.unflatten(0, (stacks, -1))
+        parameter.unflatten(0, (stacks, -1))[tuple(map(slice, corner.shape))] = corner
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

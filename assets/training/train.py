@@ -4,8 +4,8 @@
     python assets/training/train.py vae --vae-steps 1560         # or one process, one stage
 
 Stages: `vae` (autoencoder on rendered clips), `encode` (cache of normalised latents), `transformer`
-(flow matching, together with the text encoder) and `export` (Diffusers folder). Each stage goes on
-from its last checkpoint in the work directory. `assets/training/evaluate.py` measures the result.
+(flow matching, together with the text encoder), `decoder` (a wider one, for the same latents) and
+`export` (Diffusers folder). Each stage goes on from its last checkpoint in the work directory. `assets/training/evaluate.py` measures the result.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from fit import fit, share, write
 from parts import (
+    DECODER_WIDTH,
     PROMPT_TOKENS,
     SIZES,
     TRAIN_SCENES,
@@ -35,10 +36,11 @@ from parts import (
     render,
     render_batch,
     to_tensor,
+    widen,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 SEED = 20
 VAE_BATCH = {"small": 2, "large": 2}
@@ -58,13 +60,15 @@ SAMPLE_SHIFT = 1.0  # evenly spaced noise levels
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("stage", choices=["vae", "encode", "transformer", "export", "all"])
+    stages = ["vae", "encode", "transformer", "decoder", "export", "all"]
+    parser.add_argument("stage", choices=stages)
     parser.add_argument("--workdir", type=Path, default=Path("build/tiny-wan"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "tiny-wan")
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[4200, 3300], help="of the transformer, by cycle"
     )
+    parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -81,6 +85,8 @@ def main() -> None:
         encode(args.workdir)
     if args.stage in ("transformer", "all"):
         train_transformer(args.workdir, args.steps)
+    if args.stage in ("decoder", "all"):
+        train_decoder(args.workdir, args.decoder_steps)
     if args.stage in ("export", "all") and share()[0] == 0:
         export(args.workdir, args.output)
 
@@ -204,6 +210,36 @@ def train_transformer(workdir: Path, cycles: list[int]) -> None:
     fit("transformer", model, loss_of, workdir, cycles, ema_decay=0.998)
 
 
+def train_decoder(workdir: Path, steps: int) -> None:
+    """A wider decoder for the encoder as it is, so that the latents stay what they were."""
+    torch.manual_seed(SEED)
+    narrow = AutoencoderKLWan.from_pretrained(workdir / "vae").eval()
+    vae = build_vae(DECODER_WIDTH)
+    statistics = {key: narrow.config[key] for key in ("latents_mean", "latents_std")}
+    vae.register_to_config(**statistics)
+    for part in ("encoder", "quant_conv", "post_quant_conv"):
+        getattr(vae, part).load_state_dict(getattr(narrow, part).state_dict())
+    widen(narrow.decoder, vae.decoder)
+    vae.encoder.requires_grad_(False)
+    rank, processes = share()
+
+    def loss_of(step: int) -> Tensor:
+        size = "small" if step % 4 == 3 else "large"
+        count = VAE_BATCH[size] // processes
+        clips = render_batch(TRAIN_SCENES, (SEED, 5, step, rank), size, count)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(clips).latent_dist.mean
+            error = decode_unclamped(vae, latents).float() - clips
+        return error.square().mean()
+
+    decoder = nn.ModuleDict({"post_quant": vae.post_quant_conv, "decoder": vae.decoder})
+    fit("decoder", decoder, loss_of, workdir, [steps], height=0.5)
+    if rank == 0:
+        vae.eval().save_pretrained(workdir / "wide-vae")
+    wait()
+
+
 def export(workdir: Path, output: Path) -> None:
     """Assemble the pipeline from the latest checkpoints (EMA weights) and save it."""
     tokenizer = build_tokenizer()
@@ -213,8 +249,9 @@ def export(workdir: Path, output: Path) -> None:
     transformer = build_transformer()
     transformer.load_state_dict(model.transformer.state_dict())
     # from_pretrained would write this machine's path into the configuration.
-    vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(workdir / "vae"))
-    vae.load_state_dict(load_file(workdir / "vae" / "diffusion_pytorch_model.safetensors"))
+    folder = workdir / "wide-vae"
+    vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
+    vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
     WanPipeline(
         tokenizer=tokenizer,
         text_encoder=model.text_encoder.eval(),

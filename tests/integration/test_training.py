@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 SCRIPTS = Path(__file__).parents[2] / "assets" / "training"
 pytestmark = pytest.mark.slow
@@ -40,8 +40,16 @@ def run(train, monkeypatch, *options: str) -> None:
 def test_training_leaves_a_pipeline_and_goes_on_from_its_checkpoints(train, tmp_path, monkeypatch):
     work, out = tmp_path / "work", tmp_path / "out"
     places = ("--workdir", str(work), "--output", str(out))
-    run(train, monkeypatch, "all", "--vae-steps", "3", "--steps", "4", "2", *places)
+    few = ("--vae-steps", "3", "--steps", "4", "2", "--decoder-steps", "2")
+    run(train, monkeypatch, "all", *few, *places)
     pipe = WanPipeline.from_pretrained(out)
+    # The latents are those that the transformer was trained on, the decoder is a wider one.
+    first = AutoencoderKLWan.from_pretrained(work / "vae", torch_dtype=torch.float16)
+    clip = torch.rand(1, 3, 9, 48, 48) * 2 - 1
+    modes = [v.float().encode(clip).latent_dist.mode() for v in (first, pipe.vae)]
+    assert torch.equal(*modes)
+    assert pipe.vae.config.latents_mean == first.config.latents_mean
+    assert pipe.vae.decoder.conv_in.out_channels == 2 * first.decoder.conv_in.out_channels
     pipe.set_progress_bar_config(disable=True)
     caption = "a red striped circle moving right on a navy dotted background"
     size = {"height": 48, "width": 48, "num_frames": 9}
@@ -59,6 +67,19 @@ def test_processes_that_do_not_divide_a_batch_are_refused(train, tmp_path, monke
         run(train, monkeypatch, "vae", "--workdir", str(tmp_path / "work"))
     assert "3 processes do not divide the batches" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+def test_a_wider_decoder_begins_as_the_narrow_one(train):
+    from parts import build_vae, widen
+
+    torch.manual_seed(0)
+    narrow, wide = build_vae(), build_vae(96)
+    widen(narrow.decoder, wide.decoder)
+    wide.post_quant_conv.load_state_dict(narrow.post_quant_conv.state_dict())
+    latents = torch.randn(1, 32, 3, 4, 4)
+    with torch.no_grad():
+        expected, found = (train.decode_unclamped(v, latents) for v in (narrow, wide))
+    assert (found - expected).square().mean() < 0.02 * expected.square().mean()
 
 
 def test_the_outline_is_read_from_latents_that_hold_it(train):
