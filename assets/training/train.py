@@ -5,7 +5,8 @@
 
 Stages: `vae` (autoencoder on rendered clips), `encode` (cache of normalised latents), `transformer`
 (flow matching, together with the text encoder), `decoder` (a wider one, for the same latents) and
-`export` (Diffusers folder). Each stage goes on from its last checkpoint in the work directory. `assets/training/evaluate.py` measures the result.
+`export` (Diffusers folder). Each stage goes on from its last checkpoint in the work directory.
+`assets/training/evaluate.py` measures the result.
 """
 
 from __future__ import annotations

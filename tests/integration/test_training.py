@@ -2,6 +2,7 @@
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,42 @@ def test_training_leaves_a_pipeline_and_goes_on_from_its_checkpoints(train, tmp_
     run(train, monkeypatch, "transformer", "--steps", "4", "4", *places)
     steps = [json.loads(x)["step"] for x in (work / "transformer.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
+
+
+def fitted(rank: int, folder: str, processes: int) -> None:
+    """Fit a layer to a process's share of a batch and save what it has come to."""
+    sys.path.insert(0, str(SCRIPTS))
+    from fit import fit, share
+
+    torch.set_num_threads(1)
+    if processes > 1:
+        store = torch.distributed.FileStore(f"{folder}/store", processes)
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60)
+        )
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3)
+    inputs, targets = torch.randn(8, 4), torch.randn(8, 3)
+
+    def loss_of(_step: int) -> torch.Tensor:
+        mine = slice(share()[0], None, share()[1])
+        return (layer(inputs[mine]) - targets[mine]).square().mean()
+
+    fit("layer", layer, loss_of, Path(folder), [5])
+    torch.save(layer.state_dict(), f"{folder}/{processes}-{rank}.pt")
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_step_as_one_of_the_whole_batch(tmp_path, train):
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    torch.multiprocessing.spawn(fitted, (str(apart), 2), nprocs=2)
+    fitted(0, str(tmp_path), 1)
+    expected = torch.load(tmp_path / "1-0.pt")
+    for rank in range(2):
+        found = torch.load(apart / f"2-{rank}.pt")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_processes_that_do_not_divide_a_batch_are_refused(train, tmp_path, monkeypatch, capsys):
