@@ -69,7 +69,9 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[4200, 3300], help="of the transformer, by cycle"
     )
-    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument(
+        "--decoder-steps", type=int, nargs="+", default=[3000, 1500], help="by cycle"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -211,7 +213,7 @@ def train_transformer(workdir: Path, cycles: list[int]) -> None:
     fit("transformer", model, loss_of, workdir, cycles, ema_decay=0.998)
 
 
-def train_decoder(workdir: Path, steps: int) -> None:
+def train_decoder(workdir: Path, cycles: list[int]) -> None:
     """A wider decoder for the encoder as it is, so that the latents stay what they were."""
     torch.manual_seed(SEED)
     narrow = AutoencoderKLWan.from_pretrained(workdir / "vae").eval()
@@ -235,7 +237,7 @@ def train_decoder(workdir: Path, steps: int) -> None:
         return error.square().mean()
 
     decoder = nn.ModuleDict({"post_quant": vae.post_quant_conv, "decoder": vae.decoder})
-    fit("decoder", decoder, loss_of, workdir, [steps], height=0.5)
+    fit("decoder", decoder, loss_of, workdir, cycles, height=0.5)
     if rank == 0:
         vae.eval().save_pretrained(workdir / "wide-vae")
     wait()
