@@ -13,7 +13,8 @@ from typing import Any
 
 from vidaccel.bench.attention import AttentionResult
 from vidaccel.bench.curves import QualityResult
-from vidaccel.bench.figures import draw_attention, draw_quality
+from vidaccel.bench.defaults import DefaultsResult
+from vidaccel.bench.figures import draw_attention, draw_defaults, draw_quality
 from vidaccel.bench.learning import LearningResult, Lesson, draw_learning
 from vidaccel.bench.precision import PrecisionPoint, PrecisionResult
 from vidaccel.bench.precision_crossover import CrossoverPoint, CrossoverResult
@@ -54,6 +55,7 @@ def precision_of(data: dict[str, Any]) -> PrecisionResult:
 # Name of the file of numbers, and of the figure -> how the one is read, and the other drawn.
 FIGURES: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Path], None]]] = {
     "attention": (AttentionResult.from_dict, draw_attention),
+    "defaults": (DefaultsResult.from_dict, draw_defaults),
     "learning": (learning_of, draw_learning),
     "precision": (precision_of, draw_precision),
     "precision-crossover": (crossover_of, draw_crossover),

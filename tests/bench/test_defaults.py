@@ -69,7 +69,8 @@ def test_every_setting_has_auto_beside_others(measured):
         assert means == sorted(means, reverse=True)
     table = defaults_table(result)
     assert AUTO in table and str(SMALL[1]) in table
-    json.dumps(result.to_dict(), allow_nan=False)
+    file = json.dumps(result.to_dict(), allow_nan=False)
+    assert DefaultsResult.from_dict(json.loads(file)) == result
 
 
 def test_a_finished_grid_is_read_again(measured, monkeypatch):

@@ -102,6 +102,12 @@ class DefaultsResult:
     cells: list[Cell]
     environment: dict[str, Any]
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "DefaultsResult":
+        """Read a result from its file."""
+        cells = [Cell.from_dict(cell) for cell in data["cells"]]
+        return cls(data["settings"], cells, data["environment"])
+
     def standings(self) -> dict[str, dict[str, Standing]]:
         """Return wanted speedup -> method -> how it stands over the whole grid, best mean first."""
         found: dict[str, dict[str, Standing]] = {}

@@ -13,7 +13,7 @@ from vidaccel.bench.sparse_methods import SPARSE_METHODS
 from vidaccel.errors import MetricUnavailable
 
 # Colour and line of each family of methods: ours solid, other libraries dashed, simple ones dotted.
-_OURS = ("vidaccel", "LeMiCa", "DBCache", "plan +", "SVG2")
+_OURS = (AUTO, "vidaccel", "LeMiCa", "DBCache", "plan +", "SVG2")
 _SIMPLE = ("evenly spaced", "dense start", "fewer")
 _WARM = ("#d62728", "#ff7f0e", "#e377c2", "#8c564b", "#bcbd22", "#ff9896", "#c49c94")
 _COLD = ("#1f77b4", "#2ca02c", "#9467bd", "#17becf", "#000080", "#006400", "#7f7fff")
@@ -107,8 +107,7 @@ def draw_defaults(result: DefaultsResult, path: Path) -> None:
         for method in methods:
             found = [cell.at_equal_time[speedup].get(method) for cell in result.cells]
             values = [float("nan") if q is None or q.psnr is None else q.psnr for q in found]
-            style = {"color": "#d62728", "linewidth": 2.6} if method == AUTO else {}
-            style = style or _style(method, methods)
+            style = _style(method, methods)
             axis.plot(values, range(len(values)), marker="o", markersize=4, label=method, **style)
         axis.set_title(f"1/{speedup} of the steps computed")
         axis.set_xlabel("PSNR against the plain clip, mean of the prompts (dB)")
