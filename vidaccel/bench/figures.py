@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,9 @@ def draw_attention(result: AttentionResult, path: Path) -> None:
     Raises:
         MetricUnavailable: matplotlib is not installed.
     """
-    figure = _figure((11, 4.2))
+    figure = _figure((13, 4.2))
     left, right = figure.subplots(1, 2)
-    for name in SPARSE_METHODS:
+    for name, color in zip(SPARSE_METHODS, cycle(_WARM + _COLD)):
         own = [point for point in result.points if point.method == name]
         points = sorted(
             ((point.density, point) for point in own if point.density is not None),
@@ -144,17 +145,20 @@ def draw_attention(result: AttentionResult, path: Path) -> None:
         if not points:
             continue
         densities = [density for density, _ in points]
-        (line,) = left.plot(densities, [point.psnr for _, point in points], marker="o", label=name)
+        psnrs = [point.psnr for _, point in points]
+        left.plot(densities, psnrs, marker="o", color=color, label=name)
         for density, point in points:
             worst = [point.psnr, point.psnr_of_worst_prompt]
-            left.plot([density] * 2, worst, color=line.get_color(), linewidth=0.8)
+            left.plot([density] * 2, worst, color=color, linewidth=0.8)
         densest, point = points[-1]
-        right.plot(point.recall_of_layers, marker="o", label=f"{densest:.0%} {name}")
+        recall = point.recall_of_layers
+        right.plot(recall, marker="o", color=color, label=f"{name} ({densest:.0%})")
     left.set(xlabel="density of sparse calls", ylabel="PSNR against dense attention (dB)")
     right.set(xlabel="layer", ylabel="recall of attention mass", ylim=(0, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
