@@ -20,13 +20,13 @@ from vidaccel.plans.schema import (
 )
 
 # How many times a deviation in the first step grows until the end; one in the last does not:
-# log-linear over the share of noise. Tried on the embedded model: 1 to 30.
+# log-linear over the share of noise. Tried on the embedded model's first version: 1 to 30.
 GAIN = 4.0
 # Deviations of one sample say less of the largest error than of all together.
 OBJECTIVE = "sum"
 
 # The PSNR of plans over the sum of their errors, which is over the size of the latents: fitted to
-# lessons on the embedded model by `vidaccel bench learning`.
+# lessons on the embedded model's first version by `vidaccel bench learning`.
 FIDELITY = (
     (0.0335, 55.6),
     (0.0405, 54.6),

@@ -13,9 +13,10 @@ MAX_ORDER = 2
 # The largest scale: further out, an extrapolation is no forecast any more.
 MAX_SCALE = 2.0
 
-# The power of how far a line is known over how far it has to reach. On the embedded model, over
-# Euler and UniPC, shifts 1 to 5 and 12 to 50 steps, 2 is above 1, a half of 1 and holding: the most
-# where few steps are computed and a line over a long gap goes wrong.
+# The power of how far a line is known over how far it has to reach. On the first
+# version of the embedded model, over Euler and UniPC, shifts 1 to 5 and 12 to 50 steps, 2 is above
+# 1, a half of 1 and holding: the most where few steps are computed and a line over a long gap goes
+# wrong.
 DAMPING = 2.0
 
 # Two computed steps this close in sigma say nothing about a slope.

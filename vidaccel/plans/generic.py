@@ -1,9 +1,10 @@
 """The generic schedule: the computed steps of least error for a run of which nothing is measured.
 
-The errors that were measured on the embedded model follow one rule over 12 to 50 steps and shifts 1
-to 7: holding the residual of step i until step j goes wrong by how far the reused steps are from i,
-times how far the sampler goes in them, times a gain that grows towards pure noise and towards none,
-1 / (t + START) ** 2 + 1 / (1 - t + END) ** 2 at t = 1 - noise level. In log-SNR that is about even.
+The errors that were measured on the embedded model's first version follow one rule over 12 to 50
+steps and shifts 1 to 7: holding the residual of step i until step j goes wrong by how far the
+reused steps are from i, times how far the sampler goes in them, times a gain that grows towards
+pure noise and towards none, 1 / (t + START) ** 2 + 1 / (1 - t + END) ** 2 at t = 1 - noise level.
+In log-SNR that is about even.
 The step lists that were published for LeMiCa (arXiv 2511.00090) follow the same rule with t the
 place of a step in the run, whatever its noise level: those of Wan lie 1.3 steps from its schedules
 on average. So a schedule has to do for both: it is the one with the least sum of the two errors.
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 from vidaccel.plans.forecast import damped_scales
 from vidaccel.plans.plan import Plan
 
-# Where the gain ends to grow, at the start of a run and at its end; fitted to the errors of the
-# embedded model's policy of 50 steps, which it fits within a half from the first step to the last.
+# Where the gain ends to grow, at the start of a run and at its end; fitted to the errors of a
+# policy of 50 steps of the embedded model's first version, within a half at every step.
 START, END = 0.03, 0.10
 # No gap is wider than this share of the run, 8 of 50 steps, or this many times the mean gap.
 WIDEST_SHARE, WIDEST_TIMES = 0.16, 1.2

@@ -122,7 +122,7 @@ def with_measured(policy: CachePolicy) -> CachePolicy:
     """Return a policy with what was measured of its plans as its validation, where anything was.
 
     What it predicts stays: captions differ more from each other than a prediction is off, and
-    moving it by what others gave made it worse on the embedded model.
+    moving it by what others gave made it worse on the embedded model's first version.
     """
     records = measured_clips(policy)
     if not records:

@@ -30,8 +30,8 @@ TRIAL_TOKENS, TRIAL_TEXT = 256, 32
 # two bytes, and of scores in 8 bits, and far below any wrong row.
 TRIAL_ERROR = 0.05
 # How far a sparse call may be from dense attention. Sparsity itself costs a twentieth at most at
-# the default settings on the embedded model, more where attention is spread out; values of no
-# meaning are off by 1 or more.
+# the default settings on the embedded model's first version, more where attention is spread out;
+# values of no meaning are off by 1 or more.
 CALL_ERROR = 0.5
 # Rows of the video that are compared, and how often each side is timed; the fastest counts.
 ROWS, TIMES = 256, 2
