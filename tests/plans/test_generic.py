@@ -116,11 +116,13 @@ def test_short_runs_reuse_gently(total, share):
 
 def test_a_line_is_damped_by_how_far_it_is_known():
     sigmas = (1.0, 0.9, 0.8, 0.6, 0.5, 0.1)
-    # From 1 after 0: known over 0.1, reaches 0.3 to step 3; from 3 after 1: known over 0.3.
-    assert damped_scales((0, 1, 3), sigmas) == pytest.approx((0.0, 1 / 9, 1 / 4))
+    # From 1 after 0: known over 0.1 and a step, reaches over 0.3 and two; from 3 after 1: 0.3 and
+    # two, 0.6 and three.
+    scales = (0.0, 1 / 3 * 1 / 2, 1 / 2 * 2 / 3)
+    assert damped_scales((0, 1, 3), sigmas) == pytest.approx(scales)
     plan = along_damped_lines(Plan((0, 1, 3), 6), sigmas)
     assert plan.orders == (0, 1, 1)
-    assert plan.scales == pytest.approx((0.0, 1 / 9, 1 / 4))
+    assert plan.scales == pytest.approx(scales)
     # Evenly falling levels and even gaps: the whole line.
     even = tuple(1 - step / 10 for step in range(10))
     assert damped_scales((0, 2, 4, 6, 8), even) == pytest.approx((0.0, 1.0, 1.0, 1.0, 1.0))

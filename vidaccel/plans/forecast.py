@@ -13,12 +13,6 @@ MAX_ORDER = 2
 # The largest scale: further out, an extrapolation is no forecast any more.
 MAX_SCALE = 2.0
 
-# The power of how far a line is known over how far it has to reach. On the first
-# version of the embedded model, over Euler and UniPC, shifts 1 to 5 and 12 to 50 steps, 2 is above
-# 1, a half of 1 and holding: the most where few steps are computed and a line over a long gap goes
-# wrong.
-DAMPING = 2.0
-
 # Two computed steps this close in sigma say nothing about a slope.
 _SMALLEST_GAP = 1e-6
 
@@ -63,9 +57,12 @@ def damped_scales(steps: Sequence[int], sigmas: Sequence[float]) -> tuple[float,
 
     A line through the residuals of two computed steps is known over the noise levels between them.
     A segment that reaches further than those two lie apart goes along it the less, the further it
-    reaches: min(1, (sigma_p - sigma_i) / (sigma_i - sigma_j)) ** DAMPING for the segment from
-    computed step i, after computed step p, to the next one j. With a shifted schedule the noise
-    level falls slowly first and fast later, and a full line overshoots in the long gaps.
+    reaches: by min(1, (sigma_p - sigma_i) / (sigma_i - sigma_j)) for the segment from computed step
+    i, after computed step p, to the next one j, times the same of the steps, min(1, (i - p) /
+    (j - i)). With a shifted schedule the noise level falls slowly first and fast later, so that a
+    line over it overshoots in the long gaps, and the square of the first ratio falls short. On the
+    embedded model both together are above that square at shifts 3 to 7 by 1 to 3 dB, and above
+    either ratio alone where few steps are computed; at shift 1 all of them are near each other.
 
     Args:
         steps: the computed steps.
@@ -81,5 +78,5 @@ def damped_scales(steps: Sequence[int], sigmas: Sequence[float]) -> tuple[float,
         known = levels[previous] - levels[start]
         reach = levels[start] - levels[end]
         share = max(0.0, min(1.0, known / reach)) if reach > _SMALLEST_GAP else 0.0
-        found.append(share**DAMPING)
+        found.append(share * min(1.0, (start - previous) / (end - start)))
     return tuple(found)
