@@ -52,6 +52,14 @@ def test_a_short_run_of_a_measured_model_reuses_gently(steps):
     assert "generic schedule" in plan.origin and len(plan.steps) < steps
 
 
+def test_lines_are_followed_further_without_guidance():
+    run = own_run(30)
+    guided = generic(run, Wish()).scales
+    assert generic(replace(run, guidance_scale=5.0), Wish()).scales == guided
+    free = generic(replace(run, guidance_scale=1.0), Wish()).scales
+    assert all(a >= b for a, b in zip(free, guided, strict=True)) and free != guided
+
+
 def test_a_published_list_is_carried_over_by_position():
     wan = RunSettings(
         30, "WanTransformer3DModel", "Wan-AI/Wan2.1-T2V-14B-Diffusers", sigmas=falling(30)

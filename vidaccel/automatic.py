@@ -100,7 +100,7 @@ def generic(run: RunSettings, wish: Wish) -> Plan:
             f"{name}: found {value}, but no measured or learned policy fits this run of {total} "
             f"steps, and only its errors tell: {_ADVICE}; or ask for a speedup"
         )
-    plan = generic_plan(steps, total, run.sigmas)
+    plan = generic_plan(steps, total, run.sigmas, guided=run.guided)
     return replace(plan, origin=f"generic schedule, {plan}, not calibrated: {_ADVICE}")
 
 
@@ -203,7 +203,8 @@ def _by_position(known: Known, run: RunSettings, wish: Wish) -> Plan | None:
     stretch = (total - 1) / (policy.num_inference_steps - 1)
     steps = tuple(dict.fromkeys(round(step * stretch) for step in listed.steps))
     plan = Plan(steps, total)
-    plan = plan if run.sigmas is None else along_damped_lines(plan, run.sigmas)
+    if run.sigmas is not None:
+        plan = along_damped_lines(plan, run.sigmas, guided=run.guided)
     origin = f"{plan}, carried over by position from {name}, not validated: {_ADVICE}"
     return replace(plan, origin=with_doubt(origin, policy, run))
 
@@ -213,4 +214,4 @@ def _filled(policy: CachePolicy, wish: Wish, run: RunSettings) -> Plan:
     plan = wish.of(policy)
     if policy.edges or plan.orders or plan.errors or run.sigmas is None:
         return plan
-    return along_damped_lines(plan, run.sigmas)
+    return along_damped_lines(plan, run.sigmas, guided=run.guided)

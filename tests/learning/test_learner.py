@@ -65,7 +65,7 @@ def test_a_step_reused_alone_moves_the_latents_as_learned(make, monkeypatch):
     monkeypatch.setattr(
         learner,
         "learned_edges",
-        lambda holds, lines, *rest: tables.update(holds=holds, lines=lines),
+        lambda holds, lines, *rest, **more: tables.update(holds=holds, lines=lines),
     )
     case = make()
     _learn(case)

@@ -1,6 +1,7 @@
 """The generic schedule: what it minimises, its shape, known lists, and the damping of its lines."""
 
 import itertools
+import math
 from statistics import fmean
 
 import pytest
@@ -120,6 +121,12 @@ def test_a_line_is_damped_by_how_far_it_is_known():
     # two, 0.6 and three.
     scales = (0.0, 1 / 3 * 1 / 2, 1 / 2 * 2 / 3)
     assert damped_scales((0, 1, 3), sigmas) == pytest.approx(scales)
+    # Without guidance a line may be followed further.
+    further = tuple(math.sqrt(scale) for scale in scales)
+    assert damped_scales((0, 1, 3), sigmas, guided=False) == pytest.approx(further)
+    assert generic_plan(3, 6, sigmas, guided=False).scales == pytest.approx(
+        tuple(math.sqrt(scale) for scale in generic_plan(3, 6, sigmas).scales)
+    )
     plan = along_damped_lines(Plan((0, 1, 3), 6), sigmas)
     assert plan.orders == (0, 1, 1)
     assert plan.scales == pytest.approx(scales)

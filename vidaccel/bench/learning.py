@@ -169,7 +169,9 @@ def _plans(
     found = {}
     for budget in budgets:
         found["learned", budget] = policy.plan(budget=budget)
-        found["generic", budget] = generic_plan(budget, total, sigmas)
+        found["generic", budget] = generic_plan(
+            budget, total, sigmas, guided=policy.guidance.guided
+        )
     same = [
         known
         for _, known in load_shipped()

@@ -61,14 +61,14 @@ def searched_plans(
     )
     with TemporaryDirectory() as temporary, closing(Worker(pipe, task)) as worker:
         folder = WorkFolder(Path(temporary) if workdir is None else workdir / "searches", task)
-        sigmas = worker.run_info().run_settings.sigmas
-        assert sigmas is not None  # of a run that was just made
-        along = partial(along_damped_lines, sigmas=sigmas)
+        run = worker.run_info().run_settings
+        assert run.sigmas is not None  # of a run that was just made
+        along = partial(along_damped_lines, sigmas=run.sigmas, guided=run.guided)
 
         def search(method: str, budget: int) -> Generator[Trial, float, Plan]:
             """Begin the search of one method and budget."""
             if method == IMPROVED:
-                start = generic_plan(budget, steps, sigmas)
+                start = generic_plan(budget, steps, run.sigmas, guided=run.guided)
                 return improving([start], len(prompts), runs)
             if method == BUDCACHE:
                 return annealing(budget, steps, len(prompts), runs)

@@ -113,4 +113,4 @@ class GenericSchedule(Resolver):
     def plan(self, run: RunSettings) -> Plan:
         """Return the schedule on the noise levels of a run."""
         sigmas = None if self._held else run.sigmas
-        return generic_plan(self._budget, run.num_inference_steps, sigmas)
+        return generic_plan(self._budget, run.num_inference_steps, sigmas, guided=run.guided)

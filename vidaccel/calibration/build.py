@@ -145,7 +145,13 @@ def build_policy(
             if not validate:
                 return policy
             plans_of = {
-                budget: candidates(edges, budget, steps, policy.scheduler.sigmas)
+                budget: candidates(
+                    edges,
+                    budget,
+                    steps,
+                    policy.scheduler.sigmas,
+                    guided=policy.guidance.guided,
+                )
                 for budget in policy.budgets()
             }
             tried = {budget: plans_of.pop(budget) for budget in budgets if budget in plans_of}

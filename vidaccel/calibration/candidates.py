@@ -28,7 +28,12 @@ def validated_budgets(steps: int) -> list[int]:
 
 
 def candidates(
-    edges: Sequence[Edge], budget: int, steps: int, sigmas: tuple[float, ...] | None = None
+    edges: Sequence[Edge],
+    budget: int,
+    steps: int,
+    sigmas: tuple[float, ...] | None = None,
+    *,
+    guided: bool = True,
 ) -> dict[str, Plan]:
     """Find the plans of one budget that are worth a run, by a name that says what they are.
 
@@ -36,7 +41,7 @@ def candidates(
         edges: as `lemica.search.solve_edges` takes them.
         budget: number of computed steps.
         steps: T.
-        sigmas: noise level of each step, for the generic schedule.
+        sigmas, guided: what the generic schedule takes of a run.
 
     Returns:
         The evenly spaced plan and the best path of the paper's objective, each held, half way and
@@ -56,7 +61,7 @@ def candidates(
         if budget in solved:
             plans.setdefault(name, solved[budget])
     if not only_held:
-        generic = generic_plan(budget, steps, sigmas)
+        generic = generic_plan(budget, steps, sigmas, guided=guided)
         if len(generic.steps) == budget:  # a short run may need more
             plans["generic schedule"] = generic
         for objective in OBJECTIVES:

@@ -32,10 +32,19 @@ class Deviations:
         sigmas: noise level of each step, over which lines are drawn.
         weights: how far the sampler goes in each step, per unit of the output.
         max_skip: longest segment.
+        guided: as `plans.forecast.damped_scales` takes it.
     """
 
-    def __init__(self, sigmas: Sequence[float], weights: Sequence[float], max_skip: int) -> None:
+    def __init__(
+        self,
+        sigmas: Sequence[float],
+        weights: Sequence[float],
+        max_skip: int,
+        *,
+        guided: bool = True,
+    ) -> None:
         self._sigmas, self._weights, self.max_skip = sigmas, weights, max_skip
+        self._guided = guided
         self._first = 0  # no segment and no line starts before
         self._step, self._added = -1, torch.zeros(0)  # coefficients of the running step
         self._sums: dict[str, torch.Tensor] = {}  # by branch: [max_skip * ways, M]
@@ -137,4 +146,4 @@ class Deviations:
         if point == start:
             return 0.0
         steps = (point, start) if end == len(self._sigmas) else (point, start, end)
-        return damped_scales(steps, self._sigmas)[1]
+        return damped_scales(steps, self._sigmas, guided=self._guided)[1]

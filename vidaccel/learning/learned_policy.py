@@ -48,6 +48,8 @@ def learned_edges(
     lines: Mapping[Line, float],
     sigmas: Sequence[float],
     noise: Sequence[float],
+    *,
+    guided: bool = True,
 ) -> list[Edge]:
     """Return the edges of the search: each segment along the damped line from each earlier step.
 
@@ -60,6 +62,7 @@ def learned_edges(
             interpolated.
         sigmas: noise level of each step.
         noise: share of noise in the latents of each step.
+        guided: as `damped_scales` takes it.
     """
     total = len(sigmas)
     top = max(noise[0], 1e-6)
@@ -77,7 +80,7 @@ def learned_edges(
         errors = np.interp(np.arange(points[0], start), points, [along[p] for p in points])
         for previous, deviation in enumerate(errors.tolist(), points[0]):
             steps = (previous, start) if end == total else (previous, start, end)
-            scale = damped_scales(steps, sigmas)[1]
+            scale = damped_scales(steps, sigmas, guided=guided)[1]
             error = deviation * gains[end]
             found.append(Edge(start, end, error, int(scale > 0.0), scale or 1.0, previous))
     return found

@@ -169,7 +169,7 @@ class Lesson:
         total = run.num_inference_steps
         max_skip = min(LONGEST, max(MAX_SKIP, round(MAX_SKIP * total / OF_STEPS)), total)
         weights = step_weights(scheduler, run.sigmas)
-        self._deviations = Deviations(run.sigmas, weights, max_skip)
+        self._deviations = Deviations(run.sigmas, weights, max_skip, guided=run.guided)
         self._slots: TokenSlots | None = None
         self._residuals: dict[str, dict[int, torch.Tensor]] = {}
         self._step = -1
@@ -217,7 +217,7 @@ class Lesson:
         self._end_step(self.run.num_inference_steps)
         holds, lines = self._deviations.result()
         noise = noise_share(self._scheduler, self._sigmas)
-        edges = learned_edges(holds, lines, self._sigmas, noise)
+        edges = learned_edges(holds, lines, self._sigmas, noise, guided=self.run.guided)
         shift = self._scheduler.config.get("shift")
         assert self._level is not None  # the run had a step
         return learned_policy(

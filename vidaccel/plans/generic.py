@@ -53,20 +53,27 @@ def generic_steps(
     return _solved(max(2, budget), total, levels)
 
 
-def generic_plan(budget: int, num_inference_steps: int, sigmas: tuple[float, ...] | None) -> Plan:
+def generic_plan(
+    budget: int,
+    num_inference_steps: int,
+    sigmas: tuple[float, ...] | None,
+    *,
+    guided: bool = True,
+) -> Plan:
     """Return the generic schedule as a plan, its segments along damped lines.
 
     Args:
         budget, num_inference_steps, sigmas: as `generic_steps` takes them; without noise levels
             residuals are held.
+        guided: as `damped_scales` takes it.
     """
     plan = Plan(generic_steps(budget, num_inference_steps, sigmas), num_inference_steps)
-    return plan if sigmas is None else along_damped_lines(plan, sigmas)
+    return plan if sigmas is None else along_damped_lines(plan, sigmas, guided=guided)
 
 
-def along_damped_lines(plan: Plan, sigmas: tuple[float, ...]) -> Plan:
+def along_damped_lines(plan: Plan, sigmas: tuple[float, ...], *, guided: bool = True) -> Plan:
     """Return a plan with each segment filled along the damped line of `damped_scales`."""
-    scales = damped_scales(plan.steps, sigmas)
+    scales = damped_scales(plan.steps, sigmas, guided=guided)
     segments = len(plan.steps) - (plan.steps[-1] == plan.num_inference_steps - 1)
     orders = tuple(int(scale > 0.0) for scale in scales[:segments])
     return Plan(

@@ -208,3 +208,8 @@ class RunSettings:
     guidance_scale: float | None = None
     latents: tuple[int, ...] | None = None
     precision: str | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Tell whether outputs with and without the prompt are combined; so too where unknown."""
+        return self.guidance_scale is None or self.guidance_scale > 1.0

@@ -163,6 +163,11 @@ class GuidanceInfo(Record):
     mode: Literal["sequential", "batched", "embedded"] | None = None
     scale: float | None = None
 
+    @property
+    def guided(self) -> bool:
+        """Tell whether outputs with and without the prompt were combined; so too where unknown."""
+        return self.scale is None or self.scale > 1.0
+
 
 class StoredEdge(Record):
     """The measured error of computing at `start` and `end` and reusing in between.
