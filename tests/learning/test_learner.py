@@ -89,7 +89,9 @@ def test_a_step_reused_alone_moves_the_latents_as_learned(make, monkeypatch):
 def test_a_segment_of_several_steps_is_near_what_a_run_shows(monkeypatch):
     monkeypatch.setattr(learner, "PASSES", 1000)
     tables = {}
-    monkeypatch.setattr(learner, "learned_edges", lambda holds, *rest: tables.update(holds=holds))
+    monkeypatch.setattr(
+        learner, "learned_edges", lambda holds, *rest, **more: tables.update(holds=holds)
+    )
     case = wan()
     _learn(case)
     restore(case.pipe)
