@@ -21,6 +21,7 @@ ROTATIONS = (None, "hadamard", "dart", "wush")
 SEQUENCES = (None, "haar")
 # Tokens in 8 bits after the transform: the share of STaMP's own 64 among 640 or so.
 HIGH_TOKENS = 0.1
+FIRST_BLOCK = ("blocks.0.",)
 # Channels that calibrated rotations act on: of formats with a scale per token, and per block.
 GROUPS = (64, 16)
 
@@ -90,9 +91,14 @@ def grid(
 
 
 def best() -> list[LowPrecision]:
-    """Return what 4 bits take: rounding that knows the activations, and more high tokens."""
+    """Return what makes the presets better, at a price.
+
+    The first block left alone, which has the most sensitive layers; and in 4 bits rounding that
+    knows the activations, and more high tokens.
+    """
     four = LowPrecision(format="nvint4", gptq=True, calibration="-")
     return [
+        *(replace(preset, skip=FIRST_BLOCK) for preset in PRESETS.values()),
         replace(four, sequence="haar", high_tokens=HIGH_TOKENS),
         replace(four, sequence="haar", high_tokens=2 * HIGH_TOKENS),
         replace(four, high_tokens=1.0),
@@ -109,19 +115,20 @@ def cases(settings: list[LowPrecision], folder: Path) -> list[PrecisionCase]:
     return [_case(one, folder) for one in settings]
 
 
-def together(plans: dict[str, Any], precisions: dict[str, Any]) -> list[PrecisionCase]:
+def together(plans: dict[str, dict[str, Any]], precisions: dict[str, Any]) -> list[PrecisionCase]:
     """Return every piece alone and with the others, at some plans.
 
     Args:
-        plans: name -> policy.
+        plans: name -> arguments of `accelerate` that ask for it.
         precisions: name -> precision.
     """
     sparse = SVG2(top_p=0.9, min_tokens=0, query_clusters=16, key_clusters=40)
     guard = DBCache(threshold=0.12)
     found = []
-    for plan, policy in {"every step": None, **plans}.items():
+    for plan, asked in {"every step": {"policy": None}, **plans}.items():
+        planned = asked["policy"] is not None
         for low, precision in {"": None, **precisions}.items():
-            for cache in (None, guard) if policy is not None else (None,):
+            for cache in (None, guard) if planned else (None,):
                 for attention in (None, sparse):
                     parts = [
                         plan,
@@ -129,11 +136,11 @@ def together(plans: dict[str, Any], precisions: dict[str, Any]) -> list[Precisio
                         "SVG2" if attention else "",
                         low,
                     ]
-                    if policy is None and cache is None and attention is None and not low:
+                    if not planned and attention is None and not low:
                         continue
                     name = " + ".join(filter(None, parts))
                     acceleration = {
-                        "policy": policy,
+                        **asked,
                         "cache": cache,
                         "attention": attention,
                         "precision": precision,
@@ -191,7 +198,9 @@ def _case(settings: LowPrecision, folder: Path) -> PrecisionCase:
         parts.append(f"{settings.high_tokens:.0%} of tokens in 8 bits")
     if settings.gptq:
         parts.append("GPTQ")
-    known = {k: v for k, v in asdict(settings).items() if k not in ("calibration", "skip")}
+    parts += [f"{part} left alone" for part in settings.skip or ()]
+    left_out = ("calibration",) if settings.skip else ("calibration", "skip")
+    known = {k: v for k, v in asdict(settings).items() if k not in left_out}
     if settings.calibration is not None:
         settings = replace(settings, calibration=calibration_file(folder, group_of(settings)))
     preset = next((key for key, value in PRESETS.items() if value == settings), "")

@@ -106,7 +106,8 @@ def _quality(arguments: argparse.Namespace, prompts: list[str], folder: Path) ->
     if "grid" in arguments.parts:
         measured += cases(grid(formats), folder)
     if "together" in arguments.parts:
-        measured += together({"every 2": "every 2", "every 3": "every 3"}, {"int8": "int8"})
+        plans = {f"plan at {n}x": {"policy": "auto", "speedup": float(n)} for n in (2, 3)}
+        measured += together(plans, {"int8": "int8"})
     pipe = pipeline_of(arguments)
     call = call_of(pipe, arguments)
     call.pop("num_inference_steps", None)
