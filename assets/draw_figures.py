@@ -58,6 +58,7 @@ FIGURES: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Path], None]]] = {
     "defaults": (DefaultsResult.from_dict, draw_defaults),
     "learning": (learning_of, draw_learning),
     "precision": (precision_of, draw_precision),
+    "precision-grid": (precision_of, draw_precision),
     "precision-crossover": (crossover_of, draw_crossover),
     "quality": (QualityResult.from_dict, draw_quality),
 }
