@@ -32,6 +32,7 @@ def draw_precision(result: PrecisionResult, path: Path) -> None:
         axis.set_yticks(places, [point.name for point in own], fontsize=7)
         axis.set(xlabel=f"PSNR to the plain clip, {total} steps (dB); tick: worst prompt")
         axis.set_xlim(15, None)
+        axis.margins(y=0.01)
         axis.grid(alpha=0.3, axis="x")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
