@@ -25,8 +25,8 @@ LEARNING = "every step, to learn from this run what reuse costs"
 MOST_STEPS = 200
 # How much slower than its preset a plan may be that is carried over.
 SLOWER = 1.25
-# What makes the plan of a run better of which nothing is known.
-_ADVICE = 'policy="learn" learns a better one from one run, vidaccel build-policy measures one'
+# What gives a run its own plan of which nothing is known.
+_ADVICE = 'policy="learn" learns its own from one run, vidaccel build-policy measures one'
 
 
 def known_plan(run: RunSettings, wish: Wish) -> Plan | None:
