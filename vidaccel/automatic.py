@@ -25,7 +25,7 @@ LEARNING = "every step, to learn from this run what reuse costs"
 MOST_STEPS = 200
 # How much slower than its preset a plan may be that is carried over.
 SLOWER = 1.25
-# What gives a run its own plan of which nothing is known.
+# What gives a run of which nothing is known a plan of its own.
 _ADVICE = 'policy="learn" learns its own from one run, vidaccel build-policy measures one'
 
 
