@@ -91,7 +91,7 @@ def grid(
 
 
 def best() -> list[LowPrecision]:
-    """Return what makes the presets better, at a price.
+    """Return what may make the presets better, at a price.
 
     The first block left alone, which has the most sensitive layers; and in 4 bits rounding that
     knows the activations, and more high tokens.
