@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from vidaccel.plans.forecast import damped_scales
+from vidaccel.plans.forecast import damped_scales, is_guided
 from vidaccel.plans.generic import (
     END,
     SHORT_RUN,
@@ -134,6 +134,11 @@ def test_a_line_is_damped_by_how_far_it_is_known():
     even = tuple(1 - step / 10 for step in range(10))
     assert damped_scales((0, 2, 4, 6, 8), even) == pytest.approx((0.0, 1.0, 1.0, 1.0, 1.0))
     assert along_damped_lines(Plan((0, 5), 6), sigmas).orders == (0,)
+
+
+def test_a_scale_that_is_not_known_counts_as_guided():
+    scales = (None, 5.0, 1.5, 1.0, 0.0)
+    assert [is_guided(scale) for scale in scales] == [True, True, True, False, False]
 
 
 def test_levels_that_do_not_fall_hold():

@@ -72,7 +72,12 @@ def generic_plan(
 
 
 def along_damped_lines(plan: Plan, sigmas: tuple[float, ...], *, guided: bool = True) -> Plan:
-    """Return a plan with each segment filled along the damped line of `damped_scales`."""
+    """Return a plan with each segment filled along the damped line of `damped_scales`.
+
+    Args:
+        plan: its steps are kept, what fills its segments is not.
+        sigmas, guided: what `damped_scales` takes of a run.
+    """
     scales = damped_scales(plan.steps, sigmas, guided=guided)
     segments = len(plan.steps) - (plan.steps[-1] == plan.num_inference_steps - 1)
     orders = tuple(int(scale > 0.0) for scale in scales[:segments])

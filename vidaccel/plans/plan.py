@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from vidaccel.errors import PlanError
-from vidaccel.plans.forecast import MAX_ORDER, MAX_SCALE
+from vidaccel.plans.forecast import MAX_ORDER, MAX_SCALE, is_guided
 
 # Below this many steps each one changes the sample so much that reusing any is visible.
 FEW_STEPS = 8
@@ -211,5 +211,5 @@ class RunSettings:
 
     @property
     def guided(self) -> bool:
-        """Tell whether outputs with and without the prompt are combined; so too where unknown."""
-        return self.guidance_scale is None or self.guidance_scale > 1.0
+        """Tell whether outputs with and without the prompt are combined, see `is_guided`."""
+        return is_guided(self.guidance_scale)

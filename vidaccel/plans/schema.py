@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from vidaccel.plans.edge import Edge, edges_of
-from vidaccel.plans.forecast import MAX_ORDER, MAX_SCALE
+from vidaccel.plans.forecast import MAX_ORDER, MAX_SCALE, is_guided
 from vidaccel.plans.plan import Plan, RunSettings
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 4
@@ -165,8 +165,8 @@ class GuidanceInfo(Record):
 
     @property
     def guided(self) -> bool:
-        """Tell whether outputs with and without the prompt were combined; so too where unknown."""
-        return self.scale is None or self.scale > 1.0
+        """Tell whether outputs with and without the prompt were combined, see `is_guided`."""
+        return is_guided(self.scale)
 
 
 class StoredEdge(Record):
