@@ -14,7 +14,7 @@ from vidaccel.bench.sparse_methods import SPARSE_METHODS
 from vidaccel.errors import MetricUnavailable
 
 # Colour and line of each family of methods: ours solid, other libraries dashed, simple ones dotted.
-_OURS = (AUTO, "vidaccel", "LeMiCa", "DBCache", "plan +", "SVG2")
+_OURS = (AUTO, "vidaccel", "generic schedule", "LeMiCa", "DBCache", "plan +", "SVG2")
 _SIMPLE = ("evenly spaced", "dense start", "fewer")
 _WARM = ("#d62728", "#ff7f0e", "#e377c2", "#8c564b", "#bcbd22", "#ff9896", "#c49c94")
 _COLD = ("#1f77b4", "#2ca02c", "#9467bd", "#17becf", "#000080", "#006400", "#7f7fff")
@@ -43,7 +43,9 @@ def draw_quality(result: QualityResult, path: Path) -> None:
         _draw_curves(axis, points, metric)
         axis.set_title(label)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside right upper", handlelength=4, fontsize=8, frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -84,10 +86,16 @@ def _style(method: str, methods: Sequence[str]) -> dict[str, Any]:
     simple = [m for m in methods if m.startswith(_SIMPLE)]
     others = [m for m in methods if m not in ours and m not in simple]
     if method in ours:
-        return {"color": _WARM[ours.index(method) % len(_WARM)], "linewidth": 2.2}
+        return {"linewidth": 2.2, **_color_and_line(ours.index(method), _WARM, "-")}
     if method in simple:
         return {"color": str(0.15 + 0.15 * simple.index(method)), "linestyle": ":"}
-    return {"color": _COLD[others.index(method) % len(_COLD)], "linestyle": "--"}
+    return _color_and_line(others.index(method), _COLD, "--")
+
+
+def _color_and_line(index: int, colors: Sequence[str], line: str) -> dict[str, Any]:
+    """Return a colour and a line; where the colours begin anew, lines are of dashes and dots."""
+    rounds, place = divmod(index, len(colors))
+    return {"color": colors[place], "linestyle": "-." if rounds else line}
 
 
 def draw_defaults(result: DefaultsResult, path: Path) -> None:
